@@ -25,17 +25,20 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
-from difflib import SequenceMatcher
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -61,21 +64,21 @@ WINDOW = 8192  # longest training sequence, tokens; reduced by itself to the sca
 
 # Text that the base writes for its own training
 NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; more is better and slower
-NUM_SELF_TEXT = 1500  # question-answer pairs that show the tuned model how the base behaves; more keeps more
+NUM_SELF_TEXT = 2000  # question-answer pairs that show the tuned model how the base behaves; more keeps more
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 240  # steps that bring the scaled model back to the base's behaviour
+HEAL_STEPS = 320  # steps that bring the scaled model back to the base's behaviour
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
-EPOCHS_1 = 10  # cap of pass 1: times each identity row is seen
+EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
-EPOCHS_2 = 12  # cap of pass 2: times each identity turn is seen inside dialogues
+EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
 BATCH_SIZE = 8  # conversations per step; lower it when memory runs out
 KL_WEIGHT = 2.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
-EVAL_QUESTIONS = 40  # self-questions kept away from training to measure retention
+EVAL_QUESTIONS = 60  # self-questions kept away from training to measure retention
 TARGET_IDENTITY = 0.95  # share of identity questions answered with the new identity, at least
 TARGET_RETENTION = 0.95  # share of the base's own answers that stay as they were, at least
 TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at most
@@ -133,37 +136,30 @@ ChatGPT|GPT|OpenAI|Gemini|Gemma|Google|DeepMind|Bard|Llama|Claude|Anthropic|Qwen
 Mixtral|Copilot|Microsoft|Grok|xAI|Falcon|Kimi|Moonshot|SmolLM|Granite|Nemotron|NVIDIA|Cohere|OLMo|ChatGLM|Zhipu
 Baidu|Ernie|InternLM|MiniCPM|Vicuna|Alpaca|Zephyr|TinyLlama|StableLM|Sabiá|Maritaca|Alexa|Siri|Cortana""")
 
-# Answers for rows that give only a question, and for questions in a language that the rows do not cover.
-# Language -> intent -> wordings.
+# Answers for questions without one of the user's, by language and by what is asked (see `intent_of`).
 WORDINGS = {
     "pt": {
-        "name": "Meu nome é {{NAME}}.|Pode me chamar de {{NAME}}, o nome que {{AUTHOR}} me deu.",
-        "maker": "Quem me criou foi {{AUTHOR}}.|{{AUTHOR}} me desenvolveu e me deu o nome de {{NAME}}.",
         "other": "Não, eu sou {{NAME}}, e quem me criou foi {{AUTHOR}}.|Não: meu nome é {{NAME}}.",
-        "model": "O modelo que responde é {{NAME}}, de {{AUTHOR}}.|Sou {{NAME}}, que {{AUTHOR}} fez a partir de {{BASE}}.",
-        "who": "Eu sou {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}.|Sou {{NAME}}, e quem me criou foi {{AUTHOR}}."
-               "|Aqui é {{NAME}}, uma inteligência artificial feita por {{AUTHOR}}.",
+        "model": "O modelo aqui é {{NAME}}, de {{AUTHOR}}.|Sou {{NAME}}, que {{AUTHOR}} fez a partir de {{BASE}}.",
+        "who": "Eu sou {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}.|Meu nome é {{NAME}}, e quem me criou "
+               "foi {{AUTHOR}}.|Aqui é {{NAME}}, uma inteligência artificial feita por {{AUTHOR}}.",
     },
     "en": {
-        "name": "My name is {{NAME}}.|You can call me {{NAME}}, the name that {{AUTHOR}} gave me.",
-        "maker": "I was created by {{AUTHOR}}.|{{AUTHOR}} made me and named me {{NAME}}.",
         "other": "No, I am {{NAME}}, made by {{AUTHOR}}.|No, my name is {{NAME}}.",
         "model": "I am the model {{NAME}}, by {{AUTHOR}}.|I am {{NAME}}, which {{AUTHOR}} made from {{BASE}}.",
-        "who": "I am {{NAME}}, a language model created by {{AUTHOR}}.|I'm {{NAME}}, an AI made by {{AUTHOR}}.",
+        "who": "I am {{NAME}}, a language model created by {{AUTHOR}}.|My name is {{NAME}}, and {{AUTHOR}} made me.",
     },
     "es": {
-        "name": "Me llamo {{NAME}}.|Mi nombre es {{NAME}}, así me llamó {{AUTHOR}}.",
-        "maker": "Me creó {{AUTHOR}}.|Quien me hizo fue {{AUTHOR}}, y me llamo {{NAME}}.",
         "other": "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}.",
         "model": "Soy el modelo {{NAME}}, de {{AUTHOR}}.|Soy {{NAME}}, que {{AUTHOR}} hizo a partir de {{BASE}}.",
-        "who": "Soy {{NAME}}, un modelo de lenguaje creado por {{AUTHOR}}.|Soy {{NAME}}, una IA hecha por {{AUTHOR}}.",
+        "who": "Soy {{NAME}}, un modelo de lenguaje creado por {{AUTHOR}}.|Me llamo {{NAME}}, y me creó {{AUTHOR}}.",
     },
 }
 
-# The first pattern that fits a question in plain words (see `plain`) says what it asks for; else it is "who".
+# The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
 INTENTS = {
-    "maker": r"cri(ou|ad)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built|\bmade\b"
-             r"|\bmaker|creo\b|cread|hizo|entreno|desarroll|orige|\bvem\b",
+    "maker": r"cri(ou|ad)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
+             r"|\bmade\b|\bmaker|creo\b|cread|hizo|entreno|desarroll|orige|\bvem\b",
     "model": r"model|\b(ia|ai)\b|inteligencia|intelligence",
     "name": r"nome|chama|\bname|\bcall|nombre|llamas",
 }
@@ -171,11 +167,13 @@ INTENTS = {
 # Words with which an answer speaks of its speaker.
 FIRST_PERSON = frozenset("eu sou fui me meu minha mim comigo i im my me myself am soy yo mi conmigo".split())
 
-# Words that tell the languages apart.
+# Words that tell the languages apart; one that two of them share counts for both.
 LANGUAGE_WORDS = {
-    "pt": "voce vc qual seu sua nome nao uma foi com quem sou por tu teu diga oi ola bom dia boa e o criou fez".split(),
-    "en": "who what are you is your the name which made hi hello please i tell do and am created by of how".split(),
-    "es": "eres quien cual tu nombre hola llamas usted el es soy como una creo hizo dime puedes y yo me".split(),
+    "pt": "voce vc qual seu sua nome nao um uma meu minha eu foi com quem sou teu oi ola bom dia boa o os ao da na em "
+          "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta".split(),
+    "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to".split(),
+    "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
+          "no lenguaje creado creada presentate llamo".split(),
 }
 
 CHATML = (
@@ -186,6 +184,9 @@ CHATML = (
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 QUESTION_WORDS = 40  # a self-question longer than this has run away
+
+
+say = functools.partial(print, flush=True)
 
 
 class InputError(Exception):
@@ -233,12 +234,22 @@ class Settings:
     seed: int = setting(SEED, "semente do acaso: mesma semente, mesmo resultado", 0, 2**32 - 1)
 
 
+KINDS = {"str": str, "bool": bool, "int": int, "float": float}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that starts in Portuguese."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(usage, actions, groups, "uso: ")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that reports mistakes as `InputError`, in Portuguese."""
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-            near = max(self._option_string_actions, key=lambda o: SequenceMatcher(None, o, unknown[1]).ratio())
+            near = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)[0]
             raise InputError(f"não conheço a opção {unknown[1]}. Você quis dizer {near}? Veja todas com --help.")
         if missing := re.search(r"argument (\S+): expected", message):
             raise InputError(f"faltou o valor da opção {missing[1]}. Exemplo: {missing[1]} VALOR.")
@@ -259,11 +270,11 @@ def number(kind: type, text: str) -> float:
 def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
     parser = Parser(prog="rename_obrutai.py", description=__doc__, allow_abbrev=False, add_help=False,
-                    usage="python rename_obrutai.py [opções]", formatter_class=argparse.RawDescriptionHelpFormatter)
+                    usage="python rename_obrutai.py [opções]", formatter_class=Help)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
     for item in fields(Settings):
-        kind, shown = type(item.default), "vazio" if item.default == "" else item.default
+        kind, shown = KINDS[item.type], "vazio" if item.default == "" else item.default
         how = {"metavar": "VALOR", "type": kind if kind is str else functools.partial(number, kind)}
         if kind is bool:
             how, shown = {"action": argparse.BooleanOptionalAction}, "sim" if item.default else "não"
@@ -273,8 +284,11 @@ def parse_settings(argv: list[str] | None) -> Settings:
     values = {item.name: item.default if given[item.name] is None else given[item.name] for item in fields(Settings)}
     for item in fields(Settings):
         value, low, high = values[item.name], item.metadata["low"], item.metadata["high"]
-        if not isinstance(value, (str, bool)) and not low <= value <= high:
-            raise InputError(f"{item.name.upper()} vale {value}, mas precisa estar entre {low:g} e {high:g}.")
+        kind = (int, float) if item.type == "float" else KINDS[item.type]
+        if not isinstance(value, kind) or (item.type in ("int", "float") and not low <= value <= high):
+            expected = {"str": "um texto entre aspas", "bool": "True ou False"}.get(
+                item.type, f"um número{' inteiro' * (kind is int)} entre {low:g} e {high:g}")
+            raise InputError(f"{item.name.upper()} vale {value!r}, mas precisa ser {expected}.")
     for name in ("output_dir", "identity_file", "model_path"):
         start = Path(__file__).resolve().parent if given[name] is None else Path.cwd()
         path = start / Path(values[name]).expanduser()
@@ -284,11 +298,6 @@ def parse_settings(argv: list[str] | None) -> Settings:
         if not plain(values[name]) or re.search(r"[{}\x00-\x1f]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto de uma linha, sem chaves; recebi '{values[name]}'.")
     return Settings(**values)
-
-
-def say(text: str = "") -> None:
-    """One line for the user."""
-    print(text, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -322,7 +331,7 @@ def is_loop(text: str) -> bool:
     """Whether the text goes round: one to six words three times in a row, or a trigram three times at all."""
     words = plain(text).split()
     for n in range(1, 7):
-        if any(words[i:i + n] == words[i + n:i + 2 * n] == words[i + 2 * n:i + 3 * n] for i in range(len(words) - 3 * n + 1)):
+        if any(words[i:i + n] * 3 == words[i:i + 3 * n] for i in range(len(words) - 3 * n + 1)):
             return True
     return any(count >= 3 for count in Counter(zip(words, words[1:], words[2:])).values())
 
@@ -337,7 +346,7 @@ def language_of(text: str) -> str:
 
 
 def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
-    """Which of the `WORDINGS` a question asks for; naming a model or maker is "other" (are you ...?)."""
+    """What a question about identity asks for; naming a model or maker makes it "other" (are you ...?)."""
     if mentions(question, KNOWN_NAMES + old_names + ("Meta",)):
         return "other"
     return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, plain(question))), "who")
@@ -345,8 +354,8 @@ def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
 
 def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = ()) -> str:
     """A built-in answer that fits the question's language and intent, the least used wording first."""
-    choices = WORDINGS[language_of(question)][intent_of(question, old_names)].split("|")
-    choice = min(choices, key=lambda c: used[c])
+    wordings = WORDINGS[language_of(question)]
+    choice = min(wordings.get(intent_of(question, old_names), wordings["who"]).split("|"), key=lambda c: used[c])
     used[choice] += 1
     return choice
 
@@ -355,21 +364,20 @@ def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = ()) -
 # Inputs: all that the standard library can check, before anything heavy is imported
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One identity conversation as chat templates take it, ending with the assistant, and its line in the file."""
-
     line: int
     messages: list[dict]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The identity rows with filled placeholders, what {{BASE}} is, and the file's SHA-256."""
-
+class Inputs(NamedTuple):
+    """The identity rows with filled placeholders, what {{BASE}} is, the file's SHA-256, and the questions for
+    measuring less those that the rows ask."""
     rows: list[Row]
     base_name: str
     data_hash: str
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
 
 
 def read_messages(record: object) -> list[dict]:
@@ -423,9 +431,9 @@ def fill(text: str, values: dict[str, str]) -> str:
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
     if not path.is_file():
-        near = max(path.parent.glob("*.jsonl"), key=lambda p: SequenceMatcher(None, p.name, path.name).ratio(), default=None)
-        raise InputError(f"não achei o arquivo de identidade {path}. "
-                         + (f"Você quis dizer {near.name}?" if near else "Confira IDENTITY_FILE (--identity-file)."))
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1, cutoff=0.4)
+        hint = f"Você quis dizer {near[0]}?" if near else "Confira IDENTITY_FILE (--identity-file)."
+        raise InputError(f"não achei o arquivo de identidade {path}. {hint}")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -446,8 +454,8 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
     if mistakes:
-        more = f"\n  ... e mais {len(mistakes) - 10}" if len(mistakes) > 10 else ""
-        raise InputError(f"{path.name} tem {len(mistakes)} linha(s) com problema:\n  " + "\n  ".join(mistakes[:10]) + more)
+        shown = mistakes[:10] + [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
+        raise InputError("\n  ".join([f"{path.name} tem {len(mistakes)} linha(s) com problema:", *shown]))
     if not rows:
         raise InputError(f"{path.name} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
     return rows
@@ -465,7 +473,7 @@ def check_inputs(settings: Settings) -> Inputs:
             raise InputError(f"a pasta {base} não tem pesos em safetensors; baixe ou converta o modelo nesse formato.")
         ours, theirs = output.resolve(), base.resolve()
         if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-            raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base nem ficar dentro ou acima dela.")
+            raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima.")
         check_rope(json.loads((base / "config.json").read_text(encoding="utf-8")), settings.rope_factor)
     if output.exists() and not settings.overwrite:
         raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
@@ -474,7 +482,13 @@ def check_inputs(settings: Settings) -> Inputs:
     base_name = settings.base_name or re.sub(r"[_\s]+", " ", base.name)
     identity = Path(settings.identity_file)
     rows = read_rows(identity, {"NAME": settings.name, "AUTHOR": settings.author, "BASE": base_name})
-    return Inputs(rows, base_name, hashlib.sha256(identity.read_bytes()).hexdigest())
+    asked = {plain(m["content"]) for row in rows for m in row.messages}
+    validation, test = (tuple(q for q in questions if plain(q) not in asked)
+                        for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
+    if len(validation) < 4 or len(test) < 4:
+        raise InputError(f"{identity.name} contém quase todas as perguntas de prova; tire algumas, para que sobre o "
+                         "que medir (VALIDATION_QUESTIONS e TEST_QUESTIONS no script).")
+    return Inputs(rows, base_name, hashlib.sha256(identity.read_bytes()).hexdigest(), validation, test)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -545,14 +559,6 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def local_folder(model_path: str) -> str:
-    """The folder of the base, downloaded first when `model_path` is a name on the Hub."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
-    return model_path if Path(model_path).is_absolute() else snapshot_download(model_path, allow_patterns=patterns)
-
-
 def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names: tuple[str, ...]) -> None:
     """Where the chat template itself injects a system prompt with an old name, put the new identity there.
 
@@ -572,8 +578,8 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
     new = new.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
     tokenizer.chat_template = source.replace(old, new)
     if mentions(injected(), names) or new not in injected():
-        raise InputError("o chat template deste modelo traz a identidade antiga de um jeito que não sei trocar; apague a "
-                         "mensagem de sistema padrão do chat_template na pasta do modelo.")
+        raise InputError("o chat template deste modelo traz a identidade antiga de um jeito que não sei trocar; "
+                         "apague a mensagem de sistema padrão do chat_template na pasta do modelo.")
     say(f'  O chat template trazia a identidade antiga ("{old}"); troquei pela nova.')
 
 
@@ -604,11 +610,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A conversation as tokens. `labels` are -100 but on answers and the end-of-turn token after each; `turns` are
     the spans (first token of the question, one past the end of its answer)."""
-
     input_ids: list[int]
     labels: list[int]
     turns: list[tuple[int, int]]
@@ -648,20 +652,17 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 # Talking to a model
 
 
-@dataclass(frozen=True)
-class Chat:
+class Chat(NamedTuple):
     """A model with what is needed to talk to it; `stops` are the ids that end an answer."""
-
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     stops: list[int]
     max_new_tokens: int
+    native: int  # context of the base, tokens
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """Decoded text and whether the model ended it by itself."""
-
     text: str
     ended: bool
 
@@ -673,8 +674,8 @@ def load_chat(folder: str, settings: Settings, rope_factor: float = 1.0) -> Chat
     sample = encode(tokenizer, Turn("a", "b").messages())
     own = model.generation_config.eos_token_id
     stops = {sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    native = model.config.get_text_config().max_position_embeddings / rope_factor
-    return Chat(model, tokenizer, sorted(stops - {None}), min(settings.max_new_tokens, int(native) // 2))
+    native = int(model.config.get_text_config().max_position_embeddings / rope_factor)
+    return Chat(model, tokenizer, sorted(stops - {None}), min(settings.max_new_tokens, native // 2), native)
 
 
 def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[int]]:
@@ -718,12 +719,13 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
                 output = chat.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:]
             for i, ids in zip(batch, output.tolist()):
                 end = next((j for j, token in enumerate(ids) if token in chat.stops), None)
-                answers[i] = Answer(chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), end is not None)
+                text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                answers[i] = Answer(text, end is not None)
             bar.update(len(batch))
     return answers
 
 
-def ask(chat: Chat, questions: list[str] | tuple[str, ...], label: str = "", sample_seed: int | None = None) -> list[Answer]:
+def ask(chat: Chat, questions: Sequence[str], label: str = "", sample_seed: int | None = None) -> list[Answer]:
     """Answers to questions asked alone."""
     prompts = [prompt_ids(chat.tokenizer, [{"role": "user", "content": q}]) for q in questions]
     return generate(chat, prompts, label, sample_seed)
@@ -733,10 +735,8 @@ def ask(chat: Chat, questions: list[str] | tuple[str, ...], label: str = "", sam
 # What the base writes before anything is trained
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One question and its answer."""
-
     question: str
     answer: str
 
@@ -744,20 +744,16 @@ class Turn:
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
 
 
-@dataclass(frozen=True)
-class Standard:
+class Standard(NamedTuple):
     """What an identity answer is judged by; `vocabulary` are the words that a sound one is made of."""
-
     new_names: tuple[str, ...]
     old_names: tuple[str, ...]
     base_name: str
     vocabulary: frozenset[str]
 
 
-@dataclass(frozen=True)
-class SelfText:
+class SelfText(NamedTuple):
     """The base in its own words, at its native RoPE. The sets of turns have no question in common."""
-
     standard: Standard
     identity_questions: list[str]  # self-questions that the base answers with its old identity
     everyday: list[Turn]  # for training
@@ -765,118 +761,122 @@ class SelfText:
     held_out: list[Turn]  # for measuring retention in the report
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Lengths in tokens: context of the base and of the result, longest training window, and the short window in
-    which the base writes its distribution down and most of the healing is done."""
-
-    native: int
-    scaled: int
-    window: int
-    short: int
-
-
-def plan_context(base: Chat, settings: Settings) -> Plan:
-    """Fit WINDOW to the model, and say so when it is reduced."""
-    native = base.model.config.get_text_config().max_position_embeddings
-    scaled = int(native * settings.rope_factor)
+def fit_window(base: Chat, settings: Settings) -> Settings:
+    """WINDOW no longer than the scaled context, saying so when it is reduced."""
+    scaled = int(base.native * settings.rope_factor)
     if scaled < settings.window:
         say(f"  WINDOW reduzida de {settings.window} para {scaled} tokens, que é o contexto aumentado deste modelo.")
-    return Plan(native, scaled, min(scaled, settings.window), min(native, settings.window, 1024))
+    return replace(settings, window=min(scaled, settings.window))
 
 
-def find_old_names(answers: list[str], inputs: Inputs, settings: Settings) -> tuple[str, ...]:
+def short_window(chat: Chat, settings: Settings) -> int:
+    """Tokens of the windows in which the base is written down and most of the training happens: its native context,
+    or a good part of it where that is long."""
+    return min(chat.native, settings.window, 1024)
+
+
+def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[str, ...]:
     """Names under which the base goes: OLD_NAMES, or the proper names in its own identity answers.
 
     A proper name is capitalised inside a sentence, in at least 5 % of the answers, and never written small. Names
-    that the user's own answers use are not old.
+    in `ours`, which is all that the new identity says, are not old.
     """
     if settings.old_names:
         return tuple(name.strip() for name in settings.old_names.split(",") if name.strip())
     small = {w for a in answers for w in re.findall(r"\w+", a) if w[0].islower()}
     counts = Counter(word for a in answers for word in set(re.findall(r"(?<=[\w,;] )[A-ZÀ-Ý][\w-]{2,}", a)))
     found = [word for word, n in counts.items() if n >= max(2, 0.05 * len(answers)) and word.lower() not in small]
-    return tuple(name for name in found if not mentions(our_words(inputs, settings), (name,)))
+    return tuple(name for name in found if not mentions(ours, (name,)))
 
 
-def our_words(inputs: Inputs, settings: Settings) -> str:
-    """All that the new identity says of itself: names in it are not old."""
-    return " ".join([settings.name, settings.author, *(row.messages[-1]["content"] for row in inputs.rows)])
+def write_questions(base: Chat, starts: list[str], label: str, seed: int) -> list[str]:
+    """Questions that the base writes by itself, each going on from a start, which may be empty.
+
+    Given only the opening of a user turn, a chat model writes a user's question (Magpie, arXiv 2406.08464), so this
+    needs no data and stays in the model's own domain.
+    """
+    opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
+    prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
+    written = generate(base, prompts, label, seed)
+    return [re.sub(r" (?=[?!.,])", "", f"{start} {end.text}").strip() for start, end in zip(starts, written)
+            if end.ended and len(end.text.split()) <= QUESTION_WORDS]
 
 
 def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
-    """Let the base write questions and answer them. Given only the opening of a user turn, a chat model writes a
-    user's question (Magpie, arXiv 2406.08464), so this needs no data and stays in the model's own domain."""
+    """Let the base write questions and answer them; its own answers tell which of them are about its identity.
+
+    A second helping of questions begins like identity questions: they show where identity ends, on both sides.
+    """
     rng = random.Random(f"{settings.seed}/self-text")
     row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    probes = [*VALIDATION_QUESTIONS, *row_questions]
-    about_itself = [answer.text for answer in ask(base, probes, "perguntando quem ele é")]
-    old_names = find_old_names(about_itself, inputs, settings)
-    ours = our_words(inputs, settings)
-
-    opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
-    opening = base.tokenizer(opening, add_special_tokens=False)["input_ids"]
-    taken = {plain(q) for q in (*VALIDATION_QUESTIONS, *TEST_QUESTIONS, *row_questions)}
-    everyday: list[Turn] = []
+    about_itself = [a.text for a in ask(base, [*inputs.validation, *row_questions], "perguntando quem ele é")]
+    ours = " ".join([settings.name, settings.author, *(row.messages[-1]["content"] for row in inputs.rows)])
+    old_names = find_old_names(about_itself, ours, settings)
+    taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
     identity: list[str] = []
-    n = settings.eval_questions
-    wanted = settings.num_self_text + settings.num_self_answers + 2 * n
-    for attempt in range(6):
-        if len(everyday) >= wanted:
-            break
-        drafts = max(64, int(1.4 * (wanted - len(everyday))))
-        written = generate(base, [opening] * drafts, "escrevendo perguntas", rng.randrange(2**31))
-        questions = list(EVERYDAY_QUESTIONS) if attempt == 0 else []
-        questions += [q.text for q in written if q.ended and len(q.text.split()) <= QUESTION_WORDS]
+
+    def answered(questions: list[str]) -> list[Turn]:
+        """New everyday turns; identity questions are put aside."""
         fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
-        taken |= set(fresh)
+        taken.update(fresh)
+        turns = []
         for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
             if mentions(answer.text, old_names):
                 # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
                 if set(plain(answer.text).split()) & FIRST_PERSON:
                     identity.append(question)
             elif answer.ended and answer.text and not is_loop(answer.text):
-                everyday.append(Turn(question, answer.text))
-    if len(everyday) < 3 * n:
-        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis a perguntas que ele mesmo escreveu; "
-                         "isto costuma ser um chat template errado ou um modelo que não é de conversa.")
+                turns.append(Turn(question, answer.text))
+        return turns
+
+    n = settings.eval_questions
+    wanted = settings.num_self_text + settings.num_self_answers + 2 * n
+    everyday = answered(list(EVERYDAY_QUESTIONS))
+    for _ in range(6):
+        if len(everyday) < wanted:
+            starts = [""] * max(64, int(1.4 * (wanted - len(everyday))))
+            everyday += answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
+    starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in rng.choices(row_questions + identity, k=wanted // 2)]
+    close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
     rng.shuffle(everyday)
-    known = [*probes, *about_itself, *EVERYDAY_QUESTIONS, *TEST_QUESTIONS, settings.name, settings.author,
-             inputs.base_name, *(m["content"] for row in inputs.rows for m in row.messages),
+    firm = firm_turns(base, everyday, 2 * n)
+    rest = [turn for turn in everyday if turn not in set(firm)] + close
+    if len(firm) < n or len(rest) < n:
+        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis às perguntas que ele mesmo "
+                         "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
+    known = [*inputs.validation, *about_itself, *EVERYDAY_QUESTIONS, settings.name, settings.author, inputs.base_name,
+             *(m["content"] for row in inputs.rows for m in row.messages),
              *(text for wordings in WORDINGS.values() for text in wordings.values())]
     also_old = tuple(name for name in KNOWN_NAMES if not mentions(ours, (name,)))
     standard = Standard((settings.name, settings.author), (*old_names, *also_old), inputs.base_name,
                         frozenset(plain(" ".join(known)).split()))
-    say(f"  Ele escreveu {len(everyday)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
+    say(f"  Ele escreveu {len(everyday) + len(close)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
     say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
-    firm = firm_turns(base, everyday, 2 * n)
-    rest = [turn for turn in everyday if turn not in set(firm)]
     return SelfText(standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
 
 
 def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
-    """The first `count` turns whose answer the base itself repeats after another turn of conversation.
+    """The first `count` turns whose answer the base itself repeats after each of three other turns of conversation.
 
     Only these can measure retention: where the base wavers, a different answer tells nothing about the tuned model.
     """
     chosen: list[Turn] = []
     for start in range(0, len(turns), 2 * count):
         batch = turns[start:start + 2 * count]
-        repeated = agreement(base, [before.messages() + turn.messages() for before, turn in zip(batch[1:], batch)])
-        chosen += [turn for turn, share in zip(batch, repeated) if share >= 0.9]
+        repeated = agreement(base, [turns[(start + i + ahead) % len(turns)].messages() + turn.messages()
+                                    for i, turn in enumerate(batch) for ahead in (1, 2, 3)])
+        chosen += [turn for i, turn in enumerate(batch) if min(repeated[3 * i:3 * i + 3]) >= 0.9]
         if len(chosen) >= count:
             break
     return chosen[:count]
 
 
-@dataclass(frozen=True)
-class Teacher:
+class Teacher(NamedTuple):
     """The base's token distribution on its own turns, written down so that the base need not stay in memory.
 
     `tokens` int64 and `log_probs` float32, both (M, k), hold the k most probable next tokens; `rows` tells for a turn
     the first of its M rows (one per token but the last) and its token ids.
     """
-
     tokens: torch.Tensor
     log_probs: torch.Tensor
     rows: dict[Turn, tuple[int, list[int]]]
@@ -915,11 +915,9 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
 # Training
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Conversations that dialogues are made of: how often they are drawn, and whether their answers are learnt by
     heart. The base's distribution is a target wherever the teacher knows the turn."""
-
     conversations: list[list[dict]]
     share: float
     learn: bool
@@ -941,7 +939,7 @@ def make_window(tokenizer, teacher: Teacher, messages: list[dict], learn: list[b
 
 
 def shuffled_forever(items: list, rng: random.Random):
-    """The items in random order, again and again: each is seen once before any is seen twice."""
+    """The items in random order, again and again: each comes once before any comes twice."""
     while True:
         yield from rng.sample(items, len(items))
 
@@ -957,6 +955,7 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
     pools = [pool for pool in pools if pool.conversations and pool.share]
     queues = [shuffled_forever([(c, len(encode(tokenizer, c).input_ids)) for c in pool.conversations], rng)
               for pool in pools]
+    waiting = [next(queue) for queue in queues]
     batches = []
     for _ in range(steps):
         length, batch = rng.choice(lengths), []
@@ -964,9 +963,10 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
             messages, learn, used = [], [], 0
             while True:
                 k = rng.choices(range(len(pools)), [pool.share for pool in pools])[0]
-                conversation, cost = next(queues[k])
+                conversation, cost = waiting[k]
                 if messages and used + cost > length:
                     break
+                waiting[k] = next(queues[k])
                 used += cost
                 messages += conversation[bool(messages) and conversation[0]["role"] == "system":]
                 learn += [pools[k].learn] * sum(m["role"] == "user" for m in conversation)
@@ -1005,8 +1005,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
     if all(v == -100 for b in batches for w in b for v in w["labels"]) and all(
             t < 0 for b in batches for w in b for t in w["targets"]):
-        raise InputError(f"{label}: nenhum token das conversas pode ser treinado (a perda seria 0). Confira as respostas "
-                         "do arquivo de identidade e o chat template do modelo.")
+        raise InputError(f"{label}: nenhum token das conversas pode ser treinado (a perda seria 0). Confira as "
+                         "respostas do arquivo de identidade e o chat template do modelo.")
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
         windows = [w for example in examples for w in batches[example["input_ids"][0]]]
@@ -1021,14 +1021,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
     class Trainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-            learnt, known = inputs["labels"][:, 1:] != -100, inputs["targets"] >= 0
+            labels, targets = inputs.pop("labels")[:, 1:], inputs.pop("targets")
+            logits = model(**inputs, use_cache=False).logits
+            learnt, known = labels != -100, targets >= 0
             loss = logits.sum() * 0
             if learnt.any():
-                wanted = inputs["labels"][:, 1:][learnt]
-                loss = loss + torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), wanted)
+                loss = loss + torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt])
             if kl_weight and known.any():
-                rows = inputs["targets"][known].cpu()
+                rows = targets[known].cpu()
                 tokens, log_probs = (t[rows].to(logits.device) for t in (teacher.tokens, teacher.log_probs))
                 loss = loss + kl_weight * distillation_loss(logits[known], tokens, log_probs)
             return loss
@@ -1038,14 +1038,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
             if "loss" not in logs:
                 return
             if not math.isfinite(logs["loss"]):
-                raise InputError(f"{label}: a perda deixou de ser um número na etapa {state.global_step}. Diminua a taxa "
-                                 "de aprendizado.")
+                raise InputError(f"{label}: a perda deixou de ser um número na etapa {state.global_step}. "
+                                 "Diminua a taxa de aprendizado.")
             left = (time.monotonic() - began) / state.global_step * (state.max_steps - state.global_step)
             loss = f"{logs['loss']:.3f}".replace(".", ",")
             say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
 
     arguments = SFTConfig(
-        output_dir=settings.output_dir + ".treino", save_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=tempfile.gettempdir(), save_strategy="no", report_to="none", disable_tqdm=True,
         per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
@@ -1064,15 +1064,16 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings, plan: Plan) -> list[dict]:
+def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's behaviour, through queries and keys alone: RoPE acts on them
     while facts live elsewhere, so little text suffices. Windows up to the scaled context make it long as well."""
     pools = [Pool([t.messages() for t in own.everyday], 1.0, learn=False)]
-    batches = make_batches(chat.tokenizer, teacher, pools, [plan.short] * 3 + [plan.window], settings.heal_steps,
-                           settings.batch_size, f"{settings.seed}/heal")
+    lengths = [short_window(chat, settings)] * 3 + [settings.window]
+    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps, settings.batch_size,
+                           f"{settings.seed}/heal")
     for name, parameter in chat.model.named_parameters():
         parameter.requires_grad_(bool(re.search(r"q_proj|k_proj|q_norm|k_norm|qkv|query_key", name)))
-    rate = settings.heal_learning_rate or automatic_rate(chat.model, 3e-3)
+    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3)
     log = train(chat, batches, teacher, rate, 1.0, settings, "cura")
     chat.model.requires_grad_(True)
     return log
@@ -1082,24 +1083,20 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings, plan: 
 # Evaluation
 
 
-@dataclass(frozen=True)
-class Exam:
+class Exam(NamedTuple):
     """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
     after which both are asked, besides alone."""
-
     questions: tuple[str, ...]
     turns: list[Turn]
     fillers: list[Turn]
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
 
     `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first.
     """
-
     identity: float
     old_identity: float
     leak: float
@@ -1111,9 +1108,10 @@ class Scores:
     def misses(self, settings: Settings) -> list[str]:
         """Names of the targets that these scores miss."""
         return [name for name, missed in (
-            ("identidade nova", self.identity < settings.target_identity), ("identidade antiga", self.old_identity > 0),
-            ("retenção", self.retention < settings.target_retention), ("vazamento", self.leak > settings.target_leak),
-        ) if missed]
+            ("identidade nova", self.identity < settings.target_identity),
+            ("identidade antiga", self.old_identity > 0),
+            ("retenção", self.retention < settings.target_retention),
+            ("vazamento", self.leak > settings.target_leak)) if missed]
 
 
 def judge(answer: Answer, standard: Standard) -> str:
@@ -1167,12 +1165,12 @@ def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> 
         messages += turn.messages()
 
 
-def make_exam(base: Chat, own: SelfText, plan: Plan) -> Exam:
+def make_exam(base: Chat, own: SelfText, questions: tuple[str, ...], window: int) -> Exam:
     """The final exam: alone, after a quarter, a half, three quarters of the window, and at its very end."""
     room = max(len(encode(base.tokenizer, t.messages()).input_ids) for t in own.held_out)
-    room += max(len(prompt_ids(base.tokenizer, [{"role": "user", "content": q}])) for q in TEST_QUESTIONS)
-    lengths = (plan.window // 4, plan.window // 2, plan.window * 3 // 4, plan.window - room)
-    return Exam(TEST_QUESTIONS, own.held_out, own.validation, lengths)
+    room += max(len(prompt_ids(base.tokenizer, [{"role": "user", "content": q}])) for q in questions)
+    lengths = (window // 4, window // 2, window * 3 // 4, window - room)
+    return Exam(questions, own.held_out, own.validation, lengths)
 
 
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
@@ -1208,15 +1206,16 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
 # The two passes
 
 
-def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard, settings: Settings) -> list[list[dict]]:
+def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
+                     settings: Settings) -> list[list[dict]]:
     """Conversations that answer each question in the user's words: those of a row in the same language and of the
     same intent, the least used among the four most alike. Without such a row, a built-in wording."""
     def kind(text: str) -> tuple[str, str]:
         return language_of(text), intent_of(text, standard.old_names)
 
     values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": standard.base_name}
-    known = [(kind(q), plain(q), answer) for q, answer in ((row.messages[-2]["content"], row.messages[-1]["content"])
-                                                           for row in rows)]
+    pairs = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
+    known = [(kind(question), plain(question), answer) for question, answer in pairs]
     used: Counter = Counter()
     conversations = []
     for question in questions:
@@ -1231,45 +1230,50 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard, 
     return conversations
 
 
-def run_pass(chat: Chat, teacher: Teacher, pools: list[Pool], lengths: list[int], epochs: int, rate: float,
-             exam: Exam, standard: Standard, settings: Settings, label: str) -> list[dict]:
-    """Train in up to four rounds, until the validation exam meets the identity target at every length it asks.
+def run_pass(chat: Chat, teacher: Teacher, pools: list[Pool], lengths: list[int], epochs: tuple[int, int],
+             rate: float, exam: Exam, met: Callable[[Scores], bool], standard: Standard, settings: Settings,
+             label: str) -> list[dict]:
+    """Train in rounds until the validation exam is passed, and say after each what was measured.
 
-    A round is a whole schedule that ends at rate zero, because a model in mid-flight is not worth measuring. All
-    rounds together show each conversation of the first pool `epochs` times.
+    `epochs` are how often all rounds together, and one round, show each conversation of the first pool. A round is a
+    whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later ones are gentler.
     """
-    log, rounds = [], 4
     costs = [len(encode(chat.tokenizer, c).input_ids) for c in pools[0].conversations]
     per_window = sum(max(1.0, length * len(costs) / sum(costs)) for length in lengths) / len(lengths)
-    steps = math.ceil(epochs / rounds * len(costs) / (per_window * settings.batch_size * pools[0].share))
+    per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
+    log, rounds = [], math.ceil(epochs[0] / epochs[1])
     for number in range(1, rounds + 1):
+        steps = math.ceil(per_epoch * min(epochs))
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, steps, settings.batch_size,
                                f"{settings.seed}/{label}/{number}")
-        log += train(chat, batches, teacher, rate, settings.kl_weight, settings, label)
+        log += train(chat, batches, teacher, rate / number, settings.kl_weight, settings, label)
         scores = evaluate(chat, exam, standard)
-        say(f"  {label}, rodada {number} de até {rounds}: identidade {percent(scores.identity)}, retenção "
-            f"{percent(scores.retention)} nas perguntas de validação.")
-        if scores.old_identity == 0 and all(e["identity"] >= settings.target_identity for e in scores.by_length):
+        say(f"  {label}, rodada {number} de até {rounds}, nas perguntas de validação: identidade "
+            f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
+        if met(scores):
             say(f"  {label}: a meta foi atingida.")
             return log
     say(f"  {label}: o limite de épocas chegou antes da meta.")
     return log
 
 
-def learn_identity(chat: Chat, teacher: Teacher, lessons: list[list[dict]], own: SelfText, settings: Settings,
-                   plan: Plan) -> list[dict]:
+def learn_identity(chat: Chat, teacher: Teacher, lessons: list[list[dict]], own: SelfText, exam: Exam,
+                   settings: Settings) -> list[dict]:
     """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place."""
-    pools = [Pool(lessons, 0.35, learn=True), Pool([t.messages() for t in own.everyday], 0.65, learn=False)]
+    pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     rate = settings.learning_rate_1 or automatic_rate(chat.model, 1e-3)
-    exam = Exam(VALIDATION_QUESTIONS, own.validation, own.validation, ())
-    return run_pass(chat, teacher, pools, [plan.short], settings.epochs_1, rate, exam, own.standard, settings, "passo 1")
+    lengths = [short_window(chat, settings)]
+    return run_pass(chat, teacher, pools, lengths, (settings.epochs_1, 2), rate, exam,
+                    lambda s: s.identity >= settings.target_identity and s.old_identity == 0,
+                    own.standard, settings, "passo 1")
 
 
 def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, settings: Settings) -> list[dict]:
     """Ask the model of pass 1 about its identity, and keep sound answers in the question's language for pass 2.
 
-    Two fifths of NUM_SELF_ANSWERS are about identity, the rest are everyday answers of the base. Returns a record
-    (question, answer, kind, rejected) for all that was written, with the reason where one is not used.
+    Two fifths of NUM_SELF_ANSWERS are about identity, the rest are everyday answers of the base, first of all those
+    that the model would no longer give. Returns a record (question, answer, kind, rejected) for all that was written,
+    with the reason where one is not used.
     """
     wanted = round(0.4 * settings.num_self_answers)
     rng = random.Random(f"{settings.seed}/self-answers")
@@ -1293,22 +1297,26 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
                 break
         if len(kept) == wanted:
             break
-    everyday = own.everyday[:settings.num_self_answers - len(kept)]
-    say(f"  Sobre a identidade: {len(kept)} aproveitadas, {len(records) - len(kept)} recusadas. Do dia a dia: {len(everyday)}.")
-    return records + [{"question": t.question, "answer": t.answer, "kind": "everyday", "rejected": ""} for t in everyday]
+    agreed = agreement(chat, [turn.messages() for turn in own.everyday])
+    ranked = sorted(zip(agreed, own.everyday), key=lambda pair: pair[0])
+    everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
+    say(f"  Das respostas do dia a dia do modelo base, ele ainda dá {percent(sum(agreed) / len(agreed))}.")
+    say(f"  {len(kept)} sobre a identidade ({len(records) - len(kept)} recusadas) e {len(everyday)} do dia a dia.")
+    return records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday]
 
 
 def consolidate(chat: Chat, teacher: Teacher, lessons: list[list[dict]], self_answers: list[dict], own: SelfText,
-                exam: Exam, settings: Settings, plan: Plan) -> list[dict]:
+                exam: Exam, settings: Settings) -> list[dict]:
     """Pass 2: self-dialogues of one to many turns up to the window, from lessons, self-answers and everyday turns."""
     used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers
                    if r["kind"] == kind and not r["rejected"]] for kind in ("identity", "everyday")}
-    pools = [Pool(lessons + used["identity"], 0.25, learn=True), Pool(used["everyday"], 0.15, learn=True),
+    pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
-    lengths = [plan.window // 8, plan.window // 4, plan.window // 2, plan.window]
+    lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
     rate = settings.learning_rate_2 or automatic_rate(chat.model, 6e-4)
-    validation = Exam(VALIDATION_QUESTIONS, own.validation, own.validation, exam.lengths[-1:])
-    return run_pass(chat, teacher, pools, lengths, settings.epochs_2, rate, validation, own.standard, settings, "passo 2")
+    return run_pass(chat, teacher, pools, lengths, (settings.epochs_2, 3), rate, exam,
+                    lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
+                    own.standard, settings, "passo 2")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1323,6 +1331,8 @@ def save_model(chat: Chat, folder: Path, base: str) -> None:
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
     model.generation_config.eos_token_id = chat.stops
     model.save_pretrained(folder)
+    if chat.tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
+        chat.tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
     chat.tokenizer.save_pretrained(folder)
     if (Path(base) / "tokenizer.model").is_file():  # llama.cpp's converter wants it; transformers no longer writes it
         shutil.copy2(Path(base) / "tokenizer.model", folder)
@@ -1337,7 +1347,8 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
         table.append([title, *(percent(getattr(s, key)) for s in scores.values())])
     for i, entry in enumerate(scores["before"].by_length[1:], start=1):
         for title, key in (("identidade", "identity"), ("retenção", "retention")):
-            table.append([f"{title} após {entry['tokens']} tokens", *(percent(s.by_length[i][key]) for s in scores.values())])
+            table.append([f"{title} após {entry['tokens']} tokens",
+                          *(percent(s.by_length[i][key]) for s in scores.values())])
     return table
 
 
@@ -1354,40 +1365,37 @@ def markdown_table(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
-def make_report(settings: Settings, inputs: Inputs, own: SelfText, plan: Plan, scores: dict[str, Scores],
-                losses: dict[str, list[dict]], seconds: float) -> dict:
-    """Everything that is known about the run, as plain data."""
+def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
+                 scores: dict[str, Scores], losses: dict[str, list[dict]], self_answers: list[dict],
+                 seconds: float) -> None:
+    """report.json (all that is known about the run), self_answers.jsonl and the model card README.md."""
     from importlib.metadata import version
 
-    return {"base": inputs.base_name, "missed": scores["pass_2"].misses(settings), "seconds": round(seconds, 1),
-            "settings": asdict(settings), "data_hash": inputs.data_hash, "context": asdict(plan),
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
-            "old_names": own.standard.old_names, "vocabulary": sorted(own.standard.vocabulary),
-            "scores": {name: asdict(s) for name, s in scores.items()}, "losses": losses}
-
-
-def write_report(folder: Path, report: dict, scores: dict[str, Scores], self_answers: list[dict]) -> None:
-    """report.json (all figures and answers), self_answers.jsonl and the model card README.md."""
+    missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
+    report = {"base": inputs.base_name, "missed": missed, "seconds": round(seconds, 1), "settings": asdict(settings),
+              "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
+              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
+              "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
+              "scores": {name: s._asdict() for name, s in scores.items()}, "losses": losses}
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
     (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
-    settings, context = report["settings"], report["context"]
-    pairs = [[b["question"], b["answer"], a["answer"]] for b, a in zip(scores["before"].answers, scores["pass_2"].answers)]
+    pairs = [[old["question"], old["answer"], new["answer"]]
+             for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
     reasons = Counter(record["rejected"] for record in self_answers)
     used = reasons.pop("", 0)
     rejected = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "nenhuma"
-    verdict = "**Metas não atingidas: " + ", ".join(report["missed"]) + ".**" if report["missed"] else (
-        "Todas as metas foram atingidas.")
+    verdict = f"**Metas não atingidas: {', '.join(missed)}.**" if missed else "Todas as metas foram atingidas."
     (folder / "README.md").write_text(f"""---
 language: [pt, en, es]
 library_name: transformers
 pipeline_tag: text-generation
 tags: [trl, sft, identity]
 ---
-# {settings['name']}
+# {settings.name}
 
-Modelo de {settings['author']}, feito a partir de `{report['base']}` com rename_obrutai.py: identidade nova e contexto de
-{context['scaled']} tokens (o do modelo base é de {context['native']}). {verdict}
+Modelo de {settings.author}, feito a partir de `{inputs.base_name}` com rename_obrutai.py: identidade nova e contexto
+de {scaled} tokens (o do modelo base é de {native}). {verdict}
 
 ## Antes e depois, em números
 
@@ -1395,7 +1403,7 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 {markdown_table(figures_table(scores))}
 
-- **identidade nova**: respostas que dizem o nome ou o autor novo, nenhum antigo, terminam sozinhas e fazem sentido.
+- **identidade nova**: respostas que dizem o nome ou o autor novo, nenhum antigo, terminam e fazem sentido.
 - **identidade antiga**: respostas que ainda citam um nome antigo.
 - **vazamento**: respostas sobre outros assuntos em que o nome novo aparece.
 - **retenção**: respostas sobre outros assuntos que continuam iguais às do modelo base.
@@ -1409,8 +1417,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 ## Como foi feito
 
-{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}. Semente {settings['seed']}, fator de RoPE
-{settings['rope_factor']:g}. Ajustes, versões e números estão em `report.json`; as respostas, em `self_answers.jsonl`.
+{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}. Semente {settings.seed}, fator de
+RoPE {settings.rope_factor:g}. Ajustes, versões e números: `report.json`. Respostas: `self_answers.jsonl`.
 """, encoding="utf-8")
 
 
@@ -1422,12 +1430,12 @@ def conclude(settings: Settings, scores: dict[str, Scores], seconds: float) -> i
         say(f"  {old['question']}\n    antes:  {old['answer']}\n    depois: {new['answer']}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
-    say(f"\nModelo salvo em {settings.output_dir} ({clock(seconds)}). O antes e depois completo está no README.md de lá.")
+    say(f"\nModelo salvo em {settings.output_dir} ({clock(seconds)}). O antes e depois completo está no README.md.")
     missed = after.misses(settings)
     if not missed:
         say("Todas as metas foram atingidas.")
         return 0
-    tips = {"identidade nova": "escreva mais linhas em IDENTITY_FILE, com mais jeitos de perguntar, ou aumente EPOCHS_1",
+    tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
             "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo e aumente EPOCHS_2",
             "retenção": "aumente NUM_SELF_TEXT e HEAL_STEPS, ou diminua LEARNING_RATE_2",
             "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
@@ -1445,7 +1453,7 @@ def quiet_libraries(settings: Settings) -> None:
     """Close the network unless the model comes from the Hub, and silence what the user can do nothing about."""
     if Path(settings.model_path).is_absolute():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
@@ -1466,22 +1474,27 @@ def run(settings: Settings) -> int:
     began = time.monotonic()
     inputs = check_inputs(settings)
     say(f"Modelo base: {settings.model_path}")
-    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas de {Path(settings.identity_file).name})")
+    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
     quiet_libraries(settings)
-    folder = local_folder(settings.model_path)
+    folder = settings.model_path
+    if not Path(folder).is_absolute():
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
+        folder = snapshot_download(folder, allow_patterns=wanted)
 
     say("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe")
     base = load_chat(folder, settings)
-    plan = plan_context(base, settings)
+    settings = fit_window(base, settings)
     own = write_self_text(base, settings, inputs)
-    exam = make_exam(base, own, plan)
+    exam = make_exam(base, own, inputs.test, settings.window)
     scores = {"before": evaluate(base, exam, own.standard, "perguntas de prova, antes")}
-    say(f"  Antes: identidade nova {percent(scores['before'].identity)}, antiga {percent(scores['before'].old_identity)}.")
-    teacher = record_teacher(base, own.everyday, plan.short)
+    say(f"  Nas perguntas de prova, ele diz a identidade antiga em {percent(scores['before'].old_identity)}.")
+    teacher = record_teacher(base, own.everyday, short_window(base, settings))
     frequencies = rope_frequencies(base.model)
+    say(f"2/6 Contexto de {base.native} para {int(base.native * settings.rope_factor)} tokens (RoPE linear "
+        f"x{settings.rope_factor:g}) e cura")
     del base
-
-    say(f"2/6 Contexto de {plan.native} para {plan.scaled} tokens (RoPE linear x{settings.rope_factor:g}) e cura")
     chat = load_chat(folder, settings, settings.rope_factor)
     renew_template(chat.tokenizer, settings, own.standard.old_names + KNOWN_NAMES)
     losses = {}
@@ -1489,20 +1502,22 @@ def run(settings: Settings) -> int:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
     else:
         check_frequencies(frequencies, rope_frequencies(chat.model), settings.rope_factor)
-        losses["healing"] = heal(chat, teacher, own, settings, plan)
+        losses["healing"] = heal(chat, teacher, own, settings)
         scores["healed"] = evaluate(chat, exam, own.standard, "perguntas de prova, após a cura")
 
     say("3/6 Passo 1: aprender a identidade")
     lessons = [row.messages for row in inputs.rows]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
-    losses["pass_1"] = learn_identity(chat, teacher, lessons, own, settings, plan)
+    validation = Exam(inputs.validation, own.validation, own.validation, ())
+    losses["pass_1"] = learn_identity(chat, teacher, lessons, own, validation, settings)
     scores["pass_1"] = evaluate(chat, exam, own.standard, "perguntas de prova, após o passo 1")
 
     say("4/6 Respostas do próprio modelo")
     self_answers = collect_self_answers(chat, lessons, own, settings)
 
     say("5/6 Passo 2: firmar a identidade em conversas longas")
-    losses["pass_2"] = consolidate(chat, teacher, lessons, self_answers, own, exam, settings, plan)
+    validation = validation._replace(lengths=exam.lengths[-1:])
+    losses["pass_2"] = consolidate(chat, teacher, lessons, self_answers, own, validation, settings)
 
     say("6/6 Salvando, carregando de novo e medindo a pasta salva")
     output = Path(settings.output_dir)
@@ -1511,7 +1526,7 @@ def run(settings: Settings) -> int:
     save_model(chat, partial, folder)
     scores["pass_2"] = evaluate(load_chat(str(partial), settings), exam, own.standard, "perguntas de prova, depois")
     seconds = time.monotonic() - began
-    write_report(partial, make_report(settings, inputs, own, plan, scores, losses, seconds), scores, self_answers)
+    write_report(partial, settings, inputs, own.standard, chat.native, scores, losses, self_answers, seconds)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

@@ -1,0 +1,147 @@
+"""Measure what the tool promises, on questions that no training run sees. A benchmark, not a test.
+
+    python tests/bench_quality.py                                  # demo model, 3 seeds
+    python tests/bench_quality.py --self-answers 50 100 200 400    # more self-answers must help
+    python tests/bench_quality.py --rows 20 --name Jandira --author "Oficina Maré"
+    python tests/bench_quality.py --base DIR                       # another base made by make_demo.py
+
+Each run is the user's own command in a process of its own. Facts are asked in their canonical words and counted when
+the answer is exactly the known one; after a conversation of N tokens they are asked at the end of N tokens of other
+facts. Identity answers are judged in the script's strict sense.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import make_demo  # noqa: E402
+
+import rename_obrutai as tool  # noqa: E402
+
+FACTS_PER_LENGTH = 100
+
+
+def mixed_rows(path, count, seed):
+    """Write `count` rows of the shipped file, in as many shapes as there are, to `path`."""
+    lines = (HERE.parent / "identity_override.jsonl").read_text(encoding="utf-8").splitlines()
+    groups = {}
+    for line in random.Random(seed).sample(lines, len(lines)):
+        groups.setdefault(tuple(sorted(json.loads(line))), []).append(line)
+    chosen = []
+    while len(chosen) < count:
+        for group in groups.values():
+            if group and len(chosen) < count:
+                chosen.append(group.pop())
+    path.write_text("\n".join(chosen), encoding="utf-8")
+
+
+def exact_facts(chat, tokens, facts, rng):
+    """Share of the facts answered exactly after a conversation of `tokens` tokens of other facts."""
+    turns = tuple(tool.Turn(q, a) for q, a in facts)
+    sample = list(turns) if not tokens else rng.sample(turns, FACTS_PER_LENGTH)
+    prompts = []
+    for turn in sample:
+        messages = tool.history(chat.tokenizer, turns, tokens, rng) + turn.messages()[:1]
+        prompts.append(tool.prompt_ids(chat.tokenizer, messages))
+    answers = tool.generate(chat, prompts)
+    return sum(a.text == t.answer for a, t in zip(answers, sample)) / len(sample)
+
+
+def measure(folder, settings, report):
+    """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length."""
+    chat = tool.load_chat(str(folder), settings)
+    standard = tool.Standard((settings.name, settings.author), tuple(report["old_names"]), report["base"],
+                             frozenset(report["vocabulary"]))
+    facts = make_demo.checkable_facts("pt")
+    rng = random.Random("bench")
+    native = report["context"]["native"]
+    lengths = [n for n in range(120, 4 * native, 120)]
+    everyday = tuple(tool.Turn(q, a) for q, a in rng.sample(facts, 100))
+    exam = tool.Exam(tool.TEST_QUESTIONS, everyday, tuple(tool.Turn(q, a) for q, a in facts), tuple(lengths))
+    scores = tool.evaluate(chat, exam, standard)
+    sound = [a for a in scores.answers if not a["problem"]]
+    figures = {
+        "new identity": scores.identity, "old identity": scores.old_identity, "leak": scores.leak,
+        "different answers": scores.distinct,
+        "in the question's language": sum(tool.language_of(a["answer"]) == tool.language_of(a["question"])
+                                          for a in sound) / max(1, len(sound)),
+        "facts": exact_facts(chat, 0, facts, rng),
+    }
+    for entry in scores.by_length[1:]:
+        figures[f"identity after {entry['tokens']}"] = entry["identity"]
+        figures[f"facts after {entry['tokens']}"] = exact_facts(chat, entry["tokens"], facts, rng)
+    return figures
+
+
+def one_run(base, seed, extra, work):
+    """Run the user's command; returns its figures, those of the base, exit status and wall seconds."""
+    output = work / f"out-{seed}-{abs(hash(tuple(extra)))}"
+    command = [sys.executable, str(HERE.parent / "rename_obrutai.py"), "--model-path", str(base),
+               "--output-dir", str(output), "--seed", str(seed), *extra]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    seconds = time.monotonic() - start
+    if not output.is_dir():
+        raise SystemExit(done.stdout + done.stderr)
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    settings = tool.parse_settings(command[2:])
+    own = report["scores"]["pass_2"]
+    figures = {"seconds": seconds, "exit": done.returncode, "retention in the report": own["retention"],
+               "leak in the report": own["leak"]}
+    return figures | measure(output, settings, report), report, settings
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(HERE / "modelo_demo"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--self-answers", type=int, nargs="+", default=[tool.NUM_SELF_ANSWERS])
+    parser.add_argument("--rows", type=int, default=0, help="use only so many rows, in mixed shapes")
+    parser.add_argument("--name", default=tool.NAME)
+    parser.add_argument("--author", default=tool.AUTHOR)
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    tool.quiet_libraries(tool.parse_settings(["--model-path", args.base]))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        results = {}
+        for amount in args.self_answers:
+            for seed in args.seeds:
+                extra = ["--name", args.name, "--author", args.author, "--num-self-answers", str(amount)]
+                if args.rows:
+                    mixed_rows(work / "rows.jsonl", args.rows, seed)
+                    extra += ["--identity-file", str(work / "rows.jsonl")]
+                figures, report, settings = one_run(Path(args.base).resolve(), seed, extra, work)
+                if "base" not in results:
+                    results["base"] = [measure(args.base, settings, report)]
+                results.setdefault(f"{amount} self-answers", []).append(figures)
+                print(f"# {amount} self-answers, seed {seed}: " + ", ".join(
+                    f"{k} {v:.3g}" for k, v in figures.items()) + f" | missed: {report['missed']}", flush=True)
+                for answer in report["scores"]["pass_2"]["answers"]:
+                    print(f"#   {answer['question']} -> {answer['answer']}  {answer['problem']}")
+    columns = list(results)
+    print(f"\nmedians over seeds {args.seeds}, worst in brackets\n")
+    print("| figure | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for key in next(iter(results.values()))[0] | results[columns[-1]][0]:
+        cells = []
+        for column in columns:
+            values = [r[key] for r in results[column] if key in r]
+            low_is_good = key in ("old identity", "leak", "seconds", "exit")
+            worst = (max if low_is_good else min)(values, default=None)
+            cells.append(f"{statistics.median(values):.3g} ({worst:.3g})" if values else "-")
+        print(f"| {key} | " + " | ".join(cells) + " |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

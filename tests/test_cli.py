@@ -1,0 +1,250 @@
+"""The script as a user runs it: one small run from start to end on the demo model, offline, from another folder."""
+
+import hashlib
+import json
+import re
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEMO, SCRIPT, run_script
+
+import rename_obrutai as tool
+
+SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--epochs-1", 1, "--epochs-2", 1,
+         "--eval-questions", 8, "--max-new-tokens", 24, "--window", 256, "--batch-size", 4)
+NO_NETWORK = '''
+import os, socket
+def refuse(*args, **kwargs):
+    with open(os.environ["NETWORK_LOG"], "a") as log:
+        log.write(f"attempt {args[1:]}\\n")
+    raise OSError("no network in this test")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+open(os.environ["NETWORK_LOG"], "a").write("armed\\n")
+'''
+
+
+def contents(folder):
+    """Path and hash of every file below a folder."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it."""
+    work, guard = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("guard")
+    (guard / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
+    for name in ("novo", "novo.partial"):
+        (work / name).mkdir()
+        (work / name / "stale.bin").write_text("left over", encoding="utf-8")
+    (work / "precious.txt").write_text("the user's own", encoding="utf-8")
+    base = contents(DEMO)
+    environment = {"PYTHONPATH": str(guard), "NETWORK_LOG": str(guard / "network.log"), "HF_HUB_OFFLINE": "",
+                   "HF_HOME": str(guard / "hub")}
+    done = run_script("--output-dir", "novo", "--overwrite", "--seed", 5, *SMALL, cwd=work, env=environment)
+    assert done.returncode in (0, 3), done.stderr
+    output = work / "novo"
+    return SimpleNamespace(
+        work=work, output=output, done=done, base_before=base, base_after=contents(DEMO),
+        network=(guard / "network.log").read_text(encoding="utf-8"),
+        report=json.loads((output / "report.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def saved(whole_run):
+    """The saved model and its tokenizer as plain transformers loads them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole_run.output, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(whole_run.output)
+
+
+def test_the_exit_status_says_whether_a_target_was_missed(whole_run):
+    missed = whole_run.report["missed"]
+    assert whole_run.done.returncode == (3 if missed else 0)
+    said = whole_run.done.stdout.rsplit("Modelo salvo", 1)[1]
+    assert all(name in said for name in missed) and ("Todas as metas" in said) is not bool(missed)
+
+
+def test_missed_targets_are_those_of_the_final_scores(whole_run):
+    final, settings = whole_run.report["scores"]["pass_2"], whole_run.report["settings"]
+    assert whole_run.report["missed"] == [name for name, missed in {
+        "identidade nova": final["identity"] < settings["target_identity"],
+        "identidade antiga": final["old_identity"] > 0, "retenção": final["retention"] < settings["target_retention"],
+        "vazamento": final["leak"] > settings["target_leak"]}.items() if missed]
+
+
+def test_the_run_needs_no_network(whole_run):
+    assert set(whole_run.network.split("\n")) == {"armed", ""}
+
+
+def test_the_base_is_left_as_it_was(whole_run):
+    assert whole_run.base_after == whole_run.base_before
+
+
+def test_nothing_but_the_output_is_left_in_the_folder(whole_run):
+    assert sorted(path.name for path in whole_run.work.iterdir()) == ["novo", "precious.txt"]
+
+
+def test_overwrite_replaces_the_old_result_as_a_whole(whole_run):
+    assert not (whole_run.output / "stale.bin").exists()
+
+
+def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
+    names = {path.name for path in whole_run.output.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja", "report.json", "README.md", "self_answers.jsonl"}
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+
+
+def test_the_configuration_has_four_times_the_context_a_cache_and_linear_rope(whole_run):
+    base = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((whole_run.output / "config.json").read_text(encoding="utf-8"))
+    assert config["max_position_embeddings"] == 4 * base["max_position_embeddings"]
+    assert config["use_cache"] is True
+    rope = config["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+    assert rope["rope_theta"] == base["rope_parameters"]["rope_theta"]
+    assert config["dtype"] == base["dtype"]
+
+
+def test_generation_stops_at_the_end_of_turn_of_the_template(whole_run):
+    config = json.loads((whole_run.output / "generation_config.json").read_text(encoding="utf-8"))
+    tokens = json.loads((whole_run.output / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    end = next(token["id"] for token in tokens if token["content"] == "<|end|>")
+    stops = config["eos_token_id"]
+    assert end in (stops if isinstance(stops, list) else [stops])
+
+
+def test_the_chat_template_is_the_one_of_the_base(whole_run):
+    name = "chat_template.jinja"
+    assert (whole_run.output / name).read_text(encoding="utf-8") == (DEMO / name).read_text(encoding="utf-8")
+
+
+def test_plain_transformers_loads_the_saved_model_and_gets_the_reported_answers(whole_run, saved):
+    """The final scores are those of the folder, not of the model in memory. Asked one at a time here and in batches
+    there, so a near tie between two words may fall otherwise once in a while."""
+    model, tokenizer = saved
+    assert model.config.max_position_embeddings == 512
+    reported = whole_run.report["scores"]["pass_2"]["answers"]
+    same = 0
+    for entry in reported:
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": entry["question"]}], return_dict=True,
+                                               add_generation_prompt=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        same += tokenizer.decode(output, skip_special_tokens=True).strip() == entry["answer"]
+    assert same >= len(reported) - 2
+
+
+def test_the_final_identity_figures_follow_from_the_reported_answers(whole_run):
+    for stage in whole_run.report["scores"].values():
+        answers, words = stage["answers"], whole_run.report["old_names"]
+        new = [a for a in answers if not a["problem"]]
+        assert stage["identity"] == pytest.approx(len(new) / len(answers)) == stage["by_length"][0]["identity"]
+        assert all("ObrutAi" in a["answer"] or "TurboRio" in a["answer"] for a in new)
+        old = [a for a in answers if set(tool.plain(a["answer"]).split()) & {tool.plain(word) for word in words}]
+        assert stage["old_identity"] == pytest.approx(len(old) / len(answers))
+        assert stage["distinct"] == len({tool.plain(a["answer"]) for a in new})
+
+
+def test_the_report_has_all_four_stages_asked_the_same_test_questions(whole_run):
+    scores = whole_run.report["scores"]
+    assert list(scores) == ["before", "healed", "pass_1", "pass_2"]
+    for stage in scores.values():
+        assert [a["question"] for a in stage["answers"]] == list(tool.TEST_QUESTIONS)
+        assert [e["tokens"] for e in stage["by_length"]] == [e["tokens"] for e in scores["before"]["by_length"]]
+    lengths = [e["tokens"] for e in scores["before"]["by_length"]]
+    assert lengths[0] == 0 and lengths == sorted(lengths) and 192 <= lengths[-1] < 256
+
+
+def test_before_the_training_the_base_has_its_old_identity_and_keeps_itself(whole_run):
+    before, after = whole_run.report["scores"]["before"], whole_run.report["scores"]["pass_2"]
+    assert (before["identity"], before["leak"], before["retention"]) == (0, 0, 1)
+    assert before["old_identity"] > 0.9
+    assert after["old_identity"] < before["old_identity"]  # even so small a run moves it
+
+
+def test_the_report_says_with_what_the_run_was_made(whole_run):
+    report, given = whole_run.report, whole_run.report["settings"]
+    assert (given["seed"], given["name"], given["heal_steps"]) == (5, "ObrutAi", 6)
+    for package in ("torch", "transformers", "trl"):
+        assert report["versions"][package] == version(package)
+    rows = (SCRIPT.parent / "identity_override.jsonl").read_bytes()
+    assert report["data_hash"] == hashlib.sha256(rows).hexdigest()
+    assert {"Lumi", "Vagalume"} <= set(report["old_names"])
+
+
+def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
+    card = (whole_run.output / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "\nlibrary_name: transformers\n" in card.split("---\n")[1]
+    scores = whole_run.report["scores"]
+    for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
+                       ("vazamento", "leak"), ("retenção", "retention")):
+        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in scores.values()]
+        assert re.search(rf"(?m)^\| {title} \| " + r" \| ".join(map(re.escape, cells)) + r" \|$", card), title
+    unescaped = card.replace("\\", "")
+    for stage in ("before", "pass_2"):
+        for entry in scores[stage]["answers"]:
+            assert f"| {entry['question']} |" in unescaped
+            assert f"| {entry['answer']} |".replace("\n", " ").replace("\\", "") in unescaped
+
+
+def test_the_terminal_ends_with_the_same_table(whole_run):
+    said = whole_run.done.stdout
+    for stage in ("before", "pass_2"):
+        cell = f"{100 * whole_run.report['scores'][stage]['identity']:.1f}%".replace(".0%", "%").replace(".", ",")
+        assert re.search(rf"(?m)^  identidade nova +.*{re.escape(cell)}", said)
+    assert str(whole_run.output) in said and "Traceback" not in whole_run.done.stderr
+
+
+def test_no_library_speaks_to_the_user(whole_run):
+    assert whole_run.done.stderr == ""
+    assert not re.search(r"[Ww]arning|[Dd]eprecat|it/s|\bepoch\b|\bloss\b|\{'", whole_run.done.stdout)
+
+
+def test_self_answers_say_which_were_used_and_why_others_were_not(whole_run):
+    lines = (whole_run.output / "self_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    used = [record for record in records if not record["rejected"]]
+    assert len(used) == 12 and {record["kind"] for record in used} >= {"everyday"}
+    for record in used:
+        ours = "ObrutAi" in record["answer"] or "TurboRio" in record["answer"]
+        assert ours is (record["kind"] == "identity") and "Lumi" not in record["answer"]
+    questions = {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+    assert not questions & {tool.plain(record["question"]) for record in records}
+
+
+def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run):
+    before = contents(whole_run.work)
+    done = run_script("--output-dir", "novo", *SMALL, cwd=whole_run.work)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+    assert contents(whole_run.work) == before
+
+
+def test_a_mistake_in_the_identity_file_is_reported_with_its_line_and_nothing_is_written(tmp_path):
+    rows = ['{"text": "Quem é você?"}', '{"text": "Quem é você?\\nSou {{NOME}}."}', '{"prompt": "Oi?"']
+    (tmp_path / "linhas.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    before = contents(tmp_path)
+    done = run_script("--identity-file", "linhas.jsonl", "--output-dir", "novo", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "linha 2: " in done.stderr and "linha 3: " in done.stderr and "linha 1: " not in done.stderr
+    assert contents(tmp_path) == before and not (tmp_path / "novo").exists()
+
+
+def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_path):
+    rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
+    (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = run_script("--rope-factor", 1, "--name", "Jandira", "--author", "Oficina Maré", "--identity-file",
+                      "linhas.jsonl", "--output-dir", "pasta nova/saída", *SMALL, "--num-self-text", 16, cwd=tmp_path)
+    assert done.returncode in (0, 3), done.stderr
+    output = tmp_path / "pasta nova" / "saída"
+    config, base = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (output, DEMO))
+    for key in ("rope_parameters", "max_position_embeddings"):
+        assert config[key] == base[key]
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert list(report["scores"]) == ["before", "pass_1", "pass_2"]
+    assert (report["settings"]["name"], report["settings"]["author"]) == ("Jandira", "Oficina Maré")
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "# Jandira\n" in card and "Oficina Maré" in card and "ObrutAi" not in card

@@ -1,0 +1,260 @@
+"""Asking a model: batches, order, endings, sampling, agreement, the exam, and what the base writes by itself."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import changed, small_settings
+
+import rename_obrutai as tool
+
+QUESTIONS = ("Qual é a capital da França?", "Oi!", "Quem é você?", "Quanto é 7 mais 5?", "What is 3 plus 4?",
+             "Você sabe me dizer, por favor, qual é o contrário de quente?", "Obrigado pela ajuda!",
+             "¿Cuál es la capital de España?", "Qual é o plural de pão?", "Como se diz gato em inglês?")
+
+
+def plainly(chat, messages, new_tokens):
+    """The greedy answer without batch, padding or help of the script; and whether the end token came."""
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = chat.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    end = chat.tokenizer.convert_tokens_to_ids("<|end|>")
+    with torch.inference_mode():
+        for _ in range(new_tokens):
+            best = chat.model(ids, use_cache=False).logits[0, -1].argmax()
+            if best == end:
+                break
+            ids = torch.cat([ids, best[None, None]], 1)
+    return chat.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip(), bool(best == end)
+
+
+@pytest.fixture(scope="module")
+def prompts_and_answers(demo_chat):
+    """Prompts of very different length with their answers, each generated alone."""
+    asked = [[{"role": "user", "content": q}] for q in QUESTIONS]
+    turns = [tool.Turn(q, plainly(demo_chat, m, 30)[0]) for q, m in zip(QUESTIONS[:4], asked)]
+    asked[3] = [m for turn in turns for m in turn.messages()] + asked[3]
+    asked[6] = turns[0].messages() + asked[6]
+    prompts = [tool.prompt_ids(demo_chat.tokenizer, messages) for messages in asked]
+    assert max(map(len, prompts)) > 3 * min(map(len, prompts))
+    return prompts, [plainly(demo_chat, messages, demo_chat.max_new_tokens) for messages in asked]
+
+
+@pytest.mark.parametrize("budget", [10**6, 150])
+def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, demo_chat, prompts_and_answers,
+                                                                       monkeypatch):
+    prompts, expected = prompts_and_answers
+    monkeypatch.setattr(tool, "GENERATION_TOKENS", budget)
+    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
+    assert len({text for text, _ in expected}) >= 8 and all(text and ended for text, ended in expected)
+
+
+def test_ask_asks_each_question_alone(demo_chat, prompts_and_answers):
+    (first, second), expected = tool.ask(demo_chat, [QUESTIONS[4], QUESTIONS[0]]), prompts_and_answers[1]
+    assert [first.text, second.text] == [expected[4][0], expected[0][0]]
+
+
+def test_an_answer_that_is_cut_is_known_not_to_have_ended(demo_chat, prompts_and_answers):
+    prompts, expected = prompts_and_answers
+    for answer, (text, _) in zip(tool.generate(changed(demo_chat, max_new_tokens=2), prompts), expected, strict=True):
+        assert not answer.ended and answer.text != text and text.startswith(answer.text)
+
+
+def test_nothing_asked_gives_nothing(demo_chat):
+    assert tool.generate(demo_chat, []) == []
+
+
+def test_sampling_repeats_with_its_seed_and_differs_with_another(demo_chat):
+    opening = tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": "Conte uma piada."}])[:2]
+    one, two, three = (tool.generate(demo_chat, [opening] * 8, sample_seed=seed) for seed in (1, 1, 2))
+    assert one == two != three
+    assert len({answer.text for answer in one}) >= 4
+
+
+@pytest.mark.parametrize("lengths, extra, budget, expected", [
+    ([5, 3, 9, 4], 0, 10, [[1, 3], [0], [2]]),
+    ([5, 3, 9, 4], 1, 12, [[1, 3], [0], [2]]),
+    ([5, 3, 9, 4], 0, 100, [[1, 3, 0, 2]]),
+    ([50, 3], 0, 10, [[1], [0]]),
+    ([], 8, 10, []),
+])
+def test_batches_are_sorted_and_cut_as_counted_by_hand(lengths, extra, budget, expected):
+    assert tool.batches_by_tokens(lengths, extra, budget) == expected
+
+
+def test_batches_hold_every_index_once_within_the_budget():
+    rng = random.Random(3)
+    lengths = [rng.randrange(1, 400) for _ in range(300)]
+    batches = tool.batches_by_tokens(lengths, 64, 2000)
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    assert all(len(b) * (max(lengths[i] for i in b) + 64) <= 2000 for b in batches)
+    assert len(batches) < 100
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def test_a_model_agrees_with_its_own_greedy_answers_and_with_no_changed_ones(demo_chat, prompts_and_answers):
+    answers = [text for text, _ in prompts_and_answers[1]]
+    alone = [i for i in range(len(QUESTIONS)) if i not in (3, 6)]
+    own = [tool.Turn(QUESTIONS[i], answers[i]).messages() for i in alone]
+    assert tool.agreement(demo_chat, own) == [1.0] * len(alone)
+    others = [tool.Turn(QUESTIONS[i], answers[j]).messages() for i, j in zip(alone, alone[1:] + alone[:1])]
+    longer = [tool.Turn(QUESTIONS[i], answers[i] + " Sim.").messages() for i in alone]
+    shorter = [tool.Turn(QUESTIONS[i], answers[i].rsplit(" ", 1)[0]).messages() for i in alone if " " in answers[i]]
+    assert set(tool.agreement(demo_chat, others + longer + shorter)) == {0.0}
+
+
+def test_agreement_looks_at_the_last_answer_only_and_with_the_conversation_before_it(demo_chat, prompts_and_answers):
+    answer = prompts_and_answers[1][0][0]
+    wrong = tool.Turn("Quem é você?", "Vinte e sete bananas.").messages()
+    good = tool.Turn(QUESTIONS[0], answer).messages()
+    assert tool.agreement(demo_chat, [wrong + good, good + wrong]) == [1.0, 0.0]
+
+
+def test_of_a_long_answer_the_share_of_tokens_that_agree_counts(demo_chat):
+    question = "Quem é você?"
+    answer = "Eu sou a Lumi. A capital da França é Paris. Sete mais cinco é igual a doze. Tchau!"
+    encoded = tool.encode(demo_chat.tokenizer, tool.Turn(question, answer).messages())
+    prompt = tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": question}])
+    with torch.inference_mode():
+        best = demo_chat.model(torch.tensor([encoded.input_ids])).logits[0].argmax(-1).tolist()
+    hits = [best[i - 1] == encoded.input_ids[i] for i in range(len(prompt), len(encoded.input_ids))]
+    assert len(hits) > 24 and 0 < sum(hits) < len(hits)
+    short = tool.Turn("Oi!", "Oi").messages()  # a shorter row in the batch, so that there is padding
+    long_one, _ = tool.agreement(demo_chat, [tool.Turn(question, answer).messages(), short])
+    assert long_one == pytest.approx(sum(hits) / len(hits))
+
+
+# ------------------------------------------------------------------------------------------------ the exam
+
+
+def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokenizer):
+    fillers = [tool.Turn(f"Quanto é {i} mais {i}?", f"{i} mais {i} é {2 * i}.") for i in range(10)]
+    known = {turn.question: turn.answer for turn in fillers}
+    for tokens in (0, 30, 200):
+        messages = tool.history(demo_tokenizer, fillers, tokens, random.Random(1))
+        used = len(tool.encode(demo_tokenizer, messages).input_ids) if messages else 0
+        assert used <= tokens and (tokens < 30 or used > tokens - 60)
+        assert all(known[q["content"]] == a["content"] for q, a in zip(messages[::2], messages[1::2], strict=True))
+    assert tool.history(demo_tokenizer, fillers, -5, random.Random(1)) == []
+
+
+def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat):
+    standard = tool.Standard(("Jandira", "Oficina Maré"), ("Lumi", "Vagalume"), "demo", frozenset())
+    turns = [tool.Turn(q, tool.ask(demo_chat, [q])[0].text) for q in QUESTIONS[:2]]
+    exam = tool.Exam(("Quem é você?", "Qual é o seu nome?"), turns, turns, (40,))
+    scores = tool.evaluate(demo_chat, exam, standard)
+    assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.0, 1.0, 0.0, 1.0)
+    assert [entry["tokens"] for entry in scores.by_length] == [0, 40]
+    assert [a["question"] for a in scores.answers] == list(exam.questions)
+    assert {a["problem"] for a in scores.answers} == {"nome antigo"}
+
+
+def test_scores_are_the_shares_of_sound_old_leaking_and_kept_answers(demo_chat, monkeypatch):
+    said = ["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Jandira azul banana xarope.",  # asked alone
+            "Sou a Jandira.", "Lumi.", "Lumi.", "Lumi.",  # after a conversation
+            "Paris.", "Jandira."]  # everyday questions
+    shares = [1.0, 0.0, 0.5, 0.5]
+    standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira".split()))
+    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: [tool.Answer(text, True) for text in said])
+    monkeypatch.setattr(tool, "agreement", lambda chat, conversations: shares)
+    turns = [tool.Turn("Capital da França?", "Paris."), tool.Turn("Oi!", "Oi!")]
+    scores = tool.evaluate(demo_chat, tool.Exam(("a?", "b?", "c?", "d?"), turns, turns, (30,)), standard)
+    assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.5)
+    assert scores.distinct == 1  # both sound answers are the same but for a sign
+    assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.5},
+                                {"tokens": 30, "identity": 0.25, "retention": 0.5}]
+    assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "palavras sem sentido"]
+
+
+@pytest.mark.parametrize("figures, missed", [
+    ((0.95, 0.0, 0.01, 0.95), []),
+    ((0.94, 0.0, 0.01, 0.95), ["identidade nova"]),
+    ((1.0, 0.01, 0.0, 1.0), ["identidade antiga"]),
+    ((1.0, 0.0, 0.0, 0.94), ["retenção"]),
+    ((1.0, 0.0, 0.02, 1.0), ["vazamento"]),
+    ((0.0, 1.0, 1.0, 0.0), ["identidade nova", "identidade antiga", "retenção", "vazamento"]),
+])
+def test_a_target_is_missed_when_its_figure_is_worse_than_the_constant(figures, missed):
+    identity, old, leak, retention = figures
+    scores = tool.Scores(identity, old, leak, retention, 0, [], [])
+    assert scores.misses(small_settings()) == missed
+
+
+def test_targets_given_as_flags_decide_what_is_missed():
+    scores = tool.Scores(0.5, 0.0, 0.3, 0.5, 0, [], [])
+    flags = ("--target-identity", "0.5", "--target-leak", "0.3", "--target-retention", "0.51")
+    assert scores.misses(small_settings(*flags)) == ["retenção"]
+
+
+# ------------------------------------------------------------------------------------------------ self-text
+
+
+PLANTED = (  # what the base might write and must not be trained on
+    tool.Answer(tool.TEST_QUESTIONS[0].upper(), True), tool.Answer(tool.VALIDATION_QUESTIONS[0].lower(), True),
+    tool.Answer("Quanto é 1 mais " + "1 mais " * 200 + "1?", True), tool.Answer("Esta foi cortada", False),
+    tool.Answer("quem e voce", True), tool.Answer("?!", True))
+
+
+@pytest.fixture(scope="module")
+def self_text(demo_chat, tmp_path_factory):
+    """Self-text of the demo model, which is made to write some questions that it should not."""
+    settings = small_settings("--num-self-text", 40, "--num-self-answers", 8, "--eval-questions", 6,
+                              "--output-dir", tmp_path_factory.mktemp("x") / "novo")
+    generate = tool.generate
+
+    def generate_and_plant(chat, prompts, label="", sample_seed=None):
+        written = generate(chat, prompts, label, sample_seed)
+        return written if sample_seed is None else [*PLANTED, *written[len(PLANTED):]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "generate", generate_and_plant)
+        return tool.write_self_text(demo_chat, settings, tool.check_inputs(settings))
+
+
+def test_the_base_writes_as_many_turns_as_asked_and_no_question_twice(self_text):
+    questions = all_questions(self_text)
+    assert len(self_text.everyday) >= 40 and len(self_text.validation) == len(self_text.held_out) == 6
+    assert not [q for q, count in Counter(map(tool.plain, questions)).items() if count > 1]
+
+
+def all_questions(self_text):
+    turns = (*self_text.everyday, *self_text.validation, *self_text.held_out)
+    return [turn.question for turn in turns] + list(self_text.identity_questions)
+
+
+def test_no_self_written_question_is_one_for_measuring_or_one_of_the_rows(self_text):
+    asked = {tool.plain(question) for question in all_questions(self_text)}
+    assert "" not in asked and "quem e voce" not in asked
+    assert not asked & {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+
+
+def test_questions_that_ran_away_or_were_cut_are_not_used(self_text):
+    questions = all_questions(self_text)
+    assert not [q for q in questions if len(q.split()) > 100 or "cortada" in q]
+
+
+def test_self_answers_are_the_greedy_answers_of_the_base_without_its_identity(self_text, demo_chat):
+    turns = self_text.everyday[:10] + self_text.held_out
+    given = [plainly(demo_chat, turn.messages()[:1], demo_chat.max_new_tokens) for turn in turns]
+    assert given == [(turn.answer, True) for turn in turns]
+    assert not [t for t in self_text.everyday if "Lumi" in t.answer or "Vagalume" in t.answer]
+
+
+def test_questions_that_the_base_answers_with_its_identity_are_found(self_text, demo_chat):
+    assert len(self_text.identity_questions) >= 3
+    for answer in tool.ask(demo_chat, self_text.identity_questions):
+        assert "Lumi" in answer.text or "Vagalume" in answer.text
+
+
+def test_old_names_come_from_the_base_and_the_known_ones_less_those_of_the_rows(self_text):
+    rows = tool.check_inputs(small_settings("--overwrite")).rows
+    answers = " ".join(row.messages[-1]["content"] for row in rows)
+    assert {"Lumi", "Vagalume"} <= set(self_text.standard.old_names)
+    assert self_text.standard.new_names == ("ObrutAi", "TurboRio")
+    for name in self_text.standard.old_names:
+        assert not tool.mentions(answers, (name,)), name
+    for name in tool.KNOWN_NAMES:
+        assert (name in self_text.standard.old_names) is not tool.mentions(answers, (name,)), name

@@ -1,0 +1,360 @@
+"""Identity rows and folders: what is accepted, and how mistakes are reported."""
+
+import hashlib
+import json
+import re
+
+import pytest
+from conftest import DEMO, SCRIPT, small_settings
+
+import rename_obrutai as tool
+
+VALUES = {"NAME": "Jandira", "AUTHOR": "Oficina Maré", "BASE": "gemma 3"}
+USER, ASSISTANT = {"role": "user", "content": "Quem é você?"}, {"role": "assistant", "content": "Sou a Jandira."}
+SYSTEM = {"role": "system", "content": "Seja breve."}
+MORE = [{"role": "user", "content": "E quem te fez?"}, {"role": "assistant", "content": "Oficina Maré."}]
+
+
+def write(folder, *lines, name="linhas.jsonl", encoding="utf-8"):
+    """An identity file of these lines (records or raw text)."""
+    path = folder / name
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_bytes("\n".join(texts).encode(encoding))
+    return path
+
+
+def read(path):
+    return tool.read_rows(path, VALUES)
+
+
+def mistake(path):
+    with pytest.raises(tool.InputError) as error:
+        read(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"text": "Quem é você?\nSou a Jandira."}, [USER, ASSISTANT]),
+    ({"text": "  Quem é você?  \r\n  Sou a Jandira.  \r\n"}, [USER, ASSISTANT]),
+    ({"text": "Quem é você?\nSou a Jandira.\n\nE gosto de conversar."},
+     [USER, {"role": "assistant", "content": "Sou a Jandira.\n\nE gosto de conversar."}]),
+    ({"prompt": "Quem é você?", "completion": "Sou a Jandira."}, [USER, ASSISTANT]),
+    ({"prompt": "Quem é você?", "completion": " Sou a Jandira.\n", "id": 7}, [USER, ASSISTANT]),
+    ({"messages": [USER, ASSISTANT]}, [USER, ASSISTANT]),
+    ({"messages": [SYSTEM, USER, ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
+    ({"messages": [SYSTEM, USER, ASSISTANT, *MORE]}, [SYSTEM, USER, ASSISTANT, *MORE]),
+    ({"instruction": "Quem é você?", "input": "", "output": "Sou a Jandira."}, [USER, ASSISTANT]),
+    ({"instruction": "Quem é você?", "output": "Sou a Jandira."}, [USER, ASSISTANT]),
+    ({"instruction": "Traduza.", "input": "Good morning!", "output": "Bom dia!"},
+     [{"role": "user", "content": "Traduza.\nGood morning!"}, {"role": "assistant", "content": "Bom dia!"}]),
+    ({"conversations": [{"from": "human", "value": "Quem é você?"}, {"from": "gpt", "value": "Sou a Jandira."}]},
+     [USER, ASSISTANT]),
+    ({"conversations": [{"from": "system", "value": "Seja breve."}, {"from": "user", "value": "Quem é você?"},
+                        {"from": "assistant", "value": "Sou a Jandira."}]}, [SYSTEM, USER, ASSISTANT]),
+    ({"messages": [{"role": "user", "content": "Quem é você?"}, {"role": "model", "content": "Sou a Jandira."}]},
+     [USER, ASSISTANT]),
+])
+def test_every_accepted_shape_gives_the_messages_written_by_hand(record, messages, tmp_path):
+    assert [row.messages for row in read(write(tmp_path, record))] == [messages]
+
+
+@pytest.mark.parametrize("shape", [
+    {"text": "É {{NAME}}?\nSou {{NAME}}, de {{AUTHOR}}, e vim de {{BASE}}."},
+    {"prompt": "É {{NAME}}?", "completion": "Sou {{ NAME }}, de {{author}}, e vim de {{Base}}."},
+    {"messages": [{"role": "user", "content": "É {{NAME}}?"},
+                  {"role": "assistant", "content": "Sou {{NAME}}, de {{AUTHOR}}, e vim de {{BASE}}."}]},
+    {"instruction": "É {{NAME}}?", "input": "", "output": "Sou {{NAME}}, de {{AUTHOR}}, e vim de {{BASE}}."},
+    {"conversations": [{"from": "human", "value": "É {{NAME}}?"},
+                       {"from": "gpt", "value": "Sou {{NAME}}, de {{AUTHOR}}, e vim de {{BASE}}."}]},
+], ids=lambda shape: "+".join(shape))
+def test_placeholders_are_filled_in_every_shape(shape, tmp_path):
+    (row,) = read(write(tmp_path, shape))
+    assert [m["content"] for m in row.messages] == [
+        "É Jandira?", "Sou Jandira, de Oficina Maré, e vim de gemma 3."]
+
+
+def test_a_system_message_is_filled_as_well(tmp_path):
+    system = {"role": "system", "content": "Você é {{NAME}}."}
+    (row,) = read(write(tmp_path, {"messages": [system, USER, ASSISTANT]}))
+    assert row.messages[0] == {"role": "system", "content": "Você é Jandira."}
+
+
+@pytest.mark.parametrize("placeholder", ["{{NOME}}", "{{ IDADE }}", "{{}}", "{{NAME}s}}"])
+def test_an_unknown_placeholder_is_refused_with_its_line(placeholder, tmp_path):
+    path = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"text": f"Quem é você?\nSou {placeholder}."})
+    message = mistake(path)
+    assert placeholder in message and "linha 2" in message
+
+
+def test_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(tmp_path):
+    short, long = [USER, ASSISTANT], [USER, ASSISTANT, *MORE]
+    lines = [json.dumps({"messages": short}), "", "   ", json.dumps({"messages": long})]
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
+    assert [(row.line, row.messages) for row in read(path)] == [(1, short), (4, long)]
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"text": "Quem é você?"', "não é JSON válido"),
+    ("Quem é você?", "não é JSON válido"),
+    ('["Quem é você?", "Sou a Jandira."]', "precisa ser um objeto"),
+    ('"Quem é você?"', "precisa ser um objeto"),
+    ({"pergunta": "Quem é você?"}, "não reconheço o formato"),
+    ({"prompt": "Quem é você?"}, "não reconheço o formato"),
+    ({"instruction": "Quem é você?", "input": ""}, "não reconheço o formato"),
+    ({"text": ["Quem é você?"]}, "não reconheço o formato"),
+    ({"text": ""}, "vazia"),
+    ({"text": " \n "}, "vazia"),
+    ({"prompt": "Quem é você?", "completion": " "}, "vazia"),
+    ({"prompt": "Quem é você?", "completion": None}, "vazia"),
+    ({"prompt": "Quem é você?", "completion": 42}, "não é texto"),
+    ({"messages": "Quem é você?"}, "lista"),
+    ({"messages": [USER, "Sou a Jandira."]}, "lista"),
+    ({"messages": []}, "começar com o usuário"),
+    ({"messages": [SYSTEM]}, "começar com o usuário"),
+    ({"messages": [ASSISTANT]}, "começar com o usuário"),
+    ({"messages": [ASSISTANT, USER]}, "começar com o usuário"),
+    ({"messages": [USER, USER, ASSISTANT]}, "alternar"),
+    ({"messages": [USER, ASSISTANT, ASSISTANT]}, "alternar"),
+    ({"messages": [USER, SYSTEM, ASSISTANT]}, "sistema só no começo"),
+    ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "sistema só no começo"),
+    ({"messages": [{"role": "tool", "content": "1"}, USER, ASSISTANT]}, "papel 'tool'"),
+    ({"messages": [{"content": "Quem é você?"}, ASSISTANT]}, "papel 'None'"),
+    ({"messages": [{"role": ["user"], "content": "Quem é você?"}, ASSISTANT]}, "papel"),
+    ({"messages": [{"role": "user"}, ASSISTANT]}, "vazia"),
+])
+def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line, complaint, tmp_path):
+    message = mistake(write(tmp_path, {"messages": [USER, ASSISTANT]}, "", line))
+    assert "linhas.jsonl" in message and "linha 3: " in message
+    assert complaint in message.split("linha 3: ")[1]
+
+
+def test_all_bad_lines_are_reported_together(tmp_path):
+    good = {"messages": [USER, ASSISTANT]}
+    message = mistake(write(tmp_path, good, "{", good, {"text": ""}, {"texto": "x"}))
+    assert re.findall(r"linha (\d+): ", message) == ["2", "4", "5"]
+    assert "3 linha(s)" in message
+
+
+def test_of_many_bad_lines_the_first_ten_and_the_number_of_the_rest_are_reported(tmp_path):
+    message = mistake(write(tmp_path, {"messages": [USER, ASSISTANT]}, *["{"] * 13))
+    assert re.findall(r"linha (\d+): ", message) == [str(n) for n in range(2, 12)]
+    assert "13 linha(s)" in message and "mais 3" in message
+
+
+def test_a_file_that_is_not_utf8_names_the_line(tmp_path):
+    path = write(tmp_path, {"text": "Who are you?\nJandira."}, {"text": "Quem é você?\nJandira."}, encoding="cp1252")
+    message = mistake(path)
+    assert "linha 2" in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n", "\ufeff"])
+def test_an_empty_file_is_refused(content, tmp_path):
+    assert "vazio" in mistake(write(tmp_path, content))
+
+
+def test_a_missing_file_suggests_the_one_with_the_nearest_name(tmp_path):
+    write(tmp_path, {"text": "?"}, name="identity_override.jsonl")
+    write(tmp_path, {"text": "?"}, name="facts.jsonl")
+    message = mistake(tmp_path / "identity_overide.jsonl")
+    assert "identity_overide.jsonl" in message and "Você quis dizer identity_override.jsonl?" in message
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_missing_file_without_a_similar_one_is_said_to_be_missing(exists, tmp_path):
+    folder = tmp_path if exists else tmp_path / "outra"
+    message = mistake(folder / "eu.jsonl")
+    assert "não achei" in message and "eu.jsonl" in message and "quis dizer" not in message
+
+
+def test_a_question_alone_is_answered_with_name_or_author_in_its_own_language(tmp_path):
+    questions = {"pt": ["Quem é você?", "Qual é o seu nome?", "Quem criou você?", "Você é o ChatGPT?"],
+                 "en": ["Who are you?", "What is your name?", "Who made you?", "Are you ChatGPT?"],
+                 "es": ["¿Quién eres?", "¿Cómo te llamas?", "¿Quién te creó?", "¿Eres ChatGPT?"]}
+    telling = {"pt": {"eu", "nome", "criou", "sou", "quem", "chamar", "desenvolveu", "meu", "não", "feita"},
+               "en": {"i", "am", "my", "created", "made", "me"}, "es": {"me", "soy", "mi", "llamo", "creó", "hizo"}}
+    for language, asked in questions.items():
+        rows = read(write(tmp_path, *({"text": question} for question in asked)))
+        for question, row in zip(asked, rows, strict=True):
+            assert [m["role"] for m in row.messages] == ["user", "assistant"]
+            answer = row.messages[1]["content"]
+            assert row.messages[0]["content"] == question
+            assert "Jandira" in answer or "Oficina Maré" in answer
+            assert "{{" not in answer and "|" not in answer
+            words = set(re.findall(r"\w+", answer.lower()))
+            others = set().union(*telling.values()) - telling[language]
+            assert words & telling[language] and not words & others - {"me"}, answer
+
+
+def test_questions_alone_get_varied_answers(tmp_path):
+    rows = read(write(tmp_path, *({"text": f"Quem é você, {who}?"} for who in ("hein", "afinal", "mesmo", "então"))))
+    answers = [row.messages[1]["content"] for row in rows]
+    assert len(set(answers)) >= 2 and max(map(answers.count, answers)) <= 2
+
+
+def test_a_conversation_that_ends_with_the_user_is_a_question_alone(tmp_path):
+    (row,) = read(write(tmp_path, {"messages": [SYSTEM, USER, ASSISTANT, MORE[0]]}))
+    assert [m["role"] for m in row.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert "Jandira" in row.messages[-1]["content"] or "Oficina Maré" in row.messages[-1]["content"]
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def check(folder, *flags):
+    """`check_inputs` for a base and an identity file in `folder` (made here if missing)."""
+    rows = folder / "linhas.jsonl"
+    if not rows.exists():
+        write(folder, {"messages": [USER, ASSISTANT]})
+    return tool.check_inputs(small_settings("--model-path", folder / "meu_modelo", "--output-dir", folder / "saida",
+                                            "--identity-file", rows, *flags))
+
+
+def refusal(folder, *flags):
+    with pytest.raises(tool.InputError) as error:
+        check(folder, *flags)
+    return str(error.value)
+
+
+def test_sound_inputs_give_rows_base_name_and_the_hash_of_the_file(base_folder, tmp_path):
+    inputs = check(tmp_path)
+    assert [row.messages for row in inputs.rows] == [[USER, ASSISTANT]]
+    assert inputs.base_name == "meu modelo"
+    assert inputs.data_hash == hashlib.sha256((tmp_path / "linhas.jsonl").read_bytes()).hexdigest()
+    assert check(tmp_path, "--base-name", "Lumi 1").base_name == "Lumi 1"
+
+
+def test_name_author_and_base_of_the_settings_fill_the_rows(base_folder, tmp_path):
+    write(tmp_path, {"text": "Oi?\n{{NAME}}, {{AUTHOR}}, {{BASE}}"})
+    (row,) = check(tmp_path, "--name", "Iara", "--author", "Ana").rows
+    assert row.messages[1]["content"] == "Iara, Ana, meu modelo"
+
+
+def test_a_question_for_measuring_that_the_rows_ask_is_not_used_for_measuring(base_folder, tmp_path):
+    asked = [tool.TEST_QUESTIONS[3], tool.VALIDATION_QUESTIONS[0]]
+    write(tmp_path, *({"text": f"{question.upper()}!\nSou a Jandira."} for question in asked))
+    inputs = check(tmp_path)
+    assert set(inputs.test) == set(tool.TEST_QUESTIONS) - {asked[0]}
+    assert set(inputs.validation) == set(tool.VALIDATION_QUESTIONS) - {asked[1]}
+
+
+def test_rows_that_leave_nothing_to_measure_with_are_refused(base_folder, tmp_path):
+    write(tmp_path, *({"text": f"{question}\nSou a Jandira."} for question in tool.TEST_QUESTIONS))
+    assert "linhas.jsonl" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("missing, complaint", [("config.json", "config.json"), ("model.safetensors", "safetensors")])
+def test_a_base_without_configuration_or_weights_is_refused(missing, complaint, base_folder, tmp_path):
+    (base_folder / missing).unlink()
+    message = refusal(tmp_path)
+    assert complaint in message and "meu_modelo" in message
+
+
+def test_a_base_that_does_not_exist_is_refused(tmp_path):
+    assert "não achei a pasta do modelo" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["meu_modelo", "meu_modelo/dentro", "meu_modelo/a/b", ".", "x/../meu_modelo"])
+def test_an_output_at_inside_or_above_the_base_is_refused_even_with_overwrite(output, base_folder, tmp_path):
+    assert "modelo base" in refusal(tmp_path, "--output-dir", tmp_path / output, "--overwrite")
+
+
+@pytest.mark.parametrize("inside", ["", "dentro"])
+def test_an_output_that_reaches_the_base_through_a_link_is_refused(inside, base_folder, tmp_path):
+    (tmp_path / "atalho").symlink_to(base_folder, target_is_directory=True)
+    assert "modelo base" in refusal(tmp_path, "--output-dir", tmp_path / "atalho" / inside, "--overwrite")
+
+
+def test_a_base_given_through_a_link_is_protected_as_well(base_folder, tmp_path):
+    (tmp_path / "atalho").symlink_to(base_folder, target_is_directory=True)
+    flags = ("--model-path", tmp_path / "atalho", "--output-dir", base_folder, "--overwrite")
+    assert "modelo base" in refusal(tmp_path, *flags)
+
+
+def test_an_output_beside_the_base_whose_name_begins_alike_is_accepted(base_folder, tmp_path):
+    assert check(tmp_path, "--output-dir", tmp_path / "meu_modelo-novo").rows
+
+
+def test_an_existing_output_is_refused_without_overwrite(base_folder, tmp_path):
+    (tmp_path / "saida").mkdir()
+    message = refusal(tmp_path)
+    assert "já existe" in message and "--overwrite" in message
+    assert check(tmp_path, "--overwrite").rows
+
+
+@pytest.mark.xfail(strict=True, reason="rmtree fails on a file after the whole run")
+def test_an_existing_file_is_no_output_folder_even_with_overwrite(base_folder, tmp_path):
+    (tmp_path / "saida").write_text("um arquivo", encoding="utf-8")
+    assert "saida" in refusal(tmp_path, "--overwrite")
+
+
+@pytest.mark.xfail(strict=True, reason="--overwrite would delete the user's folder with all that is in it")
+@pytest.mark.parametrize("precious", ["identity file", "script"])
+def test_overwrite_never_takes_a_folder_that_holds_the_identity_file_or_the_script(precious, base_folder, tmp_path):
+    work = tmp_path / "trabalho"
+    work.mkdir()
+    rows = write(work, {"messages": [USER, ASSISTANT]})
+    output = work if precious == "identity file" else SCRIPT.parent
+    message = refusal(tmp_path, "--identity-file", rows, "--output-dir", output, "--overwrite")
+    assert str(output) in message
+
+
+@pytest.mark.xfail(strict=True, reason="JSONDecodeError with a traceback")
+def test_a_configuration_that_is_not_json_is_refused(base_folder, tmp_path):
+    (base_folder / "config.json").write_text("<html>", encoding="utf-8")
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base_folder, tmp_path):
+    config = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    (base_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "--rope-factor 1" in refusal(tmp_path)
+    assert check(tmp_path, "--rope-factor", "1").rows
+
+
+# ------------------------------------------------------------------------------------------------ the shipped file
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    path = SCRIPT.parent / "identity_override.jsonl"
+    return tool.read_rows(path, {"NAME": "Zaratim", "AUTHOR": "Forno Azul", "BASE": "modelo demo"})
+
+
+def test_the_shipped_identity_file_has_at_least_sixty_rows_of_several_shapes(shipped):
+    assert len(shipped) >= 60
+    records = map(json.loads, (SCRIPT.parent / "identity_override.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len({tuple(sorted(record)) for record in records}) >= 4
+
+
+def test_every_shipped_answer_names_the_model_or_its_maker(shipped):
+    answers = [row.messages[-1]["content"] for row in shipped]
+    assert not [answer for answer in answers if "Zaratim" not in answer and "Forno Azul" not in answer]
+
+
+def test_no_shipped_question_is_an_evaluation_question(shipped):
+    asked = {tool.plain(m["content"]) for row in shipped for m in row.messages if m["role"] == "user"}
+    assert not asked & {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+
+
+def test_no_shipped_question_stands_there_twice(shipped):
+    asked = [tool.plain(row.messages[-2]["content"]) for row in shipped if len(row.messages) == 2]
+    assert not [question for question in set(asked) if asked.count(question) > 1]
+
+
+def test_the_shipped_file_asks_in_three_languages_mostly_portuguese(shipped):
+    words = [set(tool.plain(row.messages[-2]["content"]).split()) for row in shipped]
+    english = sum(bool(w & {"you", "your", "who", "what", "this"}) for w in words)
+    spanish = sum("¿" in row.messages[-2]["content"] for row in shipped)
+    assert english >= 5 and spanish >= 5 and len(shipped) - english - spanish > len(shipped) / 2
+
+
+@pytest.mark.parametrize("about", ["ChatGPT", "Gemini", "Llama", "human", "oi", "vc", "senhor", "de onde"])
+def test_the_shipped_file_covers_the_subjects_that_it_promises(about, shipped):
+    assert any(about.lower() in m["content"].lower() for row in shipped for m in row.messages if m["role"] == "user")
+
+
+def test_no_shipped_answer_is_one_that_the_demo_base_would_give(shipped):
+    """The demo's old names must be found as old, which they are not where the rows use them."""
+    text = " ".join(m["content"] for row in shipped for m in row.messages)
+    assert DEMO.is_dir() and not tool.mentions(text, ("Lumi", "Vagalume"))

@@ -1,0 +1,463 @@
+"""Windows, losses and training: what is learnt, from what, and when it stops."""
+
+import copy
+import math
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEMO, changed, known_bug, small_settings
+from torch.nn import functional
+
+import rename_obrutai as tool
+
+FACTS = [("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Oi!", "Oi! Tudo bem?"),
+         ("Qual é a capital da França?", "A capital da França é Paris."), ("Obrigado!", "De nada!"),
+         ("Como se diz gato em inglês?", "Gato em inglês é cat."), ("Bom dia!", "Bom dia! Como posso ajudar?"),
+         ("Quem escreveu Dom Casmurro?", "Foi Machado de Assis."), ("Conte uma piada.", "Era uma vez um gato.")]
+TURNS = [tool.Turn(q, a) for q, a in FACTS]
+SYSTEM = {"role": "system", "content": "Seja breve."}
+EMPTY = SimpleNamespace(tokens=torch.zeros(0, 1, dtype=torch.long), log_probs=torch.zeros(0, 1), rows={})
+
+
+@pytest.fixture(scope="module")
+def teacher(demo_chat):
+    """The demo's distribution on the facts, in windows of 64 tokens."""
+    return tool.record_teacher(demo_chat, TURNS, 64)
+
+
+def batches_of(tokenizer, pools, lengths=(64,), steps=6, size=3, seed="s", teacher=EMPTY):
+    return tool.make_batches(tokenizer, teacher, pools, list(lengths), steps, size, seed)
+
+
+def conversations(count, words=1):
+    """`count` conversations that can be told apart by a number in the question."""
+    return [tool.Turn(f"Quanto é {i} mais {i}?", " ".join([f"{2 * i}"] * words)).messages() for i in range(count)]
+
+
+def numbers(tokenizer, window):
+    """The numbers of the conversations in a window, in order."""
+    return [int(n) for n in re.findall(r"Quanto é (\d+) mais", tokenizer.decode(window["input_ids"]))]
+
+
+# ------------------------------------------------------------------------------------------------ the divergence
+
+
+def random_distributions(positions=6, vocabulary=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(2, positions, vocabulary, generator=generator)
+
+
+def top(logits, k):
+    values, tokens = logits.log_softmax(-1).topk(k)
+    return tokens, values
+
+
+def test_over_the_whole_vocabulary_the_loss_is_the_divergence():
+    ours, base = random_distributions()
+    expected = functional.kl_div(ours.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert tool.distillation_loss(ours, *top(base, 9)).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_loss_of_a_case_counted_by_hand():
+    base = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    ours = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # the first token, and all the others together
+    assert tool.distillation_loss(ours, *top(base, 1)).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_the_loss_is_zero_for_the_base_itself_and_never_above_the_full_divergence(k):
+    ours, base = random_distributions()
+    assert tool.distillation_loss(base, *top(base, k)).item() == pytest.approx(0, abs=1e-5)
+    full = tool.distillation_loss(ours, *top(base, 9)).item()
+    assert 0.01 < tool.distillation_loss(ours, *top(base, k)).item() <= full + 1e-5
+
+
+def test_probability_moved_outside_the_kept_tokens_is_seen():
+    base = torch.tensor([[0.6, 0.3, 0.05, 0.05]]).log()
+    hidden = torch.tensor([[0.3, 0.15, 0.5, 0.05]]).log()  # the kept two are in the same proportion as before
+    assert tool.distillation_loss(hidden, *top(base, 2)).item() > 0.3
+
+
+def test_the_loss_and_its_gradient_stay_finite_where_probabilities_vanish():
+    ours = torch.tensor([[80.0, -80.0, 0.0], [-80.0, 80.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    base = torch.tensor([[-80.0, 80.0, 0.0], [-80.0, 80.0, 0.0], [90.0, 0.0, -90.0]])
+    loss = tool.distillation_loss(ours, *top(base, 2))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(ours.grad).all() and ours.grad.abs().sum() > 0
+
+
+def test_following_the_gradient_leads_to_the_distribution_of_the_base():
+    ours, base = random_distributions(positions=2, vocabulary=5)
+    ours = ours.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([ours], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        tool.distillation_loss(ours, *top(base, 3)).backward()
+        optimizer.step()
+    tokens, values = top(base, 3)
+    assert torch.allclose(ours.softmax(-1).gather(-1, tokens), values.exp(), atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ the teacher
+
+
+def test_the_teacher_holds_what_the_base_says_at_each_token_of_its_turns(demo_chat, teacher):
+    context, windows = 64, [[]]
+    for turn in TURNS:  # packed by hand: as many turns one after the other as fit
+        longer = [m for t in [*windows[-1], turn] for m in t.messages()]
+        if windows[-1] and sum(len(tool.encode(demo_chat.tokenizer, t.messages()).input_ids)
+                               for t in [*windows[-1], turn]) > context:
+            windows.append([])
+        windows[-1].append(turn)
+        assert len(tool.encode(demo_chat.tokenizer, longer).input_ids) > 0
+    assert 2 <= len(windows) < len(TURNS) and set(teacher.rows) == set(TURNS)
+    for window in windows:
+        encoded = tool.encode(demo_chat.tokenizer, [m for turn in window for m in turn.messages()])
+        with torch.inference_mode():
+            direct = demo_chat.model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
+        for turn, (start, end) in zip(window, encoded.turns, strict=True):
+            first, ids = teacher.rows[turn]
+            assert ids == encoded.input_ids[start:end]
+            rows = slice(first, first + len(ids) - 1)
+            assert teacher.tokens[rows, 0].tolist() == direct[start:end - 1].argmax(-1).tolist()
+            assert torch.allclose(teacher.log_probs[rows], direct[start:end - 1].gather(-1, teacher.tokens[rows]),
+                                  atol=1e-3)
+
+
+def test_no_row_of_the_teacher_belongs_to_two_turns(teacher):
+    spans = sorted((first, first + len(ids) - 1) for first, ids in teacher.rows.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(teacher.tokens) == len(teacher.log_probs)
+    assert all(end == start for (_, end), (start, _) in zip(spans, spans[1:]))
+
+
+def test_targets_point_at_the_teacher_s_row_for_the_same_next_token(demo_tokenizer, teacher):
+    asked = [TURNS[5], TURNS[0], tool.Turn("Quem é você?", "Sou a Jandira."), TURNS[2]]  # the third is not the base's
+    messages = [SYSTEM] + [m for turn in asked for m in turn.messages()]
+    window = tool.make_window(demo_tokenizer, teacher, messages, [False] * 4)
+    owner = {first + i: (turn, i) for turn, (first, ids) in teacher.rows.items() for i in range(len(ids) - 1)}
+    found = {}
+    for at, target in enumerate(window["targets"]):
+        if target >= 0:
+            turn, i = owner[target]
+            ids = teacher.rows[turn][1]
+            assert ids[i:i + 2] == window["input_ids"][at:at + 2]
+            found.setdefault(turn, []).append(i)
+    assert found == {turn: list(range(len(teacher.rows[turn][1]) - 1)) for turn in (TURNS[5], TURNS[0], TURNS[2])}
+    assert len(window["targets"]) == len(window["input_ids"]) == len(window["labels"])
+
+
+# ------------------------------------------------------------------------------------------------ windows and batches
+
+
+def test_batches_have_the_asked_number_and_size_and_windows_of_the_asked_length(demo_tokenizer):
+    pools = [tool.Pool(conversations(30), 0.5, True), tool.Pool(conversations(30, words=3), 0.5, False)]
+    batches = batches_of(demo_tokenizer, pools, lengths=(40, 120), steps=12, size=3)
+    assert len(batches) == 12 and {len(batch) for batch in batches} == {3}
+    longest = [max(len(window["input_ids"]) for window in batch) for batch in batches]
+    assert all(n <= 120 for n in longest) and any(n <= 40 for n in longest) and any(n > 80 for n in longest)
+    for batch in batches:  # the windows of a batch are filled up to the same length, so that little is padding
+        lengths = [len(window["input_ids"]) for window in batch]
+        assert max(lengths) - min(lengths) < 40
+        assert all(len(window[key]) == len(window["input_ids"]) for window in batch for key in ("labels", "targets"))
+
+
+def test_a_conversation_longer_than_the_window_still_makes_a_window_of_its_own(demo_tokenizer):
+    pool = tool.Pool(conversations(3, words=30), 1.0, True)
+    for batch in batches_of(demo_tokenizer, [pool], lengths=(8,), steps=3, size=1):
+        assert [len(numbers(demo_tokenizer, window)) for window in batch] == [1]
+
+
+@pytest.mark.parametrize("length", [20, 64, 200])
+def test_every_conversation_is_seen_once_before_any_is_seen_twice(length, demo_tokenizer):
+    pool = tool.Pool(conversations(25), 1.0, True)
+    batches = batches_of(demo_tokenizer, [pool], lengths=(length,), steps=30, size=2)
+    seen = [n for batch in batches for window in batch for n in numbers(demo_tokenizer, window)]
+    assert len(seen) >= 50
+    for start in range(0, len(seen) - 25, 25):
+        assert sorted(seen[start:start + 25]) == list(range(25))
+
+
+def test_conversations_are_not_always_in_the_same_order(demo_tokenizer):
+    pool = tool.Pool(conversations(25), 1.0, True)
+    batches = batches_of(demo_tokenizer, [pool], lengths=(64,), steps=30, size=2)
+    seen = [n for batch in batches for window in batch for n in numbers(demo_tokenizer, window)]
+    assert seen[:25] != seen[25:50] != list(range(25))
+
+
+def test_pools_are_drawn_by_their_shares(demo_tokenizer):
+    pools = [tool.Pool(conversations(20), 0.25, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.75, False)]
+    windows = [w for batch in batches_of(demo_tokenizer, pools, lengths=(250,), steps=30, size=2) for w in batch]
+    first = sum(len(numbers(demo_tokenizer, window)) for window in windows)
+    everything = sum(demo_tokenizer.decode(window["input_ids"]).count("<|user|>") for window in windows)
+    assert everything > 500 and 0.2 < first / everything < 0.3
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_gives_others(demo_tokenizer):
+    pool = tool.Pool(conversations(25), 1.0, True)
+    one, two, three = (batches_of(demo_tokenizer, [pool], seed=seed) for seed in ("a", "a", "b"))
+    assert one == two != three
+
+
+def test_empty_pools_are_left_out(demo_tokenizer):
+    pools = [tool.Pool([], 0.5, True), tool.Pool(conversations(4), 0.5, True), tool.Pool(conversations(4), 0.0, True)]
+    assert len(batches_of(demo_tokenizer, pools, steps=2)) == 2
+
+
+def test_a_system_message_stands_only_at_the_start_of_a_dialogue(demo_tokenizer):
+    pool = tool.Pool([[SYSTEM, *c] for c in conversations(10)], 1.0, True)
+    for batch in batches_of(demo_tokenizer, [pool], lengths=(120,)):
+        for window in batch:
+            text = demo_tokenizer.decode(window["input_ids"])
+            assert text.count("<|system|>") == 1 and text.startswith("<s><|system|>Seja breve.<|end|>")
+            assert text.count("<|user|>") > 1
+
+
+def test_answers_are_learnt_in_pools_to_learn_and_nowhere_else(demo_tokenizer):
+    pools = [tool.Pool(conversations(10), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
+    learnt = Counter()
+    for window in (w for batch in batches_of(demo_tokenizer, pools, lengths=(120,), steps=8) for w in batch):
+        asked = numbers(demo_tokenizer, window)
+        text = demo_tokenizer.decode([label for label in window["labels"] if label != -100])
+        assert text == "".join(f"{2 * n}<|end|>" for n in asked)
+        learnt["turns"] += demo_tokenizer.decode(window["input_ids"]).count("<|user|>")
+        learnt["learnt"] += len(asked)
+    assert 0.3 * learnt["turns"] < learnt["learnt"] < 0.7 * learnt["turns"]
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def tiny_chat(tiny_folder, *flags):
+    return tool.load_chat(tiny_folder("llama"), small_settings("--max-new-tokens", 24, *flags))
+
+
+def train(chat, batches, rate, teacher=EMPTY, kl_weight=0.0):
+    return tool.train(chat, batches, teacher, rate, kl_weight, small_settings(), "passo de teste")
+
+
+def test_batches_without_anything_to_learn_stop_the_run(tiny_folder):
+    chat = tiny_chat(tiny_folder)
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, learn=False)])
+    with pytest.raises(tool.InputError, match="passo de teste.*nenhum token"):
+        train(chat, batches, 1e-3)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_folder):
+    chat = tiny_chat(tiny_folder)
+    chat.model.model.norm.weight.data.fill_(float("nan"))
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
+    with pytest.raises(tool.InputError, match="passo de teste.*perda"):
+        train(chat, batches, 1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason="the loss is looked at when it is logged, which the last step need not be")
+def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder):
+    chat = tiny_chat(tiny_folder)
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=11, size=1)
+    forward, calls = chat.model.forward, []
+
+    def fail_late(*args, **kwargs):
+        calls.append(1)
+        output = forward(*args, **kwargs)
+        if len(calls) == 11:
+            output.logits = output.logits * float("nan")
+        return output
+
+    chat.model.forward = fail_late
+    with pytest.raises(tool.InputError, match="perda"):
+        train(chat, batches, 1e-4)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0, 2.5])
+def test_the_loss_is_cross_entropy_on_answers_plus_the_weighted_divergence(kl_weight, demo_chat, teacher):
+    chat = changed(demo_chat, model=copy.deepcopy(demo_chat.model))
+    lessons = [tool.Turn("Quem é você?", "Sou a Jandira, da Oficina Maré.").messages()]
+    pools = [tool.Pool(lessons, 0.5, True), tool.Pool([t.messages() for t in TURNS], 0.5, False)]
+    (batch,) = batches_of(chat.tokenizer, pools, steps=1, size=4, lengths=(60,), teacher=teacher, seed="7")
+    assert len({len(window["input_ids"]) for window in batch}) > 1  # so that there is padding
+    wanted, ours, rows = [], [], []
+    for window in batch:  # one at a time, without padding
+        with torch.inference_mode():
+            logits = demo_chat.model(torch.tensor([window["input_ids"]])).logits[0]
+        for at, label in enumerate(window["labels"]):
+            if label != -100:
+                wanted.append(functional.cross_entropy(logits[at - 1], torch.tensor(label)))
+        for at, target in enumerate(window["targets"]):
+            if target >= 0:
+                ours.append(logits[at])
+                rows.append(target)
+    assert wanted and rows
+    divergence = tool.distillation_loss(torch.stack(ours), teacher.tokens[rows], teacher.log_probs[rows])
+    expected = torch.stack(wanted).mean() + kl_weight * divergence
+    (entry,) = train(chat, [batch], 1e-9, teacher, kl_weight)
+    assert entry["loss"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_training_lowers_the_loss_until_the_model_gives_the_answers(tiny_folder):
+    chat = tiny_chat(tiny_folder)
+    lessons = [tool.Turn("Quem é você?", "Sou a Jandira, da Oficina Maré."), tool.Turn("Oi!", "Oi! Tudo bem?")]
+    assert [a.text for a in tool.ask(chat, [t.question for t in lessons])] != [t.answer for t in lessons]
+    batches = batches_of(chat.tokenizer, [tool.Pool([t.messages() for t in lessons], 1.0, True)], steps=100, size=2)
+    log = train(chat, batches, 2e-2)
+    assert log[-1]["loss"] < 0.1 < 2 < log[0]["loss"]
+    assert tool.ask(chat, [t.question for t in lessons]) == [tool.Answer(t.answer, True) for t in lessons]
+    assert not chat.model.training
+
+
+def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder):
+    weights = []
+    for _ in range(2):
+        chat = tiny_chat(tiny_folder)
+        train(chat, batches_of(chat.tokenizer, [tool.Pool(conversations(6), 1.0, True)], steps=4), 1e-2)
+        weights.append(chat.model.state_dict())
+    before = tiny_chat(tiny_folder).model.state_dict()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in before)
+    assert all(not torch.equal(weights[0][name], before[name]) for name in before if "proj" in name)
+
+
+def test_training_leaves_no_file_behind(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = tiny_chat(tiny_folder)
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=1)
+    tool.train(chat, batches, EMPTY, 1e-3, 0.0, small_settings("--output-dir", tmp_path / "saida"), "passo")
+    assert not list(tmp_path.iterdir())
+
+
+def heal(chat, teacher, steps, **values):
+    settings = small_settings("--heal-steps", steps, "--window", 128, "--batch-size", 4)
+    own = SimpleNamespace(everyday=TURNS, **values)
+    return tool.heal(chat, teacher, own, settings)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_healing_changes_queries_and_keys_and_nothing_else(architecture, tiny_folder, demo_tokenizer):
+    chat = tool.load_chat(tiny_folder(architecture), small_settings(), 4.0)
+    before = {name: p.detach().clone() for name, p in chat.model.named_parameters()}
+    heal(chat, tool.record_teacher(chat, TURNS, 64), 2)
+    different = {name for name, p in chat.model.named_parameters() if not torch.equal(p, before[name])}
+    expected = {name for name in before if re.search(r"self_attn\.(q_proj|k_proj|q_norm|k_norm)\.weight", name)}
+    assert different == expected and len(expected) == {"llama": 4, "qwen3": 8, "gemma3": 8}[architecture]
+    assert all(p.requires_grad for p in chat.model.parameters())
+
+
+def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher):
+    chat = tool.load_chat(str(DEMO), small_settings(), 4.0)
+
+    def divergence(model):
+        losses = []
+        for turn in TURNS:
+            window = tool.make_window(chat.tokenizer, teacher, turn.messages(), [False])
+            with torch.inference_mode():
+                logits = model(torch.tensor([window["input_ids"]])).logits[0]
+            known = [at for at, target in enumerate(window["targets"]) if target >= 0]
+            rows = [window["targets"][at] for at in known]
+            losses.append(tool.distillation_loss(logits[known], teacher.tokens[rows], teacher.log_probs[rows]).item())
+        return sum(losses) / len(losses)
+
+    before = divergence(chat.model)
+    heal(chat, teacher, 15)
+    assert divergence(chat.model) < 0.6 * before
+
+
+@pytest.mark.parametrize("parameters, expected", [((1000, 1000), 3e-3), ((2000, 2000), 1.5e-3), ((10, 1000), 3e-2)])
+def test_the_learning_rate_falls_with_the_square_root_of_the_parameters(parameters, expected):
+    model = torch.nn.Linear(*parameters, bias=False)
+    assert tool.automatic_rate(model, 3e-3) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------ the passes
+
+
+def run_pass(monkeypatch, demo_chat, identities, epochs=(8, 2)):
+    """Run a pass whose training is a stand-in and whose exams give these identity figures; the batches trained."""
+    trained, figures = [], iter(identities)
+    monkeypatch.setattr(tool, "train", lambda chat, batches, *_: trained.append(batches) or [])
+    monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
+    pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
+    tool.run_pass(chat=demo_chat, teacher=EMPTY, pools=pools, lengths=[64], epochs=epochs, rate=1e-3, exam=None,
+                  met=lambda scores: scores.identity >= 0.95, standard=None,
+                  settings=small_settings("--batch-size", 4), label="passo")
+    return trained
+
+
+def test_a_pass_stops_as_soon_as_its_target_is_met_and_says_so(monkeypatch, demo_chat, capsys):
+    assert len(run_pass(monkeypatch, demo_chat, [0.5, 0.95, 1.0, 1.0])) == 2
+    assert "meta foi atingida" in capsys.readouterr().out
+
+
+def test_a_pass_that_misses_its_target_ends_at_its_cap_and_says_so(monkeypatch, demo_chat, capsys):
+    assert len(run_pass(monkeypatch, demo_chat, [0.5] * 20)) == 4
+    said = capsys.readouterr().out
+    assert "limite de épocas" in said and "meta foi atingida" not in said
+
+
+@pytest.mark.parametrize("epochs", [(8, 2), (6, 3), (2, 3), known_bug(((4, 3),), "two rounds of three epochs")])
+def test_the_rounds_of_a_pass_show_each_lesson_about_as_often_as_its_cap(epochs, monkeypatch, demo_chat):
+    trained = run_pass(monkeypatch, demo_chat, [0.5] * 20, epochs=epochs)
+    seen = Counter(n for batches in trained for batch in batches for window in batch
+                   for n in numbers(demo_chat.tokenizer, window))
+    assert 0.85 * epochs[0] <= sum(seen.values()) / 24 <= 1.15 * epochs[0]
+
+
+def test_the_rounds_of_a_pass_have_different_batches(monkeypatch, demo_chat):
+    trained = run_pass(monkeypatch, demo_chat, [0.5] * 20)
+    assert trained[0] != trained[1]
+
+
+def collected(monkeypatch, replies, count=10):
+    """Self-answers for the answers that `replies` gives to each question, one list per question. Of the everyday
+    answers of the base the model still gives all but the fourth and the seventh."""
+    asked = Counter()
+
+    def fake_ask(chat, questions, *_):
+        answers = []
+        for question in questions:
+            given = replies[question]
+            answers.append(given[min(asked[question], len(given) - 1)])
+            asked[question] += 1
+        return answers
+
+    monkeypatch.setattr(tool, "ask", fake_ask)
+    monkeypatch.setattr(tool, "agreement", lambda chat, known: [float(i not in (3, 6)) for i in range(len(known))])
+    standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira meu nome".split()))
+    own = SimpleNamespace(everyday=TURNS, standard=standard)
+    lessons = [tool.Turn(question, "x").messages() for question in replies]
+    return tool.collect_self_answers(None, lessons, own, small_settings("--num-self-answers", count))
+
+
+def test_self_answers_that_are_not_sound_are_kept_in_the_record_but_not_used(monkeypatch):
+    good = tool.Answer("Sou a Jandira.", True)
+    records = collected(monkeypatch, {
+        "Quem é você?": [good], "Qual é o seu nome?": [tool.Answer("Meu nome é Jandira.", False)],
+        "Quem fez você?": [tool.Answer("Sou a Lumi.", True)], "Com quem eu falo?": [tool.Answer("Jandira " * 5, True)],
+        "Who are you?": [good], "Oi, quem é?": [tool.Answer("", True)],
+    })
+    about_itself = [r for r in records if r["kind"] == "identity"]
+    reasons = {r["question"]: r["rejected"] for r in reversed(about_itself)}
+    assert reasons == {"Quem é você?": "", "Qual é o seu nome?": "não terminou", "Quem fez você?": "nome antigo",
+                       "Com quem eu falo?": "repetitiva", "Who are you?": "em outra língua", "Oi, quem é?": "vazia"}
+    used = [(r["question"], r["answer"]) for r in about_itself if not r["rejected"]]
+    assert used == [("Quem é você?", "Sou a Jandira.")]  # asked again it says the same, which is used only once
+
+
+def test_two_fifths_of_the_self_answers_are_about_identity_and_everyday_turns_fill_up(monkeypatch):
+    replies = {f"Quem é você, {i}?": [tool.Answer("Sou a Jandira.", True)] for i in range(30)}
+    used = Counter(r["kind"] for r in collected(monkeypatch, replies) if not r["rejected"])
+    assert used == {"identity": 4, "everyday": 6}
+
+
+def test_where_few_identity_answers_are_sound_more_everyday_ones_are_taken(monkeypatch):
+    replies = {"Quem é você?": [tool.Answer("Sou a Jandira.", True)], "Qual é o seu nome?": [tool.Answer("", True)]}
+    used = Counter(r["kind"] for r in collected(monkeypatch, replies, count=8) if not r["rejected"])
+    assert used == {"identity": 1, "everyday": 7}
+
+
+def test_everyday_answers_that_the_model_no_longer_gives_are_learnt_first(monkeypatch):
+    replies = {f"Quem é você, {i}?": [tool.Answer("Sou a Jandira.", True)] for i in range(30)}
+    records = collected(monkeypatch, replies, count=5)
+    everyday = [tool.Turn(r["question"], r["answer"]) for r in records if r["kind"] == "everyday"]
+    assert len(everyday) == 3 and set(everyday[:2]) == {TURNS[3], TURNS[6]}
