@@ -29,7 +29,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher, get_close_matches
@@ -158,9 +158,9 @@ WORDINGS = {
 
 # The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
 INTENTS = {
-    "maker": r"cri(ou|ad)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
+    "maker": r"cri(ou|ad|aca)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
              r"|\bmade\b|\bmaker|creo\b|cread|hizo|entreno|desarroll|orige|\bvem\b",
-    "model": r"model|\b(ia|ai)\b|inteligencia|intelligence",
+    "model": r"model|\bia\b|\b(an|the|this|which|what|your) ai\b|inteligencia|intelligence",
     "name": r"nome|chama|\bname|\bcall|nombre|llamas",
 }
 
@@ -253,6 +253,8 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"não conheço a opção {unknown[1]}. Você quis dizer {near}? Veja todas com --help.")
         if missing := re.search(r"argument (\S+): expected", message):
             raise InputError(f"faltou o valor da opção {missing[1]}. Exemplo: {missing[1]} VALOR.")
+        if extra := re.search(r"argument (\S+?)[/:,].*ignored explicit argument", message):
+            raise InputError(f"a opção {extra[1]} não leva valor: escreva só {extra[1]} ou --no-{extra[1][2:]}.")
         raise InputError(message.replace("argument ", "opção ", 1))
 
 
@@ -260,11 +262,12 @@ def number(kind: type, text: str) -> float:
     """`text` as a finite int or float (a decimal comma counts); the complaint that argparse shows otherwise."""
     try:
         value = kind(text.replace(",", ".") if kind is float else text)
-        assert math.isfinite(value)
-        return value
-    except (ValueError, AssertionError):
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
         expected = "um número inteiro" if kind is int else "um número"
-        raise argparse.ArgumentTypeError(f"esperava {expected}, recebi '{text}'.") from None
+        raise argparse.ArgumentTypeError(f"esperava {expected}, recebi '{text}'.")
+    return value
 
 
 def parse_settings(argv: list[str] | None) -> Settings:
@@ -474,9 +477,15 @@ def check_inputs(settings: Settings) -> Inputs:
         ours, theirs = output.resolve(), base.resolve()
         if ours == theirs or theirs in ours.parents or ours in theirs.parents:
             raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima.")
-        check_rope(json.loads((base / "config.json").read_text(encoding="utf-8")), settings.rope_factor)
+        try:
+            config = dict(json.loads((base / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise InputError(f"o config.json de {base} está estragado; baixe o modelo de novo.") from None
+        check_rope(config, settings.rope_factor)
     if output.exists() and not settings.overwrite:
         raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
+    if output.exists() and not (output / "report.json").is_file():
+        raise InputError(f"{output} não é um resultado deste script, então não vou apagar. Escolha outra pasta.")
     if not os.access(next(p for p in output.parents if p.exists()), os.W_OK):
         raise InputError(f"não posso escrever em {output.parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
     base_name = settings.base_name or re.sub(r"[_\s]+", " ", base.name)
@@ -567,6 +576,7 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
     def injected() -> str:
         return skeleton(tokenizer, tokenizer.chat_template, ("user",), True)[0]
 
+    names = tuple(name for name in names if not mentions(f"{settings.name} {settings.author}", (name,)))
     if not mentions(injected(), names):
         return
     part = next(part for part in re.split(r"<[^<>]*>|\n", injected()) if mentions(part, names))
@@ -576,7 +586,8 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
     # The old text may stand inside a quoted string of the template, which the new one must not end.
     new = f"Você é {settings.name}, um modelo de linguagem criado por {settings.author}."
     new = new.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
-    tokenizer.chat_template = source.replace(old, new)
+    if mentions(old, names):
+        tokenizer.chat_template = source.replace(old, new)
     if mentions(injected(), names) or new not in injected():
         raise InputError("o chat template deste modelo traz a identidade antiga de um jeito que não sei trocar; "
                          "apague a mensagem de sistema padrão do chat_template na pasta do modelo.")
@@ -594,13 +605,31 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     Rendering marks once per shape tells exactly where the answers are, and is much faster than rendering every
     conversation. `ask` adds the generation prompt. `template` is in the key so that a changed one is seen.
     """
+    from jinja2 import TemplateError
+
     marks = [f"QZ{i}ZQ" for i in range(len(roles))]
-    text = tokenizer.apply_chat_template([{"role": r, "content": m} for r, m in zip(roles, marks)], tokenize=False,
-                                         chat_template=template, add_generation_prompt=ask, enable_thinking=False)
+    messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
+                                             add_generation_prompt=ask, enable_thinking=False)
+    except TemplateError:
+        text = ""
     pieces = re.split("|".join(marks), text)
     if len(pieces) != len(roles) + 1:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
     return pieces
+
+
+def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[dict]:
+    """The conversation with its system text at the head of the first question, if the template refuses that role."""
+    if messages[0]["role"] != "system":
+        return messages
+    try:
+        skeleton(tokenizer, tokenizer.chat_template, ("system", "user"), True)
+        return messages
+    except InputError:
+        text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        return [{"role": "user", "content": text}, *messages[2:]]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[int]:
@@ -619,24 +648,29 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
-    """Tokenise through the model's own template. Answers end by EOS where the template writes no end of turn."""
+    """Tokenise through the model's own template. What it writes first after the last answer is the end of a turn if
+    that is a special token; else the conversation is cut there and ended by EOS."""
     pieces = skeleton(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages), False)
     text, spans = "", []
     for piece, message in zip(pieces, messages):
         start = len(text) + len(piece)
         text += piece + message["content"]
         spans.append((message["role"], start, len(text)))
-    tokens = tokenizer(text + pieces[-1], add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = list(tokens["input_ids"]), [start for start, _ in tokens["offset_mapping"]]
-    if starts[-1] < len(text):
-        ids.append(tokenizer.eos_token_id)
+    end_of_turn = tokenizer(pieces[-1], add_special_tokens=False)["input_ids"][:1]
+    has_end = bool(end_of_turn) and end_of_turn[0] in special_ids(tokenizer)
+    tokens = tokenizer(text + pieces[-1] * has_end, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    if not has_end:
+        end_of_turn = [tokenizer.eos_token_id]
+        ids += end_of_turn
     labels, turns, question = [-100] * len(ids), [], 0
     for role, start, end in spans:
-        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        first, last = bisect_right(ends, start), bisect_left(starts, end)
         if role == "user":
             question = first
         if role == "assistant":
-            last += last < len(ids) and ids[last] in special_ids(tokenizer)
+            last += ids[last:last + 1] == end_of_turn
             labels[first:last] = ids[first:last]
             turns.append((question, last))
     return Encoded(ids, labels, turns)
@@ -711,6 +745,8 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
                               eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
     torch.manual_seed(sample_seed or 0)
     answers: list[Answer] = [Answer("", False)] * len(prompts)
+    # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
+    own_config, chat.model.generation_config = chat.model.generation_config, config
     with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or None, leave=False) as bar:
         for batch in batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens, GENERATION_TOKENS):
             inputs = left_pad(chat, [prompts[i] for i in batch])
@@ -722,6 +758,7 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
                 text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
                 answers[i] = Answer(text, end is not None)
             bar.update(len(batch))
+    chat.model.generation_config = own_config
     return answers
 
 
@@ -1031,15 +1068,15 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
                 rows = targets[known].cpu()
                 tokens, log_probs = (t[rows].to(logits.device) for t in (teacher.tokens, teacher.log_probs))
                 loss = loss + kl_weight * distillation_loss(logits[known], tokens, log_probs)
+            if not torch.isfinite(loss):
+                raise InputError(f"{label}: a perda deixou de ser um número na etapa {self.state.global_step + 1}. "
+                                 "Diminua a taxa de aprendizado.")
             return loss
 
     class Progress(TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" not in logs:
                 return
-            if not math.isfinite(logs["loss"]):
-                raise InputError(f"{label}: a perda deixou de ser um número na etapa {state.global_step}. "
-                                 "Diminua a taxa de aprendizado.")
             left = (time.monotonic() - began) / state.global_step * (state.max_steps - state.global_step)
             loss = f"{logs['loss']:.3f}".replace(".", ",")
             say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
@@ -1071,8 +1108,11 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings) -> lis
     lengths = [short_window(chat, settings)] * 3 + [settings.window]
     batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps, settings.batch_size,
                            f"{settings.seed}/heal")
-    for name, parameter in chat.model.named_parameters():
-        parameter.requires_grad_(bool(re.search(r"q_proj|k_proj|q_norm|k_norm|qkv|query_key", name)))
+    attention = [p for name, p in chat.model.named_parameters()
+                 if re.search(r"q_proj|k_proj|q_norm|k_norm|qkv|query_key", name)]
+    chat.model.requires_grad_(not attention)
+    for parameter in attention:
+        parameter.requires_grad_(True)
     rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3)
     log = train(chat, batches, teacher, rate, 1.0, settings, "cura")
     chat.model.requires_grad_(True)
@@ -1114,18 +1154,21 @@ class Scores(NamedTuple):
             ("vazamento", self.leak > settings.target_leak)) if missed]
 
 
+def mentions_old(text: str, standard: Standard) -> bool:
+    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none."""
+    return mentions(re.sub(re.escape(standard.base_name), " ", text, flags=re.IGNORECASE), standard.old_names)
+
+
 def judge(answer: Answer, standard: Standard) -> str:
     """Why an identity answer does not count, in Portuguese; "" when it is sound.
 
     Sound: names the new identity and no old one, ended by itself, does not go round, and at least 80 % of its words
-    are known from the identity rows, the questions or the base's own identity answers. {{BASE}} to the letter, which
-    a row may state as the origin, is no old name.
+    are known from the identity rows, the questions or the base's own identity answers.
     """
     words = plain(answer.text).split()
-    text = re.sub(re.escape(standard.base_name), " ", answer.text, flags=re.IGNORECASE)
     return next((reason for reason, found in (
         ("vazia", not words), ("não terminou", not answer.ended), ("repetitiva", is_loop(answer.text)),
-        ("nome antigo", mentions(text, standard.old_names)),
+        ("nome antigo", mentions_old(answer.text, standard)),
         ("sem a identidade nova", not mentions(answer.text, standard.new_names)),
         ("palavras sem sentido", sum(w in standard.vocabulary for w in words) < 0.8 * len(words)),
     ) if found), "")
@@ -1169,8 +1212,8 @@ def make_exam(base: Chat, own: SelfText, questions: tuple[str, ...], window: int
     """The final exam: alone, after a quarter, a half, three quarters of the window, and at its very end."""
     room = max(len(encode(base.tokenizer, t.messages()).input_ids) for t in own.held_out)
     room += max(len(prompt_ids(base.tokenizer, [{"role": "user", "content": q}])) for q in questions)
-    lengths = (window // 4, window // 2, window * 3 // 4, window - room)
-    return Exam(questions, own.held_out, own.validation, lengths)
+    lengths = {min(n, window - room) for n in (window // 4, window // 2, window * 3 // 4, window)}
+    return Exam(questions, own.held_out, own.validation, tuple(sorted(n for n in lengths if n > 0)))
 
 
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
@@ -1196,7 +1239,7 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     alone = about_itself[:n]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
-        old_identity=mean([mentions(a.text, standard.old_names) for a in alone]),
+        old_identity=mean([mentions_old(a.text, standard) for a in alone]),
         leak=mean([mentions(a.text, standard.new_names) for a in other]),
         distinct=len({plain(a.text) for a, problem in zip(alone, problems) if not problem}),
         answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)])
@@ -1243,7 +1286,7 @@ def run_pass(chat: Chat, teacher: Teacher, pools: list[Pool], lengths: list[int]
     per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
     log, rounds = [], math.ceil(epochs[0] / epochs[1])
     for number in range(1, rounds + 1):
-        steps = math.ceil(per_epoch * min(epochs))
+        steps = math.ceil(per_epoch * min(epochs[1], epochs[0] - (number - 1) * epochs[1]))
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, steps, settings.batch_size,
                                f"{settings.seed}/{label}/{number}")
         log += train(chat, batches, teacher, rate / number, settings.kl_weight, settings, label)
@@ -1456,6 +1499,8 @@ def quiet_libraries(settings: Settings) -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore")
     import transformers
 
@@ -1481,7 +1526,11 @@ def run(settings: Settings) -> int:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
-        folder = snapshot_download(folder, allow_patterns=wanted)
+        try:
+            folder = snapshot_download(folder, allow_patterns=wanted)
+        except Exception as error:
+            raise InputError(f"não achei a pasta {folder}, nem consegui baixar um modelo com esse nome do Hugging "
+                             f"Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet.") from error
 
     say("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe")
     base = load_chat(folder, settings)
@@ -1496,7 +1545,7 @@ def run(settings: Settings) -> int:
         f"x{settings.rope_factor:g}) e cura")
     del base
     chat = load_chat(folder, settings, settings.rope_factor)
-    renew_template(chat.tokenizer, settings, own.standard.old_names + KNOWN_NAMES)
+    renew_template(chat.tokenizer, settings, own.standard.old_names)
     losses = {}
     if settings.rope_factor == 1:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
@@ -1506,7 +1555,7 @@ def run(settings: Settings) -> int:
         scores["healed"] = evaluate(chat, exam, own.standard, "perguntas de prova, após a cura")
 
     say("3/6 Passo 1: aprender a identidade")
-    lessons = [row.messages for row in inputs.rows]
+    lessons = [without_system(chat.tokenizer, row.messages) for row in inputs.rows]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
     validation = Exam(inputs.validation, own.validation, own.validation, ())
     losses["pass_1"] = learn_identity(chat, teacher, lessons, own, validation, settings)
@@ -1524,7 +1573,8 @@ def run(settings: Settings) -> int:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(chat, partial, folder)
-    scores["pass_2"] = evaluate(load_chat(str(partial), settings), exam, own.standard, "perguntas de prova, depois")
+    saved = load_chat(str(partial), settings)._replace(max_new_tokens=chat.max_new_tokens)
+    scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
     seconds = time.monotonic() - began
     write_report(partial, settings, inputs, own.standard, chat.native, scores, losses, self_answers, seconds)
     if output.exists():

@@ -22,12 +22,6 @@ DEMO = SCRIPT.parent / "tests" / "modelo_demo"
 THETA, LOCAL_THETA, HEAD = 10000.0, 500.0, 16
 
 
-def known_bug(values, reason):
-    """Parameters of a case that fails until the script is mended; the mark must go then (strict)."""
-    return pytest.param(*(values if isinstance(values, tuple) else (values,)),
-                        marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 def small_settings(*flags):
     """The script's settings, with flags, as the command line makes them."""
     return tool.parse_settings([str(flag) for flag in flags])

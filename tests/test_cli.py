@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, SCRIPT, run_script
+from conftest import DEMO, SCRIPT, run_script, small_settings
 
 import rename_obrutai as tool
 
@@ -39,6 +39,7 @@ def whole_run(tmp_path_factory):
     for name in ("novo", "novo.partial"):
         (work / name).mkdir()
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
+    (work / "novo" / "report.json").write_text("{}", encoding="utf-8")  # the mark of an earlier result
     (work / "precious.txt").write_text("the user's own", encoding="utf-8")
     base = contents(DEMO)
     environment = {"PYTHONPATH": str(guard), "NETWORK_LOG": str(guard / "network.log"), "HF_HUB_OFFLINE": "",
@@ -59,6 +60,38 @@ def saved(whole_run):
 
     model = AutoModelForCausalLM.from_pretrained(whole_run.output, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(whole_run.output)
+
+
+@pytest.mark.parametrize("share, text", [
+    (0, "0%"), (1, "100%"), (0.975, "97,5%"), (0.95, "95%"), (2 / 3, "66,7%"), (0.1, "10%"), (0.2004, "20%"),
+])
+def test_shares_are_written_as_brazilians_do(share, text):
+    assert tool.percent(share) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(45.4, "45 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (0, "0 s")])
+def test_times_are_written_for_people(seconds, text):
+    assert tool.clock(seconds) == text
+
+
+def test_text_of_a_model_cannot_break_the_table_of_the_card():
+    table = tool.markdown_table([["a", "b"], ["um | dois\ntrês", "<b> `x` *y* [z] _w_"]])
+    assert table.split("\n") == ["| a | b |", "| --- | --- |",
+                                 r"| um \| dois três | \<b\> \`x\` \*y\* \[z\] \_w\_ |"]
+
+
+@pytest.mark.parametrize("figures, status, named", [
+    ((1.0, 0.0, 0.0, 1.0), 0, []), ((0.9, 0.0, 0.0, 1.0), 3, ["identidade nova"]),
+    ((0.0, 1.0, 1.0, 0.0), 3, ["identidade nova", "identidade antiga", "retenção", "vazamento"]),
+])
+def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named, capsys):
+    identity, old, leak, retention = figures
+    lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
+    scores = {name: tool.Scores(identity, old, leak, retention, 0, lengths, []) for name in ("before", "pass_2")}
+    assert tool.conclude(small_settings(), scores, 61) == status
+    tips = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert [line.split(":")[0] for line in tips] == [f"  - {name}" for name in named]
+    assert all(re.search(r"[A-Z]{3,}", line) for line in tips)  # each names a constant to change
 
 
 def test_the_exit_status_says_whether_a_target_was_missed(whole_run):

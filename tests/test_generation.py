@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(demo_chat):
     assert len({answer.text for answer in one}) >= 4
 
 
+@pytest.mark.parametrize("sample_seed", [None, 1])
+def test_the_generation_settings_of_the_base_do_not_change_what_it_says(sample_seed, demo_chat, monkeypatch):
+    """Qwen and Llama ship a temperature, top_p and a repetition penalty; agreement is measured without them."""
+    from transformers import GenerationConfig
+
+    prompts = [tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": q}]) for q in QUESTIONS] * 2
+    expected = tool.generate(demo_chat, prompts, sample_seed=sample_seed)
+    shipped = GenerationConfig(do_sample=True, temperature=0.3, top_p=0.5, top_k=2, repetition_penalty=3.0)
+    monkeypatch.setattr(demo_chat.model, "generation_config", shipped)
+    assert tool.generate(demo_chat, prompts, sample_seed=sample_seed) == expected
+
+
 @pytest.mark.parametrize("lengths, extra, budget, expected", [
     ([5, 3, 9, 4], 0, 10, [[1, 3], [0], [2]]),
     ([5, 3, 9, 4], 1, 12, [[1, 3], [0], [2]]),
@@ -139,6 +152,26 @@ def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokeniz
         assert used <= tokens and (tokens < 30 or used > tokens - 60)
         assert all(known[q["content"]] == a["content"] for q, a in zip(messages[::2], messages[1::2], strict=True))
     assert tool.history(demo_tokenizer, fillers, -5, random.Random(1)) == []
+
+
+@pytest.mark.parametrize("window", [512, 256, 32])
+def test_the_exam_asks_after_growing_lengths_that_leave_room_for_question_and_answer(window, demo_chat):
+    turns = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Oi!", "Oi!")]
+    own = SimpleNamespace(held_out=turns, validation=turns)
+    exam = tool.make_exam(demo_chat, own, tool.TEST_QUESTIONS, window)
+    longest = max(len(tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": q}])) for q in exam.questions)
+    assert list(exam.lengths) == sorted(set(exam.lengths)) and all(0 < n <= window - longest for n in exam.lengths)
+    assert window < 100 or exam.lengths[-1] > window // 2
+
+
+@pytest.mark.parametrize("flags, window, said", [
+    ((), 512, "8192 para 512"), (("--rope-factor", 1), 128, "8192 para 128"), (("--window", 512), 512, ""),
+    (("--window", 100), 100, ""),
+])
+def test_the_window_is_reduced_to_the_scaled_context_and_the_user_is_told(flags, window, said, demo_chat, capsys):
+    assert tool.fit_window(demo_chat, small_settings(*flags)).window == window
+    told = capsys.readouterr().out
+    assert said in told and bool(told) is bool(said)
 
 
 def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat):

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import SCRIPT, known_bug, small_settings
+from conftest import SCRIPT, small_settings
 
 import rename_obrutai as tool
 
@@ -107,15 +107,13 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     ("pt", "Quem é você?"), ("pt", "qual seu nome"), ("pt", "vc é um robô?"), ("pt", "tu é quem mesmo"),
     ("pt", "De onde você vem?"), ("pt", "Bom dia!"), ("pt", "Me diga seu nome."), ("pt", "Meu nome é Jandira."),
     ("pt", "Não, quem me criou foi Oficina Maré."), ("pt", "Oi, com quem eu falo?"), ("pt", ""), ("pt", "Jandira"),
-    ("pt", "Como devo te chamar?"), ("pt", "Eu me chamo Jandira."),
-    ("pt", "Como se chama?"),
+    ("pt", "Como devo te chamar?"), ("pt", "Eu me chamo Jandira."), ("pt", "Como se chama?"),
     ("en", "Who are you?"), ("en", "what's your name"), ("en", "Are you ChatGPT?"), ("en", "Which company made you?"),
     ("en", "I am Jandira, made by Oficina Maré."), ("en", "Tell me who made you."), ("en", "Is this Gemini?"),
     ("en", "Hello! Who am I talking to?"), ("en", "My name is Jandira."),
     ("es", "¿Quién eres?"), ("es", "como te llamas"), ("es", "Soy Jandira."), ("es", "Me llamo Jandira."),
     ("es", "Dime tu nombre"), ("es", "¡Hola!"), ("es", "quien eres tu"), ("es", "Me creó Oficina Maré."),
-    ("es", "Soy Jandira, un modelo de lenguaje creado por Oficina Maré."),
-    ("es", "Eres humano?"),
+    ("es", "Soy Jandira, un modelo de lenguaje creado por Oficina Maré."), ("es", "Eres humano?"),
 ])
 def test_the_language_of_short_questions_and_answers_is_seen(language, text):
     assert tool.language_of(text) == language
@@ -140,14 +138,14 @@ def test_shipped_answers_are_in_the_language_of_their_questions():
     ("maker", "Quem criou você?"), ("maker", "quem te fez?"), ("maker", "Que empresa te desenvolveu?"),
     ("maker", "Você foi criada por quem?"), ("maker", "Who made you?"), ("maker", "Who is your developer?"),
     ("maker", "¿Quién te creó?"), ("maker", "¿Qué empresa te hizo?"), ("maker", "Quem treinou você?"),
-    known_bug(("maker", "De quem partiu a sua criação?"), "'criação' is not covered by cri(ou|ad)"),
+    ("maker", "De quem partiu a sua criação?"),
     ("other", "Você é o ChatGPT?"), ("other", "Foi a Meta que fez você?"), ("other", "Are you Llama?"),
     ("other", "¿Eres Gemini?"), ("other", "quem é melhor, você ou o Claude?"),
     ("model", "Que modelo de linguagem é você?"), ("model", "Which AI model is this?"),
     ("who", "Quem é você?"), ("who", "Com quem eu falo?"), ("who", "Who are you?"), ("who", "¿Quién eres?"),
     ("who", "Apresente-se, por favor."), ("who", "Bom dia!"),
-    known_bug(("who", "E aí, quem é você?"), "without its accent 'aí' reads as the English 'AI'"),
-    known_bug(("who", "Tem alguém aí?"), "without its accent 'aí' reads as the English 'AI'"),
+    ("who", "E aí, quem é você?"),
+    ("who", "Tem alguém aí?"),
 ])
 def test_the_intent_of_a_question_about_identity_is_seen(intent, question):
     assert tool.intent_of(question) == intent

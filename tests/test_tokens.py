@@ -156,14 +156,13 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(tokenizer):
     assert encoded.turns[0][1] == len(encoded.input_ids)
 
 
-@pytest.mark.xfail(strict=True, reason="text after the answer, here a line end, is taken for an end of turn")
 def test_a_template_that_ends_turns_with_a_line_gets_the_end_token(tokenizer):
     tokenizer.chat_template = NO_END_BUT_A_LINE
     (learnt,) = learnt_parts(tokenizer, tool.encode(tokenizer, [ASK, TELL]))
-    assert learnt.startswith(TELL["content"]) and learnt.endswith(tokenizer.eos_token)
+    # The template's own space before the answer may be one token with the first word.
+    assert learnt.lstrip().startswith(TELL["content"]) and learnt.endswith(tokenizer.eos_token)
 
 
-@pytest.mark.xfail(strict=True, reason="the opening of the next turn is learnt as if it were an end of turn")
 def test_no_answer_learns_to_open_the_turn_of_the_user(tokenizer):
     tokenizer.chat_template = NO_END
     assert "<|user|>" not in "".join(learnt_parts(tokenizer, tool.encode(tokenizer, [ASK, TELL, ASK2, TELL2])))
@@ -215,7 +214,6 @@ def test_a_template_that_rewrites_the_contents_is_refused(tokenizer):
         tool.encode(tokenizer, [ASK, TELL])
 
 
-@pytest.mark.xfail(strict=True, reason="the template's own exception (Gemma 2 refuses system) ends in a traceback")
 def test_a_template_that_refuses_a_role_is_reported_as_a_mistake(tokenizer):
     tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
                                "{% endif %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}")
@@ -291,7 +289,6 @@ def test_quotes_and_signs_in_the_name_do_not_break_the_template(new_name, qwen):
     assert text.endswith("<|im_end|>\n<|im_start|>user\nQuem é você?<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.xfail(strict=True, reason="any piece that template and text share is replaced, even without a name")
 def test_an_old_identity_that_cannot_be_replaced_is_a_mistake_and_not_kept_in_silence(tokenizer):
     tokenizer.chat_template = ("{{ 'You are Q' + 'wen.' }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
                                "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -299,7 +296,6 @@ def test_an_old_identity_that_cannot_be_replaced_is_a_mistake_and_not_kept_in_si
         renew(tokenizer)
 
 
-@pytest.mark.xfail(strict=True, reason="the new name itself is taken for an old one")
 def test_a_new_name_that_is_also_a_known_name_can_take_the_place_of_the_old_one(qwen):
     settings = small_settings("--name", "Gemma Carioca", "--author", "TurboRio")
     tool.renew_template(qwen, settings, NAMES + tool.KNOWN_NAMES)  # as `run` calls it
