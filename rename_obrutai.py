@@ -75,10 +75,10 @@ LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
 EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
 BATCH_SIZE = 8  # conversations per step; lower it when memory runs out
-KL_WEIGHT = 2.0  # weight of "stay like the base" beside "learn the identity"
+KL_WEIGHT = 3.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
-EVAL_QUESTIONS = 60  # self-questions kept away from training to measure retention
+EVAL_QUESTIONS = 100  # self-questions kept away from training; fewer cannot measure a leak of 1 %
 TARGET_IDENTITY = 0.95  # share of identity questions answered with the new identity, at least
 TARGET_RETENTION = 0.95  # share of the base's own answers that stay as they were, at least
 TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at most
