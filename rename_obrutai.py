@@ -1197,12 +1197,18 @@ def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
     return results
 
 
+@functools.cache
+def turn_cost(tokenizer, template: str, turn: Turn) -> int:
+    """Tokens of a turn alone: exams draw the same ones often. `template` is in the key as in `skeleton`."""
+    return len(encode(tokenizer, turn.messages()).input_ids)
+
+
 def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> list[dict]:
     """Conversation of randomly drawn turns, as long as it stays within `tokens`."""
     messages, used = [], 0
     while True:
         turn = rng.choice(fillers)
-        used += len(encode(tokenizer, turn.messages()).input_ids)
+        used += turn_cost(tokenizer, tokenizer.chat_template, turn)
         if used > tokens:
             return messages
         messages += turn.messages()
@@ -1343,7 +1349,7 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
     agreed = agreement(chat, [turn.messages() for turn in own.everyday])
     ranked = sorted(zip(agreed, own.everyday), key=lambda pair: pair[0])
     everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
-    say(f"  Das respostas do dia a dia do modelo base, ele ainda dá {percent(sum(agreed) / len(agreed))}.")
+    say(f"  Ele ainda responde como o modelo base em {percent(sum(agreed) / len(agreed))} das perguntas do dia a dia.")
     say(f"  {len(kept)} sobre a identidade ({len(records) - len(kept)} recusadas) e {len(everyday)} do dia a dia.")
     return records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday]
 
@@ -1538,7 +1544,7 @@ def run(settings: Settings) -> int:
     own = write_self_text(base, settings, inputs)
     exam = make_exam(base, own, inputs.test, settings.window)
     scores = {"before": evaluate(base, exam, own.standard, "perguntas de prova, antes")}
-    say(f"  Nas perguntas de prova, ele diz a identidade antiga em {percent(scores['before'].old_identity)}.")
+    say(f"  Nas perguntas de prova, {percent(scores['before'].old_identity)} das respostas dele dizem um nome antigo.")
     teacher = record_teacher(base, own.everyday, short_window(base, settings))
     frequencies = rope_frequencies(base.model)
     say(f"2/6 Contexto de {base.native} para {int(base.native * settings.rope_factor)} tokens (RoPE linear "
