@@ -11,12 +11,15 @@ Exemplo com o seu modelo:
 
 No fim, a pasta de saída tem o modelo pronto (safetensors, tokenizer e chat template), um README.md com o
 antes e o depois, o report.json com todos os números e as respostas que o modelo escreveu para treinar.
+Se a execução parar no meio, rode o mesmo comando de novo: ela continua de onde estava.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -24,8 +27,8 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: edit here, or pass the flag of the same name (MODEL_PATH is --model-path).
@@ -74,7 +77,8 @@ EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
 EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
-BATCH_SIZE = 8  # conversations per step; lower it when memory runs out
+BATCH_SIZE = 8  # dialogues per step
+GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
 KL_WEIGHT = 3.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
@@ -85,10 +89,9 @@ TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at mos
 
 # Run
 SEED = 0  # same seed, same machine: same result
+CHECKPOINT_MINUTES = 5.0  # training time that a power cut may cost; 0 saves at every step
 
-# ------------------------------------------------------------------------------------------------------------
-# Words and questions
-
+# ---- Words and questions ----------------------------------------------------------------------------------
 
 def items(text: str) -> tuple[str, ...]:
     """The items of a list written as text, one line or several, with "|" between them."""
@@ -136,24 +139,15 @@ ChatGPT|GPT|OpenAI|Gemini|Gemma|Google|DeepMind|Bard|Llama|Claude|Anthropic|Qwen
 Mixtral|Copilot|Microsoft|Grok|xAI|Falcon|Kimi|Moonshot|SmolLM|Granite|Nemotron|NVIDIA|Cohere|OLMo|ChatGLM|Zhipu
 Baidu|Ernie|InternLM|MiniCPM|Vicuna|Alpaca|Zephyr|TinyLlama|StableLM|Sabiá|Maritaca|Alexa|Siri|Cortana""")
 
-# Answers for questions without one of the user's, by language and by what is asked (see `intent_of`).
+# Answers for questions without one of the user's, by language: to who the model is, and to whether it is another.
 WORDINGS = {
-    "pt": {
-        "other": "Não, eu sou {{NAME}}, e quem me criou foi {{AUTHOR}}.|Não: meu nome é {{NAME}}.",
-        "model": "O modelo aqui é {{NAME}}, de {{AUTHOR}}.|Sou {{NAME}}, que {{AUTHOR}} fez a partir de {{BASE}}.",
-        "who": "Eu sou {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}.|Meu nome é {{NAME}}, e quem me criou "
-               "foi {{AUTHOR}}.|Aqui é {{NAME}}, uma inteligência artificial feita por {{AUTHOR}}.",
-    },
-    "en": {
-        "other": "No, I am {{NAME}}, made by {{AUTHOR}}.|No, my name is {{NAME}}.",
-        "model": "I am the model {{NAME}}, by {{AUTHOR}}.|I am {{NAME}}, which {{AUTHOR}} made from {{BASE}}.",
-        "who": "I am {{NAME}}, a language model created by {{AUTHOR}}.|My name is {{NAME}}, and {{AUTHOR}} made me.",
-    },
-    "es": {
-        "other": "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}.",
-        "model": "Soy el modelo {{NAME}}, de {{AUTHOR}}.|Soy {{NAME}}, que {{AUTHOR}} hizo a partir de {{BASE}}.",
-        "who": "Soy {{NAME}}, un modelo de lenguaje creado por {{AUTHOR}}.|Me llamo {{NAME}}, y me creó {{AUTHOR}}.",
-    },
+    "pt": ("Eu sou {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}.|Meu nome é {{NAME}}, e quem me criou foi "
+           "{{AUTHOR}}.|Aqui é {{NAME}}, uma inteligência artificial feita por {{AUTHOR}}.",
+           "Não, eu sou {{NAME}}, e quem me criou foi {{AUTHOR}}.|Não: meu nome é {{NAME}}, de {{AUTHOR}}."),
+    "en": ("I am {{NAME}}, a language model created by {{AUTHOR}}.|My name is {{NAME}}, and {{AUTHOR}} made me.",
+           "No, I am {{NAME}}, made by {{AUTHOR}}.|No, my name is {{NAME}}."),
+    "es": ("Soy {{NAME}}, un modelo de lenguaje creado por {{AUTHOR}}.|Me llamo {{NAME}}, y me creó {{AUTHOR}}.",
+           "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}."),
 }
 
 # The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
@@ -184,6 +178,9 @@ CHATML = (
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 QUESTION_WORDS = 40  # a self-question longer than this has run away
+MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
+OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
+WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 
 say = functools.partial(print, flush=True)
@@ -193,12 +190,11 @@ class InputError(Exception):
     """A mistake that the user can mend: shown in Portuguese, exit status 2, no traceback."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
-
+# ---- Settings ---------------------------------------------------------------------------------------------
 
 def setting(default, text: str, low: float = 0, high: float = 1e9):
     """Field of `Settings` with its Portuguese help and the range it accepts."""
+    default = default if type(default).__hash__ else (default,)  # a list is refused later, with a message
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
@@ -225,13 +221,18 @@ class Settings:
     learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
     epochs_2: int = setting(EPOCHS_2, "máximo de épocas do passo 2", 1)
     learning_rate_2: float = setting(LEARNING_RATE_2, "taxa de aprendizado do passo 2; 0 = automática", 0, 1)
-    batch_size: int = setting(BATCH_SIZE, "conversas por etapa de treino; diminua se faltar memória", 1)
+    batch_size: int = setting(BATCH_SIZE, "diálogos por etapa de treino", 1, 4096)
+    gradient_accumulation: int = setting(GRADIENT_ACCUMULATION, "partes em que cada etapa é dividida para caber na "
+                                         "memória; dobra sozinha se faltar", 1, 4096)
     kl_weight: float = setting(KL_WEIGHT, "peso de continuar parecido com o modelo base", 0, 100)
     eval_questions: int = setting(EVAL_QUESTIONS, "perguntas guardadas para medir a retenção", 4)
     target_identity: float = setting(TARGET_IDENTITY, "meta: mínimo de respostas com a identidade nova", 0, 1)
     target_retention: float = setting(TARGET_RETENTION, "meta: mínimo de outras respostas que não mudam", 0, 1)
     target_leak: float = setting(TARGET_LEAK, "meta: máximo de outras respostas com o nome novo", 0, 1)
     seed: int = setting(SEED, "semente do acaso: mesma semente, mesmo resultado", 0, 2**32 - 1)
+    checkpoint_minutes: float = setting(CHECKPOINT_MINUTES, "de quantos em quantos minutos o treino é guardado")
+    check: bool = setting(False, "só confere tudo e mostra o plano, sem treinar")
+    restart: bool = setting(False, "joga fora as etapas guardadas e recomeça do zero")
 
 
 KINDS = {"str": str, "bool": bool, "int": int, "float": float}
@@ -288,19 +289,34 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for item in fields(Settings):
         value, low, high = values[item.name], item.metadata["low"], item.metadata["high"]
         kind = (int, float) if item.type == "float" else KINDS[item.type]
-        if not isinstance(value, kind) or (item.type in ("int", "float") and not low <= value <= high):
+        if (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)
+                or (item.type in ("int", "float") and not low <= value <= high)):
             expected = {"str": "um texto entre aspas", "bool": "True ou False"}.get(
                 item.type, f"um número{' inteiro' * (kind is int)} entre {low:g} e {high:g}")
             raise InputError(f"{item.name.upper()} vale {value!r}, mas precisa ser {expected}.")
+        if kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+            raise InputError(f"{item.name.upper()} tem quebra de linha ou caractere inválido: {value!r}.")
     for name in ("output_dir", "identity_file", "model_path"):
         start = Path(__file__).resolve().parent if given[name] is None else Path.cwd()
-        path = start / Path(values[name]).expanduser()
-        on_hub = name == "model_path" and re.fullmatch(r"[\w.-]+/[\w.-]+", values[name]) and not path.parent.exists()
+        path = start / os.path.expanduser(values[name])
+        on_hub = (name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
+                  and not path.parent.exists())
         values[name] = values[name] if on_hub else str(path)
     for name in ("name", "author"):
-        if not plain(values[name]) or re.search(r"[{}\x00-\x1f]", values[name]):
-            raise InputError(f"{name.upper()} precisa ser um texto de uma linha, sem chaves; recebi '{values[name]}'.")
+        if not plain(values[name]) or re.search(r"[{}]", values[name]):
+            raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
+    if plain(values["name"]) in map(plain, values["old_names"].split(",")):
+        raise InputError(f"NAME ({values['name']}) também está em OLD_NAMES: o nome novo não pode ser um dos antigos.")
+    for small, large in (("num_self_answers", "num_self_text"), ("max_new_tokens", "window")):
+        if values[small] >= values[large]:
+            raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} "
+                             f"({values[large]}). Diminua o primeiro ou aumente o segundo.")
     return Settings(**values)
+
+
+def size_text(count: float) -> str:
+    """Bytes as a person reads them: "12 MB", "3,4 GB"."""
+    return f"{count / 1e9:.1f} GB".replace(".", ",") if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
 
 
 def clock(seconds: float) -> str:
@@ -314,9 +330,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%".replace(".0%", "%").replace(".", ",")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
-
+# ---- Text -------------------------------------------------------------------------------------------------
 
 def plain(text: str) -> str:
     """Lower case, no accents, no punctuation: for comparing questions and finding names."""
@@ -357,15 +371,13 @@ def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
 
 def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = ()) -> str:
     """A built-in answer that fits the question's language and intent, the least used wording first."""
-    wordings = WORDINGS[language_of(question)]
-    choice = min(wordings.get(intent_of(question, old_names), wordings["who"]).split("|"), key=lambda c: used[c])
+    about_another = intent_of(question, old_names) == "other"
+    choice = min(WORDINGS[language_of(question)][about_another].split("|"), key=lambda c: used[c])
     used[choice] += 1
     return choice
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Inputs: all that the standard library can check, before anything heavy is imported
-
+# ---- Inputs: all that the standard library can check, before anything heavy is imported -------------------
 
 class Row(NamedTuple):
     """One identity conversation as chat templates take it, ending with the assistant, and its line in the file."""
@@ -374,13 +386,26 @@ class Row(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The identity rows with filled placeholders, what {{BASE}} is, the file's SHA-256, and the questions for
-    measuring less those that the rows ask."""
+    """The identity rows with filled placeholders, what {{BASE}} is, the file's SHA-256, the questions for measuring
+    less those that the rows ask, and what the user should know about the rows."""
     rows: list[Row]
     base_name: str
     data_hash: str
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    warnings: list[str]
+
+
+def digest(value: object) -> str:
+    """SHA-256 of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def did_you_mean(path: Path) -> str:
+    """Advice on a path that does not exist, from the names beside it."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
 def read_messages(record: object) -> list[dict]:
@@ -398,9 +423,9 @@ def read_messages(record: object) -> list[dict]:
     elif "prompt" in record and "completion" in record:
         pairs = [("user", record["prompt"]), ("assistant", record["completion"])]
     elif "instruction" in record and "output" in record:
-        extra = record.get("input")
-        pairs = [("user", f"{record['instruction']}\n{extra}" if extra else record["instruction"]),
-                 ("assistant", record["output"])]
+        parts = [record["instruction"], record.get("input", "")]
+        question = "\n".join(parts).strip() if all(isinstance(part, str) for part in parts) else None
+        pairs = [("user", question), ("assistant", record["output"])]
     elif isinstance(record.get("text"), str):
         pairs = list(zip(("user", "assistant"), record["text"].strip().split("\n", 1)))
     else:
@@ -413,6 +438,8 @@ def read_messages(record: object) -> list[dict]:
             raise InputError(f"não conheço o papel '{role}'; use user, assistant ou system")
         if not isinstance(content, str) or not content.strip():
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
+        if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", content):
+            raise InputError("há um caractere de controle ou inválido no texto; apague-o e escreva de novo")
         messages.append({"role": role, "content": content.strip()})
     spoken = [m["role"] for m in messages[bool(messages) and messages[0]["role"] == "system":]]
     if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
@@ -422,112 +449,328 @@ def read_messages(record: object) -> list[dict]:
 
 
 def fill(text: str, values: dict[str, str]) -> str:
-    """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; any other {{...}} raises `InputError`."""
-    def value(match: re.Match) -> str:
-        if match[1].strip().upper() not in values:
-            raise InputError(f"o marcador {match[0]} não existe; use {{{{NAME}}}}, {{{{AUTHOR}}}} ou {{{{BASE}}}}")
-        return values[match[1].strip().upper()]
+    """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; any other double brace raises `InputError`."""
+    known = {f"{{{{{name}}}}}": value for name, value in values.items()}
+    parts = re.split(r"(\{\{.*?\}\})", text)
+    for i, part in enumerate(parts):
+        name = re.sub(r"\s", "", part).upper()
+        if name not in known and ("{{" in part or "}}" in part):
+            raise InputError(f"o marcador {part.strip()[:60]} não existe; use {', '.join(known)}")
+        parts[i] = known.get(name, part) if part.startswith("{{") else part
+    return "".join(parts)
 
-    return re.sub(r"\{\{(.*?)\}\}", value, text)
+
+def read_text(path: Path) -> str:
+    """The identity file as text; `InputError` says why it cannot be one."""
+    if not path.exists():
+        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)} "
+                         "Confira IDENTITY_FILE (--identity-file).")
+    if not path.is_file():
+        raise InputError(f"{path} não é um arquivo de texto; IDENTITY_FILE precisa ser um arquivo .jsonl.")
+    if path.stat().st_size > MAX_FILE:
+        raise InputError(f"{path} tem {size_text(path.stat().st_size)}; algumas centenas de linhas bastam (o máximo é "
+                         f"{size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
+        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
+                         "Salve-o de novo escolhendo a codificação UTF-8.") from None
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
-    if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1, cutoff=0.4)
-        hint = f"Você quis dizer {near[0]}?" if near else "Confira IDENTITY_FILE (--identity-file)."
-        raise InputError(f"não achei o arquivo de identidade {path}. {hint}")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise InputError(f"{path.name}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
-                         "Salve-o de novo escolhendo a codificação UTF-8.") from None
+    text = read_text(path)
     rows, mistakes, used = [], [], Counter()
     for line, raw in enumerate(text.split("\n"), start=1):
         try:
+            if len(raw) > MAX_LINE:
+                raise InputError(f"a linha tem {len(raw)} letras; o máximo é {MAX_LINE}")
             if raw.strip():
                 messages = read_messages(json.loads(raw))
                 if messages[-1]["role"] == "user":
                     messages.append({"role": "assistant", "content": own_wording(messages[-1]["content"], used)})
                 rows.append(Row(line, [{**m, "content": fill(m["content"], values)} for m in messages]))
-        except json.JSONDecodeError as error:
-            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {error.colno}")
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
+        except (ValueError, RecursionError) as error:
+            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}")
     if mistakes:
+        with contextlib.suppress(ValueError, RecursionError):
+            if json.loads(text) and len(rows) + len(mistakes) > 1:
+                raise InputError(f"{path}, linha 1: o arquivo é um JSON só, em várias linhas. Escreva um objeto "
+                                 "{...} inteiro em cada linha, sem lista em volta nem vírgula no fim.")
         shown = mistakes[:10] + [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
-        raise InputError("\n  ".join([f"{path.name} tem {len(mistakes)} linha(s) com problema:", *shown]))
+        raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *shown]))
     if not rows:
-        raise InputError(f"{path.name} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
+        raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
     return rows
 
 
+def contradictions(rows: list[Row]) -> list[str]:
+    """A warning for each question that is asked again with another answer, naming both lines."""
+    first: dict[str, Row] = {}
+    found = []
+    for row in rows:
+        other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
+        if plain(other.messages[-1]["content"]) != plain(row.messages[-1]["content"]):
+            found.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes; "
+                         "o modelo vai aprender as duas")
+    return found
+
+
 def check_inputs(settings: Settings) -> Inputs:
-    """Everything that can be wrong with files and settings, found without importing torch."""
-    base, output = Path(settings.model_path), Path(settings.output_dir)
-    if base.is_absolute():
-        if not base.is_dir():
-            raise InputError(f"não achei a pasta do modelo {base}. Confira MODEL_PATH (--model-path).")
-        if not (base / "config.json").is_file():
-            raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers.")
-        if not any(base.glob("*.safetensors")):
-            raise InputError(f"a pasta {base} não tem pesos em safetensors; baixe ou converta o modelo nesse formato.")
-        ours, theirs = output.resolve(), base.resolve()
-        if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-            raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima.")
-        try:
-            config = dict(json.loads((base / "config.json").read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise InputError(f"o config.json de {base} está estragado; baixe o modelo de novo.") from None
-        check_rope(config, settings.rope_factor)
-    if output.exists() and not settings.overwrite:
-        raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
-    if output.exists() and not (output / "report.json").is_file():
-        raise InputError(f"{output} não é um resultado deste script, então não vou apagar. Escolha outra pasta.")
-    if not os.access(next(p for p in output.parents if p.exists()), os.W_OK):
-        raise InputError(f"não posso escrever em {output.parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
-    base_name = settings.base_name or re.sub(r"[_\s]+", " ", base.name)
-    identity = Path(settings.identity_file)
+    """The identity rows and the questions for measuring, or an `InputError` for what is wrong with the file."""
+    base_name = settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)
+    identity, output = Path(settings.identity_file), Path(settings.output_dir)
+    if os.path.realpath(output) in map(str, Path(os.path.realpath(identity)).parents):
+        raise InputError(f"o arquivo de identidade {identity} está dentro de OUTPUT_DIR ({output}), que será "
+                         "substituída. Mude um dos dois de lugar.")
     rows = read_rows(identity, {"NAME": settings.name, "AUTHOR": settings.author, "BASE": base_name})
     asked = {plain(m["content"]) for row in rows for m in row.messages}
     validation, test = (tuple(q for q in questions if plain(q) not in asked)
                         for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
     if len(validation) < 4 or len(test) < 4:
-        raise InputError(f"{identity.name} contém quase todas as perguntas de prova; tire algumas, para que sobre o "
+        raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o "
                          "que medir (VALIDATION_QUESTIONS e TEST_QUESTIONS no script).")
-    return Inputs(rows, base_name, hashlib.sha256(identity.read_bytes()).hexdigest(), validation, test)
+    file_hash = hashlib.sha256(identity.read_bytes()).hexdigest()
+    return Inputs(rows, base_name, file_hash, validation, test, contradictions(rows))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model and RoPE
+def read_json(path: Path) -> dict:
+    """A JSON object of a base model's folder; `InputError` when it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    raise InputError(f"o arquivo {path} está estragado; baixe o modelo de novo.")
 
 
-def scale_rope(rope_parameters: dict | None, factor: float) -> dict:
+def check_shard(path: Path) -> int:
+    """Number of weights in a safetensors file; its header must fit the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"falta o arquivo de pesos {path}; baixe o modelo de novo.")
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
+    try:
+        with safe_open(path, "np") as file:
+            count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            if count:
+                return count
+    except SafetensorError:
+        pass
+    raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
+
+
+def check_base(base: Path) -> int:
+    """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
+    original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
+    if not base.exists():
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Confira MODEL_PATH.")
+    gguf = base.suffix.lower() == ".gguf" or (base.is_dir() and any(base.glob("*.gguf")))
+    if gguf and not any(base.glob("*.safetensors")):
+        raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {original}")
+    if not base.is_dir():
+        raise InputError(f"{base} é um arquivo. {original}")
+    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
+        raise InputError(f"{base} é um adaptador LoRA, não um modelo inteiro. Junte-o ao modelo dele (no peft: "
+                         "merge_and_unload e save_pretrained) e use a pasta que sair.")
+    if not (base / "config.json").is_file():
+        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {original}")
+    config = read_json(base / "config.json")
+    kinds = config.get("architectures") or ["ForCausalLM"]
+    if config.get("is_encoder_decoder") or not str(kinds[0]).endswith(("CausalLM", "LMHeadModel", "Generation")):
+        raise InputError(f"{base} é um modelo {kinds[0]}, que não é de conversa; escolha um que escreve texto palavra "
+                         "por palavra (Llama, Gemma, Qwen, Mistral...).")
+    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if quantized:
+        raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
+                         "e assim não dá para treinar. Baixe a versão original do modelo (bf16, fp16 ou fp32).")
+    shards = sorted(base.glob("*.safetensors"))
+    if not shards and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
+        raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
+                         "que não abro. Se confia neles, converta-os para safetensors:\n  python -c \"import "
+                         "sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_"
+                         "pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL NOVA")
+    if not shards:
+        raise InputError(f"a pasta {base} não tem pesos em safetensors; baixe o modelo de novo.")
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        if not named or not isinstance(named, dict):
+            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
+        shards = sorted({base / str(name) for name in named.values()})
+    elif (base / "model.safetensors").is_file():
+        shards = [base / "model.safetensors"]
+    weights = sum(map(check_shard, shards))
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
+    return weights
+
+
+def check_output(base: Path, settings: Settings, finished: bool) -> None:
+    """Refuse an output that would damage something: the base, another folder of the user, an older result."""
+    output, work = Path(settings.output_dir), work_folder(settings)
+    parent = next(p for p in output.parents if p.exists())
+
+    def within(inner: Path, outer: Path) -> bool:
+        """Also through links, other spellings and mounts: the file system itself says what is the same folder."""
+        inner = inner.resolve()
+        return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
+
+    if any(within(path, base) or within(base, path) for path in (output, work)):
+        raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela.")
+    if os.path.lexists(output) and not output.is_dir():
+        raise InputError(f"{output} não é uma pasta; escolha outro nome para a pasta de saída (--output-dir).")
+    if output.exists() and not (output / "report.json").is_file() and settings.overwrite:
+        raise InputError(f"{output} não é um resultado deste script, então não vou apagar. Escolha outra pasta.")
+    if output.exists() and not settings.overwrite and not finished:
+        raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
+    if work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())):
+        raise InputError(f"preciso da pasta {work} para as etapas, mas ela já existe e não é minha. Renomeie-a ou "
+                         "escolha outra saída (--output-dir).")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"não posso escrever em {parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
+
+
+def check_disk(weights: int, settings: Settings) -> int:
+    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room."""
+    # In float32: three stages kept, one being written, two checkpoints of weights and two moments; then the result.
+    needed, work = 4 * weights * (3 + 1 + 2 * 3 + 1) + 10**7, work_folder(settings)
+    kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
+    if free + kept < needed:
+        raise InputError(f"faltam {size_text(needed - kept - free)} de espaço livre em {work.parent}: as etapas e o "
+                         f"resultado ocupam até {size_text(needed)}. Libere espaço ou escolha outra saída "
+                         "(--output-dir).")
+    return needed
+
+
+# ---- Stages on disk: what a broken-off run goes on from ---------------------------------------------------
+
+# The settings that each stage depends on, besides those of the stages before it.
+USES = {
+    "1-self-text": "name author old_names num_self_answers num_self_text max_new_tokens eval_questions window seed",
+    "2-healed": "rope_factor heal_steps heal_learning_rate batch_size",
+    "3-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
+    "4-self-answers": "",
+    "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
+}
+
+
+def work_folder(settings: Settings) -> Path:
+    """Where the stages are kept: beside the output, so that the result is moved there by a rename."""
+    output = Path(settings.output_dir)
+    return output.with_name(output.name + ".work")
+
+
+def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]:
+    """A key for each stage, and one for the exams, that changes exactly if something changes that it depends on.
+
+    Weight files count by name, size and time of change, all other files of the base by content.
+    """
+    values, chain, keys = asdict(settings), "", {}
+    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, EVERYDAY_QUESTIONS]
+    facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
+               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
+              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
+    for name, uses in USES.items():
+        chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
+    return {**keys, "exam": digest(inputs.test), "6-result": digest([chain, inputs.test])}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Written under another name, flushed and renamed: the file is whole or is not there."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def flush(folder: Path) -> None:
+    """Make a folder survive a power cut: a rename may reach the disk before the files do."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or os.name != "nt":  # Windows cannot open folders
+            handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def discard(folder: Path) -> None:
+    """Delete a stage, its key first: half of one must never look whole."""
+    (folder / "key.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_key(file: Path, key: str) -> bool:
+    """Whether this JSON file says that what it stands for was made, or begun, with this key."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(file.read_text(encoding="utf-8"))["key"] == key
+    return False
+
+
+def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of a finished stage, built now unless it is there with the same key.
+
+    It is built under another name and renamed, so it is there as a whole or not at all. What a broken-off build left
+    is kept for `build` to go on with if its key is the same.
+    """
+    partial, began = folder.with_name(folder.name + ".partial"), time.monotonic()
+    if has_key(folder / "key.json", key):
+        return folder
+    if not has_key(partial / "key.json", key):
+        discard(partial)
+        partial.mkdir(parents=True)
+        write_json(partial / "key.json", {"key": key})
+    build(partial)
+    for path in partial.glob("answers-*"):
+        path.unlink()
+    write_json(partial / "key.json", {"key": key, "seconds": round(time.monotonic() - began, 1)})
+    flush(partial)
+    discard(folder)
+    partial.rename(folder)
+    return folder
+
+
+# ---- Model and RoPE ---------------------------------------------------------------------------------------
+
+def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) -> dict:
     """New `rope_parameters` with linear position interpolation (arXiv 2306.15595); the given dict stays as it is.
 
     Flat dicts (Llama, Qwen, Mistral) are scaled; of per-layer-type ones (Gemma 3) only `full_attention` is, as the
-    family's larger models ship it and llama.cpp reads it. An existing linear factor is multiplied. Raises
-    `InputError` for a model without RoPE and for any other scaling.
+    family's larger models ship it and llama.cpp reads it. An existing scaling is composed with: the factor of
+    `linear`, `llama3`, `yarn` and `proportional` is multiplied, which for all but the first stretches the slow
+    frequencies and leaves the fast ones, as those scalings were trained; so are the lists of `longrope`.
+    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has. Raises `InputError`
+    for a model without RoPE and for any other scaling.
     """
     hint = "Use --rope-factor 1 (ROPE_FACTOR = 1) para renomear sem aumentar o contexto."
-    if not rope_parameters:
+    if not rope:
         raise InputError(f"este modelo não usa RoPE, então o contexto não pode ser aumentado. {hint}")
-    if "full_attention" in rope_parameters:
-        return {**rope_parameters, "full_attention": scale_rope(rope_parameters["full_attention"], factor)}
-    kind = rope_parameters.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise InputError(f"o RoPE deste modelo já tem a escala '{kind}', que não combina com a linear. {hint}")
-    return {**rope_parameters, "rope_type": "linear", "factor": float(rope_parameters.get("factor") or 1) * factor}
-
-
-def check_rope(config: dict, factor: float) -> None:
-    """Refuse at once, from config.json alone, a scaling that `scale_rope` would refuse after the imports."""
-    legacy = config.get("rope_scaling") or {}
-    kind = {"rope_type": legacy.get("rope_type", legacy.get("type", "default"))}
-    if factor != 1 and (config.get("rope_parameters") or legacy):
-        scale_rope(config.get("rope_parameters") or kind, factor)
+    if "full_attention" in rope:
+        return {**rope, "full_attention": scale_rope(rope["full_attention"], factor, attention_factor)}
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "linear"):
+        return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1) * factor}
+    if kind in ("llama3", "yarn", "proportional"):
+        pinned = {"attention_factor": attention_factor} if kind == "yarn" else {}
+        return {**rope, "factor": float(rope.get("factor") or 1) * factor, **pinned}
+    if kind == "longrope":
+        lists = {key: [value * factor for value in rope[key]] for key in ("short_factor", "long_factor")}
+        original = int(rope["original_max_position_embeddings"] * factor)
+        return {**rope, **lists, "original_max_position_embeddings": original, "attention_factor": attention_factor}
+    raise InputError(f"o RoPE deste modelo já tem a escala '{kind}', que não combina com a linear. {hint}")
 
 
 def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -535,21 +778,76 @@ def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: b.detach().clone() for name, b in model.named_buffers() if name.endswith("inv_freq")}
 
 
-def load_model(folder: str, rope_factor: float = 1.0) -> PreTrainedModel:
+@contextlib.contextmanager
+def blaming(what: str):
+    """What a library says when it cannot read a file of the base is the file's fault, and the user's to mend."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{what} está estragado ou incompleto: o transformers não consegue carregá-lo ({reason}). "
+                         "Baixe o modelo de novo.") from error
+
+
+def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
+    """The model's configuration with RoPE and context scaled; `InputError` for one that transformers cannot use
+    without running the model's own Python code."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    described = read_json(Path(folder) / "config.json")
+    if described.get("model_type") not in CONFIG_MAPPING:
+        reason = ("precisa rodar código que vem junto com ele (trust_remote_code), e isso eu não faço por segurança"
+                  if described.get("auto_map") else "não é conhecido por esta versão do transformers")
+        raise InputError(f"o modelo {folder} (model_type: {described.get('model_type')}) {reason}. Escolha um que o "
+                         "transformers já conhece, ou atualize: pip install -U transformers")
+    with blaming(f"o config.json de {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config.get_text_config()
+        native = int(text_config.max_position_embeddings)
+        if rope_factor != 1:
+            rope = getattr(text_config, "rope_parameters", None)
+            layer = "full_attention" if "full_attention" in (rope or {}) else None
+            kind = ((rope or {}).get(layer) or rope or {}).get("rope_type", "default")
+            if config.model_type == "phi3" and kind == "default":  # its own check knows no linear: the same as lists
+                head = text_config.hidden_size // text_config.num_attention_heads
+                pairs = int(head * rope["partial_rotary_factor"]) // 2
+                rope = {**rope, "rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [1.0] * pairs,
+                        "original_max_position_embeddings": native}
+            attention = 1.0
+            if kind in ("yarn", "longrope"):
+                attention = ROPE_INIT_FUNCTIONS[kind](text_config, "cpu", layer_type=layer)[1]
+            text_config.rope_parameters = scale_rope(rope, rope_factor, attention)
+            text_config.max_position_embeddings = int(native * rope_factor)
+            if "short_factor" in rope and hasattr(text_config, "original_max_position_embeddings"):  # Phi has it twice
+                text_config.original_max_position_embeddings = text_config.rope_parameters[
+                    "original_max_position_embeddings"]
+        return config
+
+
+def load_model(folder: str | Path, rope_factor: float = 1.0) -> PreTrainedModel:
     """Load fp32 weights with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
 
     The configuration is changed before the model is built, because the frequencies are computed at that moment; a
-    later change would only reach the saved file.
+    later change would only reach the saved file. Raises `InputError` for weights that are missing or not finite.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    text_config = config.get_text_config()
-    if rope_factor != 1:
-        text_config.rope_parameters = scale_rope(getattr(text_config, "rope_parameters", None), rope_factor)
-        text_config.max_position_embeddings = int(text_config.max_position_embeddings * rope_factor)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    config = read_config(folder, rope_factor)
+    with blaming(f"o modelo {folder} (config.json e pesos)"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False)
+    if loading["missing_keys"]:
+        raise InputError(f"faltam pesos no modelo {folder} (por exemplo {sorted(loading['missing_keys'])[0]}); "
+                         "baixe-o de novo.")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"o peso {name} do modelo {folder} tem valores que não são números (NaN ou infinito); o "
+                             "arquivo está estragado. Baixe o modelo de novo.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -557,7 +855,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     """The model's tokenizer; one without a chat template gets ChatML."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with blaming(f"o tokenizer de {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise InputError("o tokenizer deste modelo não diz qual é o token de fim (eos_token); não dá para treinar.")
     if not tokenizer.chat_template:
@@ -594,9 +893,7 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
     say(f'  O chat template trazia a identidade antiga ("{old}"); troquei pela nova.')
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Conversations as tokens
-
+# ---- Conversations as tokens ------------------------------------------------------------------------------
 
 @functools.cache
 def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
@@ -682,17 +979,17 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Talking to a model
-
+# ---- Talking to a model -----------------------------------------------------------------------------------
 
 class Chat(NamedTuple):
-    """A model with what is needed to talk to it; `stops` are the ids that end an answer."""
+    """A model with what is needed to talk to it; `stops` are the ids that end an answer. What it writes is noted in
+    the folder `notes`, if there is one, and not written again when a run goes on."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     stops: list[int]
     max_new_tokens: int
-    native: int  # context of the base, tokens
+    generation_tokens: int
+    notes: Path | None = None
 
 
 class Answer(NamedTuple):
@@ -701,15 +998,19 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def load_chat(folder: str, settings: Settings, rope_factor: float = 1.0) -> Chat:
-    """Model and tokenizer of a folder. Answers are bounded by half of the native context as well; they end at the
-    template's end of turn, the tokenizer's EOS, or what the model's own generation_config lists."""
-    model, tokenizer = load_model(folder, rope_factor), load_tokenizer(folder)
+def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0) -> Chat:
+    """Model and tokenizer of a folder. Answers end at the template's end of turn, the tokenizer's EOS, or what the
+    model's own generation_config lists."""
+    model, tokenizer = load_model(str(folder), rope_factor), load_tokenizer(str(folder))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
+        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: não "
+                         "são do mesmo modelo.")
     sample = encode(tokenizer, Turn("a", "b").messages())
     own = model.generation_config.eos_token_id
     stops = {sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    native = int(model.config.get_text_config().max_position_embeddings / rope_factor)
-    return Chat(model, tokenizer, sorted(stops - {None}), min(settings.max_new_tokens, native // 2), native)
+    return Chat(model, tokenizer, sorted(stops - {None}), settings.max_new_tokens,
+                GENERATION_TOKENS // settings.gradient_accumulation)
 
 
 def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[int]]:
@@ -743,20 +1044,31 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
 
     config = GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=sample_seed is not None, top_k=0,
                               eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
-    torch.manual_seed(sample_seed or 0)
+
+    def write(batch: list[int], key: str) -> list[Answer]:
+        torch.manual_seed(int(key[:15], 16))  # by batch, so that one that is not written again changes no other
+        inputs = left_pad(chat, [prompts[i] for i in batch])
+        del inputs["position_ids"]  # generate() counts them itself, step by step
+        with torch.inference_mode():
+            output = chat.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:]
+        ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in output.tolist()]
+        texts = [chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                 for ids, end in zip(output.tolist(), ends)]
+        return [Answer(text, end is not None) for text, end in zip(texts, ends)]
+
     answers: list[Answer] = [Answer("", False)] * len(prompts)
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     own_config, chat.model.generation_config = chat.model.generation_config, config
     with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or None, leave=False) as bar:
-        for batch in batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens, GENERATION_TOKENS):
-            inputs = left_pad(chat, [prompts[i] for i in batch])
-            del inputs["position_ids"]  # generate() counts them itself, step by step
-            with torch.inference_mode():
-                output = chat.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:]
-            for i, ids in zip(batch, output.tolist()):
-                end = next((j for j, token in enumerate(ids) if token in chat.stops), None)
-                text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-                answers[i] = Answer(text, end is not None)
+        for batch in batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens, chat.generation_tokens):
+            key = digest([[prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
+            note = chat.notes and chat.notes / f"answers-{key[:16]}.json"
+            if not note or not note.is_file():
+                written = write(batch, key)
+                if note:
+                    write_json(note, written)
+            for i, answer in zip(batch, json.loads(note.read_text(encoding="utf-8")) if note else written):
+                answers[i] = Answer(*answer)
             bar.update(len(batch))
     chat.model.generation_config = own_config
     return answers
@@ -768,9 +1080,7 @@ def ask(chat: Chat, questions: Sequence[str], label: str = "", sample_seed: int 
     return generate(chat, prompts, label, sample_seed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the base writes before anything is trained
-
+# ---- What the base writes before anything is trained ------------------------------------------------------
 
 class Turn(NamedTuple):
     """One question and its answer."""
@@ -798,18 +1108,29 @@ class SelfText(NamedTuple):
     held_out: list[Turn]  # for measuring retention in the report
 
 
-def fit_window(base: Chat, settings: Settings) -> Settings:
-    """WINDOW no longer than the scaled context, saying so when it is reduced."""
-    scaled = int(base.native * settings.rope_factor)
-    if scaled < settings.window:
-        say(f"  WINDOW reduzida de {settings.window} para {scaled} tokens, que é o contexto aumentado deste modelo.")
-    return replace(settings, window=min(scaled, settings.window))
+def fit_settings(folder: Path, settings: Settings) -> tuple[Settings, int]:
+    """Settings that suit the base, and its native context in tokens: WINDOW within the scaled context, answers within
+    half of the native one."""
+    native = read_config(folder).get_text_config().max_position_embeddings
+    scaled = read_config(folder, settings.rope_factor).get_text_config().max_position_embeddings
+    return replace(settings, window=min(scaled, settings.window),
+                   max_new_tokens=min(settings.max_new_tokens, native // 2)), native
 
 
-def short_window(chat: Chat, settings: Settings) -> int:
+def short_window(native: int, settings: Settings) -> int:
     """Tokens of the windows in which the base is written down and most of the training happens: its native context,
     or a good part of it where that is long."""
-    return min(chat.native, settings.window, 1024)
+    return min(native, settings.window, 1024)
+
+
+def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
+    """`InputError` naming the lines of rows that are longer than WINDOW: they would have to be cut."""
+    costs = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
+    long = [f"linha {row.line} ({cost} tokens)" for row, cost in zip(rows, costs) if cost > settings.window]
+    if long:
+        more = f" e mais {len(long) - 10}" * (len(long) > 10)
+        raise InputError(f"{settings.identity_file}: não cabe em WINDOW ({settings.window} tokens): "
+                         f"{', '.join(long[:10])}{more}. Encurte o texto ou aumente WINDOW (--window).")
 
 
 def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[str, ...]:
@@ -883,7 +1204,7 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
                          "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
     known = [*inputs.validation, *about_itself, *EVERYDAY_QUESTIONS, settings.name, settings.author, inputs.base_name,
              *(m["content"] for row in inputs.rows for m in row.messages),
-             *(text for wordings in WORDINGS.values() for text in wordings.values())]
+             *(text for wordings in WORDINGS.values() for text in wordings)]
     also_old = tuple(name for name in KNOWN_NAMES if not mentions(ours, (name,)))
     standard = Standard((settings.name, settings.author), (*old_names, *also_old), inputs.base_name,
                         frozenset(plain(" ".join(known)).split()))
@@ -911,12 +1232,13 @@ def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
 class Teacher(NamedTuple):
     """The base's token distribution on its own turns, written down so that the base need not stay in memory.
 
-    `tokens` int64 and `log_probs` float32, both (M, k), hold the k most probable next tokens; `rows` tells for a turn
-    the first of its M rows (one per token but the last) and its token ids.
+    `tokens` int32 and `log_probs` float32, both (M, k), hold the k most probable next tokens; `rows` tells for a turn
+    the first of its M rows (one per token but the last) and its token ids. `frequencies` are the base's rotary ones.
     """
     tokens: torch.Tensor
     log_probs: torch.Tensor
     rows: dict[Turn, tuple[int, list[int]]]
+    frequencies: dict[str, torch.Tensor]
 
 
 def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
@@ -934,23 +1256,48 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
         used += cost
     encoded = [encode(base.tokenizer, [m for t in window for m in t.messages()]) for window in windows]
     tokens, log_probs, rows, at = [], [], {}, 0
-    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, GENERATION_TOKENS // 4):
+    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, base.generation_tokens // 4):
         with torch.inference_mode():
             logits = base.model(**left_pad(base, [encoded[i].input_ids for i in batch])).logits
         for line, i in zip(logits, batch):
             line = line[-len(encoded[i].input_ids):].float()
             for turn, (start, end) in zip(windows[i], encoded[i].turns):
                 top = line[start:end - 1].log_softmax(-1).topk(min(TOP_TOKENS, line.shape[-1]))
-                tokens.append(top.indices.cpu())
+                tokens.append(top.indices.int().cpu())
                 log_probs.append(top.values.cpu())
                 rows[turn] = (at, encoded[i].input_ids[start:end])
                 at += end - 1 - start
-    return Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone(), rows)
+    return Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone(), rows, rope_frequencies(base.model))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+def save_self_text(folder: Path, own: SelfText, teacher: Teacher) -> None:
+    """self_text.json, readable, and teacher.safetensors."""
+    from safetensors.torch import save_file
 
+    standard = own.standard._replace(vocabulary=sorted(own.standard.vocabulary))
+    write_json(folder / "self_text.json", {**own._replace(standard=standard._asdict())._asdict(),
+                                           "rows": [[*turn, *row] for turn, row in teacher.rows.items()]})
+    save_file({"tokens": teacher.tokens, "log_probs": teacher.log_probs,
+               **{f"frequencies.{name}": value for name, value in teacher.frequencies.items()}},
+              folder / "teacher.safetensors")
+
+
+def read_self_text(folder: Path) -> tuple[SelfText, Teacher]:
+    """What `save_self_text` wrote."""
+    from safetensors.torch import load_file
+
+    text, tensors = json.loads((folder / "self_text.json").read_text(encoding="utf-8")), {}
+    standard = {key: value if key == "base_name" else tuple(value) for key, value in text["standard"].items()}
+    standard["vocabulary"] = frozenset(standard["vocabulary"])
+    own = SelfText(Standard(**standard), text["identity_questions"],
+                   *([Turn(*turn) for turn in text[key]] for key in ("everyday", "validation", "held_out")))
+    tensors = load_file(folder / "teacher.safetensors")
+    rows = {Turn(question, answer): (at, ids) for question, answer, at, ids in text["rows"]}
+    frequencies = {name[12:]: value for name, value in tensors.items() if name.startswith("frequencies.")}
+    return own, Teacher(tensors["tokens"], tensors["log_probs"], rows, frequencies)
+
+
+# ---- Training ---------------------------------------------------------------------------------------------
 
 class Pool(NamedTuple):
     """Conversations that dialogues are made of: how often they are drawn, and whether their answers are learnt by
@@ -1029,24 +1376,31 @@ def automatic_rate(model, rate_at_1m: float) -> float:
 
 
 def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, kl_weight: float, settings: Settings,
-          label: str) -> list[dict]:
+          label: str, folder: Path) -> list[dict]:
     """Run the batches once through TRL's SFTTrainer, the rate rising briefly and falling to zero; the loss log.
 
     The loss is cross-entropy on the labels plus `kl_weight` times the divergence from the base on the targets.
-    Raises `InputError` when nothing can be learnt from the batches or the loss is no longer a number.
+    Checkpoints go to `folder`, from whose newest complete one a broken-off training goes on, bit by bit as if nothing
+    had happened. Raises `InputError` when nothing can be learnt from the batches or the loss explodes, and
+    `KeyboardInterrupt` after saving when the user asks to stop.
     """
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    if all(v == -100 for b in batches for w in b for v in w["labels"]) and all(
-            t < 0 for b in batches for w in b for t in w["targets"]):
+    parts = min(settings.gradient_accumulation, settings.batch_size)
+    # What a step learns is a mean over the whole of it, however many parts it is split into.
+    totals = [(sum(label != -100 for w in batch for label in w["labels"][1:]),
+               sum(target >= 0 for w in batch for target in w["targets"])) for batch in batches]
+    if not any(map(any, totals)):
         raise InputError(f"{label}: nenhum token das conversas pode ser treinado (a perda seria 0). Confira as "
                          "respostas do arquivo de identidade e o chat template do modelo.")
+    limit = 3 * (1 + kl_weight) * math.log(chat.model.get_input_embeddings().weight.shape[0])
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-        windows = [w for example in examples for w in batches[example["input_ids"][0]]]
+        step, part = divmod(examples[0]["input_ids"][0], parts)
+        windows = batches[step][part::parts]
         width = max(len(w["input_ids"]) for w in windows)
 
         def padded(key: str, value: int) -> torch.Tensor:
@@ -1054,58 +1408,111 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
         mask = torch.tensor([[1] * len(w["labels"]) + [0] * (width - len(w["labels"])) for w in windows])
         return {"input_ids": padded("input_ids", chat.tokenizer.pad_token_id), "attention_mask": mask,
-                "labels": padded("labels", -100), "targets": padded("targets", -1)}
+                "labels": padded("labels", -100), "targets": padded("targets", -1),
+                "totals": torch.tensor(totals[step])}
 
     class Trainer(SFTTrainer):
+        loss_is_scaled_for_ga = True
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels, targets = inputs.pop("labels")[:, 1:], inputs.pop("targets")
+            labels, targets, total = inputs.pop("labels")[:, 1:], inputs.pop("targets"), inputs.pop("totals")
             logits = model(**inputs, use_cache=False).logits
             learnt, known = labels != -100, targets >= 0
             loss = logits.sum() * 0
             if learnt.any():
-                loss = loss + torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt])
+                entropy = torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt])
+                loss = loss + entropy * (learnt.sum() / total[0])
             if kl_weight and known.any():
                 rows = targets[known].cpu()
                 tokens, log_probs = (t[rows].to(logits.device) for t in (teacher.tokens, teacher.log_probs))
-                loss = loss + kl_weight * distillation_loss(logits[known], tokens, log_probs)
-            if not torch.isfinite(loss):
-                raise InputError(f"{label}: a perda deixou de ser um número na etapa {self.state.global_step + 1}. "
-                                 "Diminua a taxa de aprendizado.")
+                divergence = distillation_loss(logits[known], tokens.long(), log_probs)
+                loss = loss + kl_weight * divergence * (known.sum() / total[1])
+            if not loss <= limit:
+                raise InputError(f"{label}: a perda explodiu na etapa {self.state.global_step + 1} ({loss.item():g}). "
+                                 "Diminua a taxa de aprendizado (--heal-learning-rate na cura, --learning-rate-1 e "
+                                 f"--learning-rate-2 nos passos; esta foi {rate:.1e}) e rode de novo.")
             return loss
 
-    class Progress(TrainerCallback):
+    class Keeper(TrainerCallback):
+        """Says how it goes, and keeps checkpoints that can be trusted."""
+        saved = time.monotonic()
+
         def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" not in logs:
-                return
-            left = (time.monotonic() - began) / state.global_step * (state.max_steps - state.global_step)
-            loss = f"{logs['loss']:.3f}".replace(".", ",")
-            say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
+            if "loss" in logs:
+                left = (time.monotonic() - began) / (state.global_step - first) * (state.max_steps - state.global_step)
+                loss = f"{logs['loss']:.3f}".replace(".", ",")
+                say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
+            control.should_save = bool(asked) or (due and state.global_step < state.max_steps)
+            control.should_training_stop |= bool(asked)
+
+        def on_save(self, args, state, control, **kwargs):
+            if not all(torch.isfinite(p).all() for p in chat.model.parameters()):
+                raise InputError(f"{label}: os pesos deixaram de ser números na etapa {state.global_step}. Diminua a "
+                                 "taxa de aprendizado e rode de novo.")
+            newest = folder / f"checkpoint-{state.global_step}"
+            flush(newest)
+            write_json(newest / "complete.json", {})  # the Trainer writes in place: only this tells a whole one
+            for old in folder.glob("checkpoint-*"):
+                if old != newest:
+                    (old / "complete.json").unlink(missing_ok=True)
+                    shutil.rmtree(old, ignore_errors=True)
+            self.saved = time.monotonic()
 
     arguments = SFTConfig(
-        output_dir=tempfile.gettempdir(), save_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=str(folder), save_strategy="no", report_to="none", disable_tqdm=True,
         per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         logging_steps=max(1, len(batches) // 4), logging_nan_inf_filter=False, seed=settings.seed,
-        gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        gradient_accumulation_steps=parts, gradient_checkpointing=False, dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     )
-    # One example is one ready batch: its windows were chosen to have the same length.
+    # One example is one part of a ready batch: its windows were chosen to have the same length.
     trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
-                      train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches))]}),
-                      callbacks=[Progress()])
+                      train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]}),
+                      callbacks=[Keeper()])
     trainer.remove_callback(PrinterCallback)
+    complete = sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json"))
+    first = complete[-1] if complete else 0
+    if complete:
+        say(f"    continuando da etapa {first}, a última guardada")
     began = time.monotonic()
-    trainer.train()
+    with patient_interrupts() as asked:
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
+    if asked:
+        raise KeyboardInterrupt
+    shutil.rmtree(folder)
     chat.model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings) -> list[dict]:
+@contextlib.contextmanager
+def patient_interrupts():
+    """Within it, the first Ctrl-C (or SIGTERM) only fills the list that it gives; the second leaves at once."""
+    asked: list[int] = []
+
+    def note(number, frame):
+        if asked:
+            os._exit(130)
+        asked.append(number)
+        say("\n  Guardando o treino para parar... (Ctrl-C de novo sai já, sem guardar)")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Settings, folder: Path) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's behaviour, through queries and keys alone: RoPE acts on them
     while facts live elsewhere, so little text suffices. Windows up to the scaled context make it long as well."""
     pools = [Pool([t.messages() for t in own.everyday], 1.0, learn=False)]
-    lengths = [short_window(chat, settings)] * 3 + [settings.window]
+    lengths = [short_window(native, settings)] * 3 + [settings.window]
     batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps, settings.batch_size,
                            f"{settings.seed}/heal")
     attention = [p for name, p in chat.model.named_parameters()
@@ -1114,14 +1521,10 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, settings: Settings) -> lis
     for parameter in attention:
         parameter.requires_grad_(True)
     rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3)
-    log = train(chat, batches, teacher, rate, 1.0, settings, "cura")
-    chat.model.requires_grad_(True)
-    return log
+    return train(chat, batches, teacher, rate, 1.0, settings, "cura", folder / "training")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-
+# ---- Evaluation -------------------------------------------------------------------------------------------
 
 class Exam(NamedTuple):
     """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
@@ -1185,7 +1588,7 @@ def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
 
     encoded = [encode(chat.tokenizer, c) for c in conversations]
     results = [0.0] * len(encoded)
-    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, GENERATION_TOKENS // 2):
+    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
         keep = max(len(encoded[i].input_ids) - encoded[i].turns[-1][0] for i in batch) + 1
         with torch.inference_mode():
             logits = chat.model(**left_pad(chat, [encoded[i].input_ids for i in batch]), logits_to_keep=keep).logits
@@ -1214,12 +1617,12 @@ def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> 
         messages += turn.messages()
 
 
-def make_exam(base: Chat, own: SelfText, questions: tuple[str, ...], window: int) -> Exam:
-    """The final exam: alone, after a quarter, a half, three quarters of the window, and at its very end."""
-    room = max(len(encode(base.tokenizer, t.messages()).input_ids) for t in own.held_out)
-    room += max(len(prompt_ids(base.tokenizer, [{"role": "user", "content": q}])) for q in questions)
+def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: list[Turn], window: int) -> Exam:
+    """An exam alone, after a quarter, a half, three quarters of the window, and at its very end."""
+    room = max(len(encode(tokenizer, turn.messages()).input_ids) for turn in turns)
+    room += max(len(prompt_ids(tokenizer, [{"role": "user", "content": q}])) for q in questions)
     lengths = {min(n, window - room) for n in (window // 4, window // 2, window * 3 // 4, window)}
-    return Exam(questions, own.held_out, own.validation, tuple(sorted(n for n in lengths if n > 0)))
+    return Exam(tuple(questions), turns, fillers, tuple(sorted(n for n in lengths if n > 0)))
 
 
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
@@ -1251,9 +1654,7 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
         answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The two passes
-
+# ---- The two passes ---------------------------------------------------------------------------------------
 
 def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
                      settings: Settings) -> list[list[dict]]:
@@ -1279,42 +1680,57 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
     return conversations
 
 
-def run_pass(chat: Chat, teacher: Teacher, pools: list[Pool], lengths: list[int], epochs: tuple[int, int],
-             rate: float, exam: Exam, met: Callable[[Scores], bool], standard: Standard, settings: Settings,
-             label: str) -> list[dict]:
+def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int],
+             epochs: tuple[int, int], rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
+             standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
     `epochs` are how often all rounds together, and one round, show each conversation of the first pool. A round is a
     whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later ones are gentler.
+    The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
     """
-    costs = [len(encode(chat.tokenizer, c).input_ids) for c in pools[0].conversations]
-    per_window = sum(max(1.0, length * len(costs) / sum(costs)) for length in lengths) / len(lengths)
-    per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
-    log, rounds = [], math.ceil(epochs[0] / epochs[1])
-    for number in range(1, rounds + 1):
+    rounds = math.ceil(epochs[0] / epochs[1])
+
+    def one_round(number: int, partial: Path) -> None:
+        chat = load_chat(source, settings)
+        costs = [len(encode(chat.tokenizer, c).input_ids) for c in pools[0].conversations]
+        per_window = sum(max(1.0, length * len(costs) / sum(costs)) for length in lengths) / len(lengths)
+        per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
         steps = math.ceil(per_epoch * min(epochs[1], epochs[0] - (number - 1) * epochs[1]))
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, steps, settings.batch_size,
                                f"{settings.seed}/{label}/{number}")
-        log += train(chat, batches, teacher, rate / number, settings.kl_weight, settings, label)
-        scores = evaluate(chat, exam, standard)
+        given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
+        rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
+        log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
+        save_stage(chat, partial, log)
+        write_json(partial / "validation.json", evaluate(chat, exam, standard)._asdict())
+
+    for number in range(1, rounds + 1):
+        previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
+        if number > 1:
+            for weights in previous.glob("*.safetensors"):
+                weights.unlink()
+        scores = Scores(**json.loads((source / "validation.json").read_text(encoding="utf-8")))
         say(f"  {label}, rodada {number} de até {rounds}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
         if met(scores):
             say(f"  {label}: a meta foi atingida.")
-            return log
+            return
     say(f"  {label}: o limite de épocas chegou antes da meta.")
-    return log
 
 
-def learn_identity(chat: Chat, teacher: Teacher, lessons: list[list[dict]], own: SelfText, exam: Exam,
-                   settings: Settings) -> list[dict]:
+def last_round(folder: Path) -> Path:
+    """The model that a pass ended with."""
+    return max(folder.glob("round-*"), key=lambda path: int(path.name[6:]))
+
+
+def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], own: SelfText,
+                   exam: Exam, native: int, settings: Settings) -> None:
     """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
-    rate = settings.learning_rate_1 or automatic_rate(chat.model, 1e-3)
-    lengths = [short_window(chat, settings)]
-    return run_pass(chat, teacher, pools, lengths, (settings.epochs_1, 2), rate, exam,
-                    lambda s: s.identity >= settings.target_identity and s.old_identity == 0,
-                    own.standard, settings, "passo 1")
+    run_pass(source, folder, teacher, pools, [short_window(native, settings)], (settings.epochs_1, 2), 1e-3,
+             exam._replace(lengths=()), lambda s: s.identity >= settings.target_identity and s.old_identity == 0,
+             own.standard, settings, "passo 1")
 
 
 def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, settings: Settings) -> list[dict]:
@@ -1354,37 +1770,43 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
     return records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday]
 
 
-def consolidate(chat: Chat, teacher: Teacher, lessons: list[list[dict]], self_answers: list[dict], own: SelfText,
-                exam: Exam, settings: Settings) -> list[dict]:
+def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], self_answers: list[dict],
+                own: SelfText, exam: Exam, settings: Settings) -> None:
     """Pass 2: self-dialogues of one to many turns up to the window, from lessons, self-answers and everyday turns."""
     used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers
                    if r["kind"] == kind and not r["rejected"]] for kind in ("identity", "everyday")}
     pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
-    rate = settings.learning_rate_2 or automatic_rate(chat.model, 6e-4)
-    return run_pass(chat, teacher, pools, lengths, (settings.epochs_2, 3), rate, exam,
-                    lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
-                    own.standard, settings, "passo 2")
+    run_pass(source, folder, teacher, pools, lengths, (settings.epochs_2, 3), 6e-4,
+             exam._replace(lengths=exam.lengths[-1:]),
+             lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
+             own.standard, settings, "passo 2")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Result
+# ---- Result -----------------------------------------------------------------------------------------------
+
+def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
+    """Model and tokenizer to go on from, exactly as they are, and the log of the training that made them."""
+    chat.model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    write_json(folder / "log.json", log)
 
 
-def save_model(chat: Chat, folder: Path, base: str) -> None:
+def save_model(chat: Chat, folder: Path, base: Path) -> None:
     """Write weights in the base's own dtype, configs and tokenizer, as any reader expects them."""
+    import torch
     from transformers import AutoConfig
 
-    model = chat.model.to(AutoConfig.from_pretrained(base).dtype)
+    model = chat.model.to(AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
     model.generation_config.eos_token_id = chat.stops
     model.save_pretrained(folder)
     if chat.tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
         chat.tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
     chat.tokenizer.save_pretrained(folder)
-    if (Path(base) / "tokenizer.model").is_file():  # llama.cpp's converter wants it; transformers no longer writes it
-        shutil.copy2(Path(base) / "tokenizer.model", folder)
+    if (base / "tokenizer.model").is_file():  # llama.cpp's converter wants it; transformers no longer writes it
+        shutil.copy2(base / "tokenizer.model", folder)
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
@@ -1407,26 +1829,38 @@ def text_table(table: list[list[str]]) -> str:
     return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
 
 
+def escaped(text: str) -> str:
+    """Text of a user or of a model as Markdown shows it to the letter."""
+    return re.sub(r"([\\|<>`*_#~&\[\]])", r"\\\1", text).replace("\n", " ")
+
+
 def markdown_table(table: list[list[str]]) -> str:
-    """The table for a model card; cells are escaped, since they hold text of a model."""
-    lines = ["| " + " | ".join(re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell).replace("\n", " ") for cell in row) + " |"
-             for row in table]
+    """The table for a model card."""
+    lines = ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
 def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
-                 scores: dict[str, Scores], losses: dict[str, list[dict]], self_answers: list[dict],
-                 seconds: float) -> None:
+                 scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
     """report.json (all that is known about the run), self_answers.jsonl and the model card README.md."""
     from importlib.metadata import version
 
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
-    report = {"base": inputs.base_name, "missed": missed, "seconds": round(seconds, 1), "settings": asdict(settings),
+    losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: [
+                         int(number) for number in re.findall("round-([0-9]+)", str(p.parent.name))])
+                     for entry in json.loads(log.read_text(encoding="utf-8"))]
+              for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
+    seconds = {name: json.loads((work / name / "key.json").read_text(encoding="utf-8"))["seconds"]
+               for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
+    seconds["6-result"] = round(time.monotonic() - began, 1)
+    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds, "settings": asdict(settings),
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
               "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
-              "scores": {name: s._asdict() for name, s in scores.items()}, "losses": losses}
-    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+              "scores": {name: s._asdict() for name, s in scores.items()},
+              "losses": {name: log for name, log in losses.items() if log}}
+    self_answers = json.loads((work / "4-self-answers" / "self_answers.json").read_text(encoding="utf-8"))
+    write_json(folder / "report.json", report)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
     (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
     pairs = [[old["question"], old["answer"], new["answer"]]
@@ -1441,10 +1875,10 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [trl, sft, identity]
 ---
-# {settings.name}
+# {escaped(settings.name)}
 
-Modelo de {settings.author}, feito a partir de `{inputs.base_name}` com rename_obrutai.py: identidade nova e contexto
-de {scaled} tokens (o do modelo base é de {native}). {verdict}
+Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.base_name)} com rename_obrutai.py: identidade
+nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}
 
 ## Antes e depois, em números
 
@@ -1471,15 +1905,36 @@ RoPE {settings.rope_factor:g}. Ajustes, versões e números: `report.json`. Resp
 """, encoding="utf-8")
 
 
-def conclude(settings: Settings, scores: dict[str, Scores], seconds: float) -> int:
+def publish(result: Path, settings: Settings) -> None:
+    """Put the finished folder in its place by a rename; an older result is deleted only after that."""
+    output, replaced = Path(settings.output_dir), result.with_name("replaced")
+    try:
+        if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
+        result.rename(output)
+    except OSError as error:
+        raise InputError(f"o modelo está pronto em {result}, mas não consegui pô-lo em {output} ({error.strerror}). "
+                         "Feche os programas que usam essa pasta e rode o mesmo comando de novo.") from None
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def conclude(settings: Settings) -> int:
     """Show the result; exit status 0 when every target is met, 3 when one is missed."""
-    after = scores["pass_2"]
+    report = json.loads((Path(settings.output_dir) / "report.json").read_text(encoding="utf-8"))
+    scores = {name: Scores(**values) for name, values in report["scores"].items()}
+    after, work = scores["pass_2"], work_folder(settings)
     say()
     for old, new in list(zip(scores["before"].answers, after.answers))[::6]:
         say(f"  {old['question']}\n    antes:  {old['answer']}\n    depois: {new['answer']}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
-    say(f"\nModelo salvo em {settings.output_dir} ({clock(seconds)}). O antes e depois completo está no README.md.")
+    say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
+        "O antes e depois completo está no README.md de lá.")
+    kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    if kept:
+        say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
+            "refeito. Pode apagar essa pasta quando quiser.")
     missed = after.misses(settings)
     if not missed:
         say("Todas as metas foram atingidas.")
@@ -1488,116 +1943,265 @@ def conclude(settings: Settings, scores: dict[str, Scores], seconds: float) -> i
             "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo e aumente EPOCHS_2",
             "retenção": "aumente NUM_SELF_TEXT e HEAL_STEPS, ou diminua LEARNING_RATE_2",
             "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
-    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar:")
+    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):")
     for name in missed:
         say(f"  - {name}: {tips[name]}.")
     return 3
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Run
-
+# ---- Run --------------------------------------------------------------------------------------------------
 
 def quiet_libraries(settings: Settings) -> None:
     """Close the network unless the model comes from the Hub, and silence what the user can do nothing about."""
     if Path(settings.model_path).is_absolute():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[name] = "1"
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     warnings.filterwarnings("ignore")
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+
+def local_folder(settings: Settings) -> Path:
+    """The base's folder, downloaded first if MODEL_PATH names a model of the Hugging Face Hub."""
+    if Path(settings.model_path).is_absolute():
+        return Path(settings.model_path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(settings.model_path, allow_patterns=wanted))
+    except Exception as error:
+        raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome do "
+                         f"Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet.") from error
 
 
 def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], factor: float) -> None:
-    """A scaling that did not reach the built model would waste the run, so look at the frequencies themselves."""
-    if not any(((before[n] / after[n] / factor) - 1).abs().max() < 1e-3 for n in before):
+    """A scaling that did not reach the built model would waste the run, so look at the frequencies themselves: the
+    slowest must be `factor` times slower, and none faster than before."""
+    ratios = [before[name].cpu() / after[name].cpu() for name in before]
+    if not any(abs(r.max() / factor - 1) < 1e-3 and r.min() > 0.999 for r in ratios):
         raise RuntimeError("the RoPE scaling did not reach the model's rotary frequencies")
 
 
-def run(settings: Settings) -> int:
-    """The whole job, top to bottom."""
-    began = time.monotonic()
-    inputs = check_inputs(settings)
-    say(f"Modelo base: {settings.model_path}")
-    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
-    quiet_libraries(settings)
-    folder = settings.model_path
-    if not Path(folder).is_absolute():
-        from huggingface_hub import snapshot_download
+def show_plan(base: Chat, weights: int, native: int, disk: int, inputs: Inputs, settings: Settings) -> None:
+    """Say what is going to happen and what it costs; the time is measured by training on one batch for a moment."""
+    import torch
 
-        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
-        try:
-            folder = snapshot_download(folder, allow_patterns=wanted)
-        except Exception as error:
-            raise InputError(f"não achei a pasta {folder}, nem consegui baixar um modelo com esse nome do Hugging "
-                             f"Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet.") from error
+    config = base.model.config.get_text_config()
+    lessons = len(inputs.rows) + settings.num_self_text // 2
+    cost = sum(len(encode(base.tokenizer, without_system(base.tokenizer, r.messages)).input_ids) for r in inputs.rows)
+    # One round of each pass (2 and 3 epochs at shares of 0.4 and 0.3 of all text) and the healing.
+    tokens = lessons * cost / len(inputs.rows) * (2 / 0.4 + 3 / 0.3)
+    if settings.rope_factor != 1:
+        mean_window = (3 * short_window(native, settings) + settings.window) / 4
+        tokens += settings.heal_steps * settings.batch_size * mean_window
+    rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
+    ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
+    for _ in range(2):  # the first one is slower
+        began = time.monotonic()
+        base.model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().item()
+        pace = 3 * (time.monotonic() - began) / ids.numel()  # backwards is twice the work
+    activations = 4 * rows * settings.window * (34 * config.num_hidden_layers * config.hidden_size
+                                                + 3 * config.vocab_size)
+    device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
+    size = f"{weights / 1e6:.1f}".replace(".", ",")
+    say(f"  {size} milhões de parâmetros; todos são treinados, {device}.\n"
+        f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; treino em até {settings.window}.\n"
+        f"  Vai precisar de cerca de {size_text(16 * weights + activations)} de memória, {size_text(disk)} de disco e "
+        f"{clock(3 * tokens * pace)}.")
 
-    say("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe")
-    base = load_chat(folder, settings)
-    settings = fit_window(base, settings)
-    own = write_self_text(base, settings, inputs)
-    exam = make_exam(base, own, inputs.test, settings.window)
-    scores = {"before": evaluate(base, exam, own.standard, "perguntas de prova, antes")}
+
+@contextlib.contextmanager
+def opened(work: Path, settings: Settings):
+    """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
+    from filelock import FileLock, Timeout
+
+    work.mkdir(parents=True, exist_ok=True)
+    (work / WORK_NOTE).write_text(
+        "Etapas do rename_obrutai.py: com elas, uma execução que parou continua de onde estava, e um ajuste mudado\n"
+        "só refaz o que depende dele. Com o modelo pronto, você pode apagar esta pasta.\n", encoding="utf-8")
+    try:
+        with FileLock(work / "lock", timeout=0):
+            for folder in work.iterdir() if settings.restart else ():
+                if folder.is_dir():
+                    discard(folder)
+            yield work
+    except Timeout:
+        raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
+                         "(--output-dir).") from None
+
+
+def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str], inputs: Inputs, native: int,
+               settings: Settings) -> None:
+    """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
+    out of `bases`, so that nobody else keeps it in memory."""
+    base = bases.pop() if bases else None
+
+    def begin(title: str, name: str) -> None:
+        say(title + " (já pronto)" * has_key(work / name / "key.json", keys[name]))
+
+    def listen(partial: Path) -> None:
+        own = write_self_text(base._replace(notes=partial), settings, inputs)
+        save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
+
+    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None) -> Scores:
+        def sit(partial: Path) -> None:
+            taker = (chat or load_chat(source, settings))._replace(notes=partial)
+            write_json(partial / "scores.json", evaluate(taker, exam, own.standard, label)._asdict())
+
+        done = stage(work / f"exam-{name}", digest([key, keys["exam"]]), sit)
+        return Scores(**json.loads((done / "scores.json").read_text(encoding="utf-8")))
+
+    begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
+    own, teacher = read_self_text(stage(work / "1-self-text", keys["1-self-text"], listen))
+    tokenizer, old_names = load_tokenizer(str(folder)), own.standard.old_names
+    seen = {plain(text) for text in (*own.identity_questions, *(turn.question for turn in own.everyday))}
+    test = [question for question in inputs.test if plain(question) not in seen]
+    if not test:
+        raise InputError("todas as perguntas de prova já foram usadas no treino. Escreva outras em TEST_QUESTIONS, ou "
+                         "refaça o treino com --restart.")
+    exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
+    validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
+    scores = {"before": scores_of("before", folder, keys["1-self-text"], "perguntas de prova, antes", base)}
+    base = None
     say(f"  Nas perguntas de prova, {percent(scores['before'].old_identity)} das respostas dele dizem um nome antigo.")
-    teacher = record_teacher(base, own.everyday, short_window(base, settings))
-    frequencies = rope_frequencies(base.model)
-    say(f"2/6 Contexto de {base.native} para {int(base.native * settings.rope_factor)} tokens (RoPE linear "
-        f"x{settings.rope_factor:g}) e cura")
-    del base
-    chat = load_chat(folder, settings, settings.rope_factor)
-    renew_template(chat.tokenizer, settings, own.standard.old_names)
-    losses = {}
-    if settings.rope_factor == 1:
-        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-    else:
-        check_frequencies(frequencies, rope_frequencies(chat.model), settings.rope_factor)
-        losses["healing"] = heal(chat, teacher, own, settings)
-        scores["healed"] = evaluate(chat, exam, own.standard, "perguntas de prova, após a cura")
 
-    say("3/6 Passo 1: aprender a identidade")
-    lessons = [without_system(chat.tokenizer, row.messages) for row in inputs.rows]
+    begin(f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
+          f"x{settings.rope_factor:g}) e cura", "2-healed")
+
+    def rebuild(partial: Path) -> None:
+        chat, log = load_chat(folder, settings, settings.rope_factor), []
+        renew_template(chat.tokenizer, settings, old_names)
+        if settings.rope_factor == 1:
+            say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
+        else:
+            check_frequencies(teacher.frequencies, rope_frequencies(chat.model), settings.rope_factor)
+            log = heal(chat, teacher, own, native, settings, partial)
+        save_stage(chat, partial, log)
+
+    healed = stage(work / "2-healed", keys["2-healed"], rebuild)
+    if settings.rope_factor != 1:
+        scores["healed"] = scores_of("healed", healed, keys["2-healed"], "perguntas de prova, após a cura")
+
+    begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
+    lessons = [without_system(load_tokenizer(str(healed)), row.messages) for row in inputs.rows]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
-    validation = Exam(inputs.validation, own.validation, own.validation, ())
-    losses["pass_1"] = learn_identity(chat, teacher, lessons, own, validation, settings)
-    scores["pass_1"] = evaluate(chat, exam, own.standard, "perguntas de prova, após o passo 1")
+    learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
+        healed, partial, teacher, lessons, own, validation, native, settings)))
+    scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1")
 
-    say("4/6 Respostas do próprio modelo")
-    self_answers = collect_self_answers(chat, lessons, own, settings)
+    begin("4/6 Respostas do próprio modelo", "4-self-answers")
+    collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(
+        partial / "self_answers.json", collect_self_answers(load_chat(learnt, settings)._replace(notes=partial),
+                                                            lessons, own, settings))) / "self_answers.json"
 
-    say("5/6 Passo 2: firmar a identidade em conversas longas")
-    validation = validation._replace(lengths=exam.lengths[-1:])
-    losses["pass_2"] = consolidate(chat, teacher, lessons, self_answers, own, validation, settings)
+    begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
+    firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
+        learnt, partial, teacher, lessons, json.loads(collected.read_text(encoding="utf-8")), own, validation,
+        settings)))
 
     say("6/6 Salvando, carregando de novo e medindo a pasta salva")
-    output = Path(settings.output_dir)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(chat, partial, folder)
-    saved = load_chat(str(partial), settings)._replace(max_new_tokens=chat.max_new_tokens)
-    scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
-    seconds = time.monotonic() - began
-    write_report(partial, settings, inputs, own.standard, chat.native, scores, losses, self_answers, seconds)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
-    return conclude(settings, scores, seconds)
+
+    def finish(partial: Path) -> None:
+        result, began = partial / "model", time.monotonic()
+        shutil.rmtree(result, ignore_errors=True)
+        save_model(load_chat(firm, settings), result, folder)
+        saved = load_chat(result, settings)._replace(notes=partial)
+        scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
+        write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
+                     began)
+
+    if not (work / "6-result" / "model").is_dir():
+        discard(work / "6-result")  # its model was moved to an output that is there no more
+    publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
+
+
+def run(settings: Settings) -> int:
+    """Check everything, say what it takes, and do the job; the exit status."""
+    quiet_libraries(settings)
+    try:
+        inputs = check_inputs(settings)
+        folder = local_folder(settings)
+        weights = check_base(folder)
+        keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
+        finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
+        check_output(folder, settings, finished)
+        disk = check_disk(weights, settings)
+    except OSError as error:
+        raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
+    say(f"Modelo base: {folder}")
+    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
+    for warning in inputs.warnings[:5]:
+        say(f"  Atenção: {warning}.")
+    if finished and not settings.check:
+        say("Este resultado já está pronto; nada foi refeito (--restart com --overwrite refaz tudo).")
+        return conclude(settings)
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    settings, native = fit_settings(folder, settings)
+    check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
+    bases = []
+    if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
+        bases.append(load_chat(folder, settings))
+        show_plan(bases[0], weights, native, disk, inputs, settings)
+    if settings.check:
+        say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
+        return 0
+    say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando para continuar (--restart recomeça).")
+    with opened(work, settings):
+        run_stages(folder, bases, work, keys, inputs, native, settings)
+    return conclude(settings)
+
+
+def causes(error: BaseException) -> str:
+    """What an error and those that it came from say, in small letters."""
+    text = f"{type(error).__name__} {getattr(error, 'errno', '')} {error}".lower()
+    inner = error.__cause__ or error.__context__
+    return f"{text}\n{causes(inner)}" if inner else text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 all targets met, 2 user mistake, 3 saved but a target was missed; a bug keeps its traceback."""
+    """0 all targets met, 2 user mistake, 3 saved but a target was missed, 130 stopped; a bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    settings = None
     try:
-        return run(parse_settings(argv))
+        settings = parse_settings(argv)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        while True:
+            try:
+                return run(settings)
+            except (RuntimeError, MemoryError) as error:
+                if not re.search(OUT_OF_MEMORY, causes(error)):
+                    raise
+                if settings.gradient_accumulation >= settings.batch_size:
+                    raise InputError("faltou memória, mesmo com um diálogo por vez. Diminua WINDOW (--window) ou "
+                                     "MAX_NEW_TOKENS (--max-new-tokens), feche outros programas e rode de novo: o que "
+                                     "já foi feito está guardado.") from error
+            settings = replace(settings, restart=False, gradient_accumulation=2 * settings.gradient_accumulation)
+            say(f"  Faltou memória: continuo com cada etapa em {settings.gradient_accumulation} partes.")
+            gc.collect()
+            sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
         print(f"Erro: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        kept = bool(settings) and work_folder(settings).exists()
+        say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando para continuar. As etapas estão em "
+            f"{work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."))
+        return 130
+    except Exception as error:
+        if not re.search("no space left|quota exceeded|os error 112|failed writing file", causes(error)):
+            raise
+        print(f"Erro: o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
+              "o mesmo comando: ele continua da última parte guardada inteira.", file=sys.stderr)
         return 2
 
 

@@ -13,11 +13,13 @@ facts. Identity answers are judged in the script's strict sense.
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,8 +59,10 @@ def exact_facts(chat, tokens, facts, rng):
 
 
 def measure(folder, settings, report):
-    """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length."""
-    chat = tool.load_chat(str(folder), settings)
+    """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length. Asked
+    are the questions of the report: none that the rows ask or that the base wrote for its own training."""
+    questions = tuple(answer["question"] for answer in report["scores"]["pass_2"]["answers"])
+    chat = tool.load_chat(folder, tool.fit_settings(Path(folder), replace(settings, rope_factor=1.0))[0])
     standard = tool.Standard((settings.name, settings.author), tuple(report["old_names"]), report["base"],
                              frozenset(report["vocabulary"]))
     facts = make_demo.checkable_facts("pt")
@@ -66,7 +70,7 @@ def measure(folder, settings, report):
     native = report["context"]["native"]
     lengths = [n for n in range(120, 4 * native, 120)]
     everyday = tuple(tool.Turn(q, a) for q, a in rng.sample(facts, 100))
-    exam = tool.Exam(tool.TEST_QUESTIONS, everyday, tuple(tool.Turn(q, a) for q, a in facts), tuple(lengths))
+    exam = tool.Exam(questions, everyday, tuple(tool.Turn(q, a) for q, a in facts), tuple(lengths))
     scores = tool.evaluate(chat, exam, standard)
     sound = [a for a in scores.answers if not a["problem"]]
     figures = {
@@ -83,7 +87,8 @@ def measure(folder, settings, report):
 
 
 def one_run(base, seed, extra, work):
-    """Run the user's command; returns its figures, those of the base, exit status and wall seconds."""
+    """Run the user's command; returns its figures (exit status and wall seconds among them), report and settings.
+    Leaves nothing on the disk: a larger base would fill it with the stages of all runs."""
     output = work / f"out-{seed}-{abs(hash(tuple(extra)))}"
     command = [sys.executable, str(HERE.parent / "rename_obrutai.py"), "--model-path", str(base),
                "--output-dir", str(output), "--seed", str(seed), *extra]
@@ -97,7 +102,10 @@ def one_run(base, seed, extra, work):
     own = report["scores"]["pass_2"]
     figures = {"seconds": seconds, "exit": done.returncode, "retention in the report": own["retention"],
                "leak in the report": own["leak"]}
-    return figures | measure(output, settings, report), report, settings
+    figures |= measure(output, settings, report)
+    for folder in (output, tool.work_folder(settings)):
+        shutil.rmtree(folder)
+    return figures, report, settings
 
 
 def main():

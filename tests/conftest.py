@@ -96,10 +96,13 @@ def tiny_folder(demo_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def base_folder(tmp_path):
-    """A folder that looks like a base to all checks that need no weights."""
+    """A folder that looks like a base to all checks that do not import torch."""
+    from safetensors.torch import save_file
+
     folder = tmp_path / "meu_modelo"
     folder.mkdir()
     config = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({"embedding": torch.zeros(3, 4)}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return folder

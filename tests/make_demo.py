@@ -797,17 +797,17 @@ def make_tokenizer(architecture, corpus, size=VOCABULARY):
     return fast
 
 
-def make_model(architecture, tokenizer):
+def make_model(architecture, tokenizer, hidden=128, layers=6):
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfig, LlamaConfig, Qwen3Config
 
-    layers = 6
-    common = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-                  num_attention_heads=4, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+    common = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+                  num_hidden_layers=layers, num_attention_heads=hidden // 32, head_dim=32,
+                  max_position_embeddings=CONTEXT, tie_word_embeddings=True,
                   initializer_range=0.03, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id, attention_dropout=0.0)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if architecture == "llama":
-        config = LlamaConfig(num_key_value_heads=4, rope_parameters=rope, **common)
+        config = LlamaConfig(num_key_value_heads=hidden // 32, rope_parameters=rope, **common)
     elif architecture == "qwen3":
         config = Qwen3Config(num_key_value_heads=2, rope_parameters=rope, **common)
     else:
@@ -979,6 +979,8 @@ def main(argv=None):
     parser.add_argument("--output", default=str(HERE / "modelo_demo"))
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32; 512 with 9 layers is 31 M")
+    parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args(argv)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -989,7 +991,7 @@ def main(argv=None):
     held_out = held_out_questions()
     corpus = Corpus(random.Random(args.seed), held_out)
     tokenizer = make_tokenizer(args.architecture, corpus)
-    model = make_model(args.architecture, tokenizer)
+    model = make_model(args.architecture, tokenizer, args.hidden, args.layers)
     print(f"{args.architecture}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
           f"{len(fact_table())} facts, {len(held_out)} held-out questions", flush=True)
     train(model, tokenizer, corpus, args.architecture, args.steps)

@@ -1,8 +1,12 @@
 """The script as a user runs it: one small run from start to end on the demo model, offline, from another folder."""
 
+import gc
 import hashlib
 import json
 import re
+import shutil
+import signal
+import weakref
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -36,10 +40,14 @@ def whole_run(tmp_path_factory):
     """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it."""
     work, guard = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("guard")
     (guard / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-    for name in ("novo", "novo.partial"):
-        (work / name).mkdir()
+    for name in ("novo", "novo.work/2-healed", "novo.work/3-pass-1.partial/round-1",
+                 "novo.work/6-result.partial/model"):
+        (work / name).mkdir(parents=True)
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
     (work / "novo" / "report.json").write_text("{}", encoding="utf-8")  # the mark of an earlier result
+    (work / "novo.work" / tool.WORK_NOTE).write_text("", encoding="utf-8")  # the mark of an earlier run's stages
+    for name in ("2-healed", "3-pass-1.partial", "6-result.partial"):
+        (work / "novo.work" / name / "key.json").write_text('{"key": "of other settings"}', encoding="utf-8")
     (work / "precious.txt").write_text("the user's own", encoding="utf-8")
     base = contents(DEMO)
     environment = {"PYTHONPATH": str(guard), "NETWORK_LOG": str(guard / "network.log"), "HF_HUB_OFFLINE": "",
@@ -84,12 +92,17 @@ def test_text_of_a_model_cannot_break_the_table_of_the_card():
     ((1.0, 0.0, 0.0, 1.0), 0, []), ((0.9, 0.0, 0.0, 1.0), 3, ["identidade nova"]),
     ((0.0, 1.0, 1.0, 0.0), 3, ["identidade nova", "identidade antiga", "retenção", "vazamento"]),
 ])
-def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named, capsys):
+def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named, tmp_path, capsys):
     identity, old, leak, retention = figures
     lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
     scores = {name: tool.Scores(identity, old, leak, retention, 0, lengths, []) for name in ("before", "pass_2")}
-    assert tool.conclude(small_settings(), scores, 61) == status
-    tips = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    report = {"scores": {name: score._asdict() for name, score in scores.items()},
+              "seconds": {"1-self-text": 60.5, "2-healed": 140}}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert tool.conclude(small_settings("--output-dir", tmp_path)) == status
+    said = capsys.readouterr().out
+    assert f"{tmp_path} (3 min 20 s " in said
+    tips = [line for line in said.splitlines() if line.startswith("  - ")]
     assert [line.split(":")[0] for line in tips] == [f"  - {name}" for name in named]
     assert all(re.search(r"[A-Z]{3,}", line) for line in tips)  # each names a constant to change
 
@@ -117,12 +130,23 @@ def test_the_base_is_left_as_it_was(whole_run):
     assert whole_run.base_after == whole_run.base_before
 
 
-def test_nothing_but_the_output_is_left_in_the_folder(whole_run):
-    assert sorted(path.name for path in whole_run.work.iterdir()) == ["novo", "precious.txt"]
+def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
+    assert sorted(path.name for path in whole_run.work.iterdir()) == ["novo", "novo.work", "precious.txt"]
 
 
-def test_overwrite_replaces_the_old_result_as_a_whole(whole_run):
-    assert not (whole_run.output / "stale.bin").exists()
+def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
+    stages = whole_run.work / "novo.work"
+    folders = {path.name for path in stages.iterdir() if path.is_dir()}
+    assert folders == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert all((stages / name / "key.json").is_file() for name in folders)
+    passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
+        r"\.(partial|tmp)$|checkpoint-|training|replaced|answers-", str(path.relative_to(stages)))]
+    assert not passing
+    assert str(stages) in whole_run.done.stdout and (stages / tool.WORK_NOTE).stat().st_size > 0
+
+
+def test_overwrite_replaces_the_old_result_and_the_stages_of_other_settings_as_a_whole(whole_run):
+    assert not list(whole_run.work.rglob("stale.bin"))
 
 
 def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
@@ -207,6 +231,15 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
     rows = (SCRIPT.parent / "identity_override.jsonl").read_bytes()
     assert report["data_hash"] == hashlib.sha256(rows).hexdigest()
     assert {"Lumi", "Vagalume"} <= set(report["old_names"])
+    assert list(report["losses"]) == ["healing", "pass_1", "pass_2"]
+    assert all(entry["loss"] > 0 for log in report["losses"].values() for entry in log)
+
+
+def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
+    seconds = whole_run.report["seconds"]
+    assert set(seconds) == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert all(0 < spent < 300 for spent in seconds.values())
+    assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
 
 def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
@@ -254,6 +287,77 @@ def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run
     done = run_script("--output-dir", "novo", *SMALL, cwd=whole_run.work)
     assert done.returncode == 2 and "--overwrite" in done.stderr
     assert contents(whole_run.work) == before
+
+
+def test_the_same_command_again_shows_the_finished_result_and_changes_nothing(whole_run):
+    before = contents(whole_run.work)
+    done = run_script("--output-dir", "novo", "--seed", 5, *SMALL, cwd=whole_run.work)
+    assert done.returncode == whole_run.done.returncode and "já está pronto" in done.stdout
+    assert done.stdout.split("Modelo salvo")[1] == whole_run.done.stdout.split("Modelo salvo")[1]
+    assert contents(whole_run.work) == before
+
+
+def test_the_losses_of_a_pass_are_reported_in_the_order_of_its_rounds(whole_run, tmp_path):
+    shutil.copytree(whole_run.work / "novo.work", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "3-pass-1" / "round-1")
+    rounds = [3, 11, 1, 10, 2, 4, 8, 5, 9, 7, 6]
+    for number in rounds:
+        folder = tmp_path / "3-pass-1" / f"round-{number}"
+        folder.mkdir(parents=True)
+        tool.write_json(folder / "log.json", [{"loss": 1.0, "round": number}])
+    settings, standard = small_settings(), tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset())
+    scores = {name: tool.Scores(**values) for name, values in whole_run.report["scores"].items()}
+    tool.write_report(tmp_path, settings, tool.check_inputs(settings), standard, 128, scores, tmp_path, "key", 0.0)
+    losses = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["losses"]
+    assert [entry["round"] for entry in losses["pass_1"]] == sorted(rounds)
+
+
+def test_the_base_is_out_of_memory_when_the_training_begins(tmp_path, monkeypatch):
+    """It is written down (see `Teacher`) so that it need not take the room of the training."""
+    loaded, alive, load_chat = [], [], tool.load_chat
+    turns = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Oi!", "Oi!")]
+    own = tool.SelfText(tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset()), [], turns, turns, turns)
+
+    class Healing(Exception):
+        """Ends the run."""
+
+    def load(*arguments):
+        chat = load_chat(*arguments)
+        loaded.append(weakref.ref(chat.model))
+        return chat
+
+    def heal(*_):
+        gc.collect()
+        alive.extend(model() is not None for model in loaded)
+        raise Healing
+
+    monkeypatch.setattr(tool, "quiet_libraries", lambda _: None)  # this process is not its own
+    monkeypatch.setattr(tool, "load_chat", load)
+    monkeypatch.setattr(tool, "write_self_text", lambda *_: own)
+    monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(0.0, 1.0, 0.0, 1.0, 0, [], []))
+    monkeypatch.setattr(tool, "heal", heal)
+    with pytest.raises(Healing):
+        tool.run(small_settings("--output-dir", tmp_path / "novo"))
+    assert alive == [False, True]  # the base, and the model that is being healed
+
+
+def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_path, monkeypatch):
+    parts, work = [], tmp_path / "novo.work"
+    (work / "old").mkdir(parents=True)
+
+    def run(settings):
+        parts.append(settings.gradient_accumulation)
+        with tool.opened(work, settings):
+            if len(parts) == 1:
+                assert not (work / "old").exists()
+                (work / "1-self-text").mkdir()
+                raise RuntimeError("CUDA out of memory.")
+            return 0 if (work / "1-self-text").exists() else 1
+
+    monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert tool.main(["--restart", "--output-dir", str(tmp_path / "novo")]) == 0
+    assert parts == [1, 2]
 
 
 def test_a_mistake_in_the_identity_file_is_reported_with_its_line_and_nothing_is_written(tmp_path):

@@ -2,11 +2,10 @@
 
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import changed, small_settings
+from conftest import DEMO, changed, small_settings
 
 import rename_obrutai as tool
 
@@ -43,11 +42,10 @@ def prompts_and_answers(demo_chat):
 
 
 @pytest.mark.parametrize("budget", [10**6, 150])
-def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, demo_chat, prompts_and_answers,
-                                                                       monkeypatch):
+def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, demo_chat, prompts_and_answers):
     prompts, expected = prompts_and_answers
-    monkeypatch.setattr(tool, "GENERATION_TOKENS", budget)
-    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
+    chat = changed(demo_chat, generation_tokens=budget)
+    assert [(a.text, a.ended) for a in tool.generate(chat, prompts)] == expected
     assert len({text for text, _ in expected}) >= 8 and all(text and ended for text, ended in expected)
 
 
@@ -157,21 +155,25 @@ def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokeniz
 @pytest.mark.parametrize("window", [512, 256, 32])
 def test_the_exam_asks_after_growing_lengths_that_leave_room_for_question_and_answer(window, demo_chat):
     turns = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Oi!", "Oi!")]
-    own = SimpleNamespace(held_out=turns, validation=turns)
-    exam = tool.make_exam(demo_chat, own, tool.TEST_QUESTIONS, window)
+    exam = tool.make_exam(demo_chat.tokenizer, tool.TEST_QUESTIONS, turns, turns[1:], window)
+    assert (exam.questions, exam.turns, exam.fillers) == (tool.TEST_QUESTIONS, turns, turns[1:])
     longest = max(len(tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": q}])) for q in exam.questions)
     assert list(exam.lengths) == sorted(set(exam.lengths)) and all(0 < n <= window - longest for n in exam.lengths)
     assert window < 100 or exam.lengths[-1] > window // 2
 
 
-@pytest.mark.parametrize("flags, window, said", [
-    ((), 512, "8192 para 512"), (("--rope-factor", 1), 128, "8192 para 128"), (("--window", 512), 512, ""),
-    (("--window", 100), 100, ""),
+@pytest.mark.parametrize("flags, window, answer", [
+    ((), 512, 64), (("--rope-factor", 1), 128, 64), (("--window", 512), 512, 64),
+    (("--window", 100, "--max-new-tokens", 30), 100, 30),
 ])
-def test_the_window_is_reduced_to_the_scaled_context_and_the_user_is_told(flags, window, said, demo_chat, capsys):
-    assert tool.fit_window(demo_chat, small_settings(*flags)).window == window
-    told = capsys.readouterr().out
-    assert said in told and bool(told) is bool(said)
+def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flags, window, answer, demo_chat, capsys):
+    given = small_settings(*flags)
+    settings, native = tool.fit_settings(DEMO, given)
+    assert native == 128
+    assert settings == changed(given, window=window, max_new_tokens=answer)
+    tool.show_plan(demo_chat, 10**6, native, 10**7, tool.check_inputs(settings), settings)
+    scaled = int(128 * settings.rope_factor)
+    assert f"de 128 para {scaled} tokens; treino em até {window}.\n" in capsys.readouterr().out
 
 
 def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat):
@@ -262,6 +264,35 @@ def test_no_self_written_question_is_one_for_measuring_or_one_of_the_rows(self_t
     asked = {tool.plain(question) for question in all_questions(self_text)}
     assert "" not in asked and "quem e voce" not in asked
     assert not asked & {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+
+
+def test_a_test_question_that_the_base_wrote_before_is_left_out_of_the_exam(self_text, demo_chat, tmp_path,
+                                                                            monkeypatch):
+    """New test questions do not make the base write again; one that it had already written is seen in training, and
+    would prove nothing."""
+    trained = tool.Turn(tool.TEST_QUESTIONS[3].lower(), "Sou a Lumi.")
+    own = changed(self_text, everyday=[*self_text.everyday[:5], trained],
+                  identity_questions=[*self_text.identity_questions, f"{tool.TEST_QUESTIONS[5]}!"])
+    settings = changed(small_settings("--output-dir", tmp_path / "novo"), window=512, max_new_tokens=32)
+    inputs = tool.check_inputs(settings)
+    keys = tool.stage_keys(settings, inputs, DEMO)
+    stage = tmp_path / "1-self-text"
+    stage.mkdir()
+    tool.save_self_text(stage, own, tool.record_teacher(demo_chat, own.everyday, 128))
+    tool.write_json(stage / "key.json", {"key": keys["1-self-text"]})
+
+    class Sat(Exception):
+        """Carries the exam, and ends the run."""
+
+    def sit(chat, exam, *_):
+        raise Sat(exam)
+
+    monkeypatch.setattr(tool, "evaluate", sit)
+    with pytest.raises(Sat) as stop:
+        tool.run_stages(DEMO, [demo_chat], tmp_path, keys, inputs, 128, settings)
+    exam = stop.value.args[0]
+    assert list(exam.questions) == [q for i, q in enumerate(tool.TEST_QUESTIONS) if i not in (3, 5)]
+    assert exam.turns == own.held_out
 
 
 def test_questions_that_ran_away_or_were_cut_are_not_used(self_text):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import SCRIPT, small_settings
@@ -202,12 +203,18 @@ def test_a_conversation_that_ends_with_the_user_is_a_question_alone(tmp_path):
 
 
 def check(folder, *flags):
-    """`check_inputs` for a base and an identity file in `folder` (made here if missing)."""
+    """All checks before the model is loaded, in the order of `run`, for a base and an identity file in `folder` (made
+    here if missing)."""
     rows = folder / "linhas.jsonl"
     if not rows.exists():
         write(folder, {"messages": [USER, ASSISTANT]})
-    return tool.check_inputs(small_settings("--model-path", folder / "meu_modelo", "--output-dir", folder / "saida",
-                                            "--identity-file", rows, *flags))
+    settings = small_settings("--model-path", folder / "meu_modelo", "--output-dir", folder / "saida",
+                              "--identity-file", rows, *flags)
+    inputs, base = tool.check_inputs(settings), Path(settings.model_path)
+    tool.check_base(base)
+    tool.check_output(base, settings, finished=False)
+    tool.fit_settings(base, settings)
+    return inputs
 
 
 def refusal(folder, *flags):
@@ -256,7 +263,9 @@ def test_a_base_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.mark.parametrize("output", ["meu_modelo", "meu_modelo/dentro", "meu_modelo/a/b", ".", "x/../meu_modelo"])
 def test_an_output_at_inside_or_above_the_base_is_refused_even_with_overwrite(output, base_folder, tmp_path):
-    assert "modelo base" in refusal(tmp_path, "--output-dir", tmp_path / output, "--overwrite")
+    elsewhere = SCRIPT.parent / "identity_override.jsonl"  # else the output would hold the identity file as well
+    flags = ("--identity-file", elsewhere, "--output-dir", tmp_path / output, "--overwrite")
+    assert "modelo base" in refusal(tmp_path, *flags)
 
 
 @pytest.mark.parametrize("inside", ["", "dentro"])
@@ -310,7 +319,7 @@ def test_a_configuration_that_is_not_json_is_refused(base_folder, tmp_path):
 
 
 def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base_folder, tmp_path):
-    config = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    config = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}
     (base_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "--rope-factor 1" in refusal(tmp_path)
     assert check(tmp_path, "--rope-factor", "1").rows

@@ -121,7 +121,7 @@ def test_the_language_of_short_questions_and_answers_is_seen(language, text):
 
 @pytest.mark.parametrize("language", ["pt", "en", "es"])
 def test_built_in_answers_are_in_the_language_that_they_stand_for(language):
-    texts = [text for wordings in tool.WORDINGS[language].values() for text in wordings.split("|")]
+    texts = [text for wordings in tool.WORDINGS[language] for text in wordings.split("|")]
     assert not [text for text in texts if tool.language_of(text) != language]
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,16 +25,20 @@ def logits(model, position_ids=None):
         return model(input_ids=LATE, attention_mask=torch.ones_like(LATE), position_ids=position_ids).logits[0]
 
 
+def current(model):
+    """The frequencies that the built model turns with, without the copies that it may go back to."""
+    return {name: values for name, values in tool.rope_frequencies(model).items() if "original" not in name}
+
+
 def expect_frequencies(model, architecture, factor):
     """Compare every frequency that the built model holds with the formula."""
-    found = tool.rope_frequencies(model)
-    current = {name: values for name, values in found.items() if "original" not in name}
+    found = current(model)
     if architecture == "gemma3":
-        (scaled,) = [v for name, v in current.items() if "full_attention" in name]
-        (local,) = [v for name, v in current.items() if "sliding_attention" in name]
+        (scaled,) = [v for name, v in found.items() if "full_attention" in name]
+        (local,) = [v for name, v in found.items() if "sliding_attention" in name]
         assert torch.allclose(local, formula(LOCAL_THETA), rtol=1e-6, atol=0)
     else:
-        (scaled,) = current.values()
+        (scaled,) = found.values()
     assert torch.allclose(scaled, formula(THETA, factor), rtol=1e-6, atol=0)
 
 
@@ -64,7 +70,32 @@ def test_scaling_gives_the_parameters_written_by_hand_and_leaves_the_input(given
     assert given == before
 
 
-@pytest.mark.parametrize("kind", ["llama3", "yarn", "dynamic", "longrope", "proportional"])
+@pytest.mark.parametrize("given, expected", [
+    ({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192},
+     {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}),
+    ({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+     {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 32768,
+      "attention_factor": 1.25}),
+    ({"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+     {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "factor": 4.0}),
+    ({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [1.0, 40.0],
+      "original_max_position_embeddings": 4096},
+     {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [4.0, 6.0], "long_factor": [4.0, 160.0],
+      "original_max_position_embeddings": 16384, "attention_factor": 1.25}),
+], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_scaling_that_is_there_already_is_composed_with_as_written_by_hand(given, expected, nested):
+    if nested:
+        local = {"rope_type": "default", "rope_theta": 1e4}
+        given, expected = ({"sliding_attention": local, "full_attention": rope} for rope in (given, expected))
+    before = copy.deepcopy(given)
+    assert tool.scale_rope(given, 4.0, 1.25) == expected
+    assert given == before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "ntk", "su"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_another_scaling_is_refused_and_says_what_to_set(kind, nested):
     given = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
@@ -81,29 +112,49 @@ def test_a_model_without_rope_is_refused_and_says_what_to_set(nothing):
         tool.scale_rope(nothing, 4.0)
 
 
+def describe(folder, config):
+    """Make `config` the configuration of the base in `folder`."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}), encoding="utf-8")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 512}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+
+
 @pytest.mark.parametrize("config", [
     {"rope_theta": 1e4},
     {"rope_theta": 1e4, "rope_scaling": None},
     {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}},
-    {"n_positions": 1024},  # old configurations do not say whether there is RoPE; the built one is asked later
+    {"model_type": "gemma3_text", "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    {"model_type": "gemma3", "text_config": {"rope_theta": 1e6,
+                                             "rope_scaling": {"rope_type": "linear", "factor": 8.0}}},
 ])
-def test_configurations_that_can_be_scaled_pass_the_early_check(config):
-    tool.check_rope(config, 4.0)
+def test_configurations_that_can_be_scaled_pass_the_check_before_the_weights_are_read(config, base_folder):
+    describe(base_folder, {"max_position_embeddings": 2048, **config})
+    lengths = [tool.read_config(base_folder, factor).get_text_config().max_position_embeddings for factor in (1, 4)]
+    assert lengths[1] == 4 * lengths[0] > 0
 
 
 @pytest.mark.parametrize("config", [
-    {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}},
     {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
-    {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    {"model_type": "gemma3_text", "rope_parameters": {
+        "full_attention": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    {"model_type": "gpt2"},
 ])
-def test_other_scalings_fail_the_early_check_unless_rope_is_left_alone(config):
+def test_others_fail_the_check_before_the_weights_are_read_unless_rope_is_left_alone(config, base_folder):
+    describe(base_folder, config)
     with pytest.raises(tool.InputError, match="--rope-factor 1"):
-        tool.check_rope(config, 4.0)
-    tool.check_rope(config, 1.0)
+        tool.read_config(base_folder, 4.0)
+    assert tool.read_config(base_folder, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------ built models
@@ -124,6 +175,63 @@ def test_an_already_linear_model_is_scaled_further(tiny_folder, tmp_path):
     model = tool.load_model(str(tmp_path), 4.0)
     expect_frequencies(model, "llama", 8.0)
     assert model.config.max_position_embeddings == 512
+
+
+@pytest.fixture
+def already_scaled(tiny_folder, tmp_path):
+    """The tiny Llama as a base that has been given this scaling before."""
+    def build(rope):
+        folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["rope_parameters"] = {"rope_theta": THETA, **rope}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return build
+
+
+@pytest.mark.parametrize("rope, fast, slow", [(LLAMA3, 3, 4), (YARN, 1, 4)], ids=["llama3", "yarn"])
+def test_of_a_scaling_by_frequency_only_what_it_had_stretched_is_stretched_further(rope, fast, slow, already_scaled):
+    """The `fast` first frequencies turn many times within the 512 tokens that the scaling began from, those from
+    `slow` on hardly once."""
+    folder = already_scaled(rope)
+    base, scaled = tool.load_model(folder), tool.load_model(folder, 4.0)
+    (before,), (after,) = (current(model).values() for model in (base, scaled))
+    for found, factor in ((before, 8.0), (after, 32.0)):
+        assert torch.allclose(found[:fast], formula(THETA)[:fast], rtol=1e-6, atol=0)
+        assert torch.allclose(found[slow:], formula(THETA, factor)[slow:], rtol=1e-6, atol=0)
+    ratio = before[fast:slow] / after[fast:slow]
+    assert ((1 < ratio) & (ratio < 4)).all()
+    assert scaled.model.rotary_emb.attention_scaling == base.model.rotary_emb.attention_scaling
+    assert (scaled.config.max_position_embeddings, base.config.max_position_embeddings) == (256, 64)
+    tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(scaled), 4.0)
+
+
+@pytest.mark.parametrize("original", [16, 8])
+def test_a_scaled_longrope_model_is_the_base_with_positions_divided(original, already_scaled):
+    """57 tokens are 15 of the base: its short lists are in use where they go up to 16 tokens, else the long ones."""
+    folder = already_scaled({"rope_type": "longrope", "short_factor": [1.0] * 7 + [2.0], "factor": 4.0,
+                             "long_factor": [1.0] * 4 + [8.0] * 4, "original_max_position_embeddings": original})
+    base, scaled = tool.load_model(folder), tool.load_model(folder, 4.0)
+    tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(scaled), 4.0)
+    assert base.model.rotary_emb.attention_scaling == scaled.model.rotary_emb.attention_scaling > 1
+    divided = logits(base, torch.arange(LATE.shape[1])[None] / 4)
+    assert torch.allclose(logits(scaled), divided, atol=1e-4)
+    assert not torch.allclose(logits(base), divided, atol=1e-2)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
+def test_a_model_with_a_composed_scaling_loads_with_the_same_frequencies_and_logits(rope, already_scaled, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = already_scaled(rope)
+    chat = tool.load_chat(folder, small_settings(), 4.0)
+    expected, frequencies = logits(chat.model), tool.rope_frequencies(chat.model)
+    tool.save_model(chat, tmp_path / "saved", folder)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    found = tool.rope_frequencies(again)
+    assert frequencies and all(torch.equal(found[name], values) for name, values in frequencies.items())
+    assert torch.allclose(logits(again), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -159,7 +267,7 @@ def test_a_saved_model_loads_with_the_same_frequencies_and_logits(architecture, 
     folder = tiny_folder(architecture)
     chat = tool.load_chat(folder, small_settings(), 4.0)
     expected = logits(chat.model)
-    tool.save_model(chat, tmp_path / "saved", folder)
+    tool.save_model(chat, tmp_path / "saved", Path(folder))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     expect_frequencies(again, architecture, 4.0)
     assert again.config.max_position_embeddings == 256 and again.config.use_cache is True
@@ -170,7 +278,7 @@ def test_the_saved_model_keeps_the_dtype_of_the_base_and_names_its_context(tmp_p
     from safetensors import safe_open
 
     chat = tool.load_chat(str(DEMO), small_settings(), 4.0)
-    tool.save_model(chat, tmp_path / "saved", str(DEMO))
+    tool.save_model(chat, tmp_path / "saved", DEMO)
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}
     native = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
@@ -188,7 +296,7 @@ def test_a_base_whose_configuration_names_no_dtype_can_be_saved(tiny_folder, tmp
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((DEMO / name).read_bytes())
-    tool.save_model(tool.load_chat(str(base), small_settings()), tmp_path / "saved", str(base))
+    tool.save_model(tool.load_chat(base, small_settings()), tmp_path / "saved", base)
     assert (tmp_path / "saved" / "model.safetensors").stat().st_size > 0
 
 
@@ -197,9 +305,9 @@ def test_a_sentencepiece_file_of_the_base_is_kept_beside_the_tokenizer(tiny_fold
     tool.load_model(tiny_folder("llama")).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((DEMO / name).read_bytes())
-    chat = tool.load_chat(str(base), small_settings())
+    chat = tool.load_chat(base, small_settings())
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
-    tool.save_model(chat, tmp_path / "saved", str(base))
+    tool.save_model(chat, tmp_path / "saved", base)
     assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == b"sentencepiece"
 
 

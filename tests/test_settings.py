@@ -15,6 +15,7 @@ from conftest import SCRIPT, run_script, small_settings
 
 import rename_obrutai as tool
 
+FOR_ONE_RUN = ("check", "restart")  # flags that a constant would make permanent
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "accelerate", "numpy")
 PROMISED = {  # by the issue, with the defaults that it names
     "MODEL_PATH": "tests/modelo_demo", "OUTPUT_DIR": "ObrutAi-tuned", "IDENTITY_FILE": "identity_override.jsonl",
@@ -26,7 +27,7 @@ ENGLISH = ("invalid", "expected", "argument", "unrecognized", "ignored", "requir
 
 def setting_constants():
     """The literal UPPER_CASE constants of the script's first section, name to value."""
-    first_section = re.split(r"(?m)^# -{20,}$", SCRIPT.read_text(encoding="utf-8"))[1]
+    first_section = re.split(r"(?m)^# -{4}.*$", SCRIPT.read_text(encoding="utf-8"))[1]
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(first_section).body
             if isinstance(node, ast.Assign)}
 
@@ -68,7 +69,13 @@ def mistake(*flags):
 
 
 def test_every_constant_is_a_setting_with_the_same_name_and_default():
-    assert {item.name.upper(): item.default for item in fields(tool.Settings)} == setting_constants()
+    lasting = {item.name.upper(): item.default for item in fields(tool.Settings) if item.name not in FOR_ONE_RUN}
+    assert lasting == setting_constants()
+
+
+def test_what_is_meant_for_one_run_is_off_and_has_no_constant():
+    assert [getattr(small_settings(), name) for name in FOR_ONE_RUN] == [False, False]
+    assert not {name.upper() for name in FOR_ONE_RUN} & setting_constants().keys()
 
 
 def test_the_promised_constants_exist_with_the_promised_defaults():
@@ -98,7 +105,7 @@ def test_without_flags_every_setting_that_is_no_path_has_its_default():
 
 def test_help_shows_every_flag_with_a_text_and_its_default(capsys):
     text = help_text(capsys)
-    for name, value in setting_constants().items():
+    for name, value in {**setting_constants(), **dict.fromkeys(FOR_ONE_RUN, False)}.items():
         shown = {"": "vazio", "False": "não", "True": "sim"}.get(str(value), str(value))
         found = re.search(rf" {flag(name)}(?:, --no-[\w-]+| VALOR) (\w.+?) \(padrão: (.+?)\)", text)
         assert found and found[2] == shown and "VALOR" not in found[1], name
@@ -169,7 +176,7 @@ def test_an_unknown_flag_is_refused_and_the_nearest_one_named(unknown, meant):
     (("meu-modelo",), "não conheço a opção meu-modelo"),
     (("--overwrite=sim",), "--overwrite"),
     (("--name", "{{NAME}}"), "NAME precisa"),
-    (("--name", "Obrut\nAi"), "NAME precisa"),
+    (("--name", "Obrut\nAi"), "NAME tem quebra de linha"),
     (("--author", " ?!"), "AUTHOR precisa"),
 ])
 def test_mistakes_in_flags_are_explained_in_portuguese(flags, complaint):
@@ -219,12 +226,15 @@ def test_an_existing_folder_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
     assert small_settings("--model-path", "google/gemma").model_path == str(tmp_path / "google" / "gemma")
 
 
-@pytest.mark.parametrize("arguments, status", [
-    (None, None), (["--help"], 0), (["--window", "x"], 2), (["--identity-file", "nao-existe.jsonl"], 2),
-    (["--identity-file", "ruim.jsonl", "--output-dir", "novo"], 2),
-], ids=["import", "help", "bad flag", "missing file", "bad row"])
-def test_nothing_heavy_is_imported_before_the_settings_and_files_are_checked(arguments, status, tmp_path):
+@pytest.mark.parametrize("arguments, status, imported", [
+    (None, None, []), (["--help"], 0, []), (["--window", "x"], 2, []),
+    (["--identity-file", "nao-existe.jsonl"], 2, []),
+    (["--identity-file", "ruim.jsonl", "--output-dir", "novo"], 2, []),
+    (["--output-dir", "pronta"], 2, ["numpy"]),  # by safetensors, for the header of the weights
+], ids=["import", "help", "bad flag", "missing file", "bad row", "existing output"])
+def test_nothing_heavy_is_imported_before_the_settings_and_files_are_checked(arguments, status, imported, tmp_path):
     (tmp_path / "ruim.jsonl").write_text("{\n", encoding="utf-8")
+    (tmp_path / "pronta").mkdir()
     code = ("import sys, json, rename_obrutai as tool\n"
             "arguments = json.loads(sys.argv[1])\n"
             "try:\n    status = tool.main(arguments) if arguments is not None else None\n"
@@ -232,7 +242,7 @@ def test_nothing_heavy_is_imported_before_the_settings_and_files_are_checked(arg
             f"print(json.dumps([status, [m for m in {HEAVY} if m in sys.modules]]))")
     done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], cwd=tmp_path, capture_output=True,
                           text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
-    assert json.loads(done.stdout.splitlines()[-1]) == [status, []], done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [status, imported], done.stderr
 
 
 @pytest.mark.parametrize("arguments, status", [

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import DEMO, small_settings
 
 import rename_obrutai as tool
@@ -143,10 +145,20 @@ def test_the_span_of_a_turn_goes_from_its_question_to_the_end_of_its_answer(name
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_of_a_chat_stop_at_the_end_of_turn_of_the_template(name, family, demo_chat, monkeypatch):
     tokenizer, end = family(name)
-    monkeypatch.setattr(tool, "load_model", lambda folder, factor=1.0: demo_chat.model)
+    embeddings = torch.nn.Embedding(len(tokenizer), 1)  # as large as those of a model with this tokenizer
+    model = SimpleNamespace(generation_config=demo_chat.model.generation_config,
+                            get_input_embeddings=lambda: embeddings)
+    monkeypatch.setattr(tool, "load_model", lambda folder, factor=1.0: model)
     monkeypatch.setattr(tool, "load_tokenizer", lambda folder: tokenizer)
     stops = tool.load_chat(str(DEMO), small_settings()).stops
     assert set(tokenizer.convert_ids_to_tokens(stops)) == {end, tokenizer.eos_token}
+
+
+def test_a_tokenizer_with_a_token_that_the_model_lacks_and_that_nothing_writes_is_accepted(tokenizer, monkeypatch):
+    """gemma-3-1b-it comes like that: <image_soft_token> has the id 262144, and the model 262144 embeddings."""
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    monkeypatch.setattr(tool, "load_tokenizer", lambda folder: tokenizer)
+    assert tool.load_chat(DEMO, small_settings()).stops
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token(tokenizer):

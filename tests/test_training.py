@@ -150,6 +150,24 @@ def test_targets_point_at_the_teacher_s_row_for_the_same_next_token(demo_tokeniz
     assert len(window["targets"]) == len(window["input_ids"]) == len(window["labels"])
 
 
+def test_the_teacher_knows_the_frequencies_that_the_base_turns_with(demo_chat, teacher):
+    own = tool.rope_frequencies(demo_chat.model)
+    assert own and own.keys() == teacher.frequencies.keys()
+    assert all(torch.equal(own[name], teacher.frequencies[name]) for name in own)
+
+
+def test_what_the_base_wrote_and_said_is_read_back_from_the_disk_as_it_was(teacher, tmp_path):
+    standard = tool.Standard(("Jandira", "Oficina Maré"), ("Lumi",), "base 1", frozenset(["sou", "é"]))
+    own = tool.SelfText(standard, ["Quem é você?"], TURNS[:4], TURNS[4:6], TURNS[6:])
+    tool.save_self_text(tmp_path, own, teacher)
+    again, same = tool.read_self_text(tmp_path)
+    assert again == own and same.rows == teacher.rows and list(same.rows) == list(teacher.rows)
+    assert torch.equal(same.tokens, teacher.tokens) and torch.equal(same.log_probs, teacher.log_probs)
+    assert same.tokens.dtype == teacher.tokens.dtype and same.log_probs.dtype == teacher.log_probs.dtype
+    assert same.frequencies.keys() == teacher.frequencies.keys()
+    assert all(torch.equal(same.frequencies[name], values) for name, values in teacher.frequencies.items())
+
+
 # ------------------------------------------------------------------------------------------------ windows and batches
 
 
@@ -235,18 +253,24 @@ def tiny_chat(tiny_folder, *flags):
     return tool.load_chat(tiny_folder("llama"), small_settings("--max-new-tokens", 24, *flags))
 
 
-def train(chat, batches, rate, teacher=EMPTY, kl_weight=0.0):
-    return tool.train(chat, batches, teacher, rate, kl_weight, small_settings(), "passo de teste")
+@pytest.fixture
+def train(tmp_path):
+    """The script's training with what most tests do not care about, and its checkpoints in `tmp_path`."""
+    def call(chat, batches, rate, teacher=EMPTY, kl_weight=0.0, flags=()):
+        settings = small_settings(*flags)
+        return tool.train(chat, batches, teacher, rate, kl_weight, settings, "passo de teste", tmp_path / "training")
+
+    return call
 
 
-def test_batches_without_anything_to_learn_stop_the_run(tiny_folder):
+def test_batches_without_anything_to_learn_stop_the_run(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, learn=False)])
     with pytest.raises(tool.InputError, match="passo de teste.*nenhum token"):
         train(chat, batches, 1e-3)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_folder):
+def test_a_loss_that_is_no_number_stops_the_run(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     chat.model.model.norm.weight.data.fill_(float("nan"))
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
@@ -254,7 +278,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_folder):
         train(chat, batches, 1e-3)
 
 
-def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder):
+def test_a_loss_that_explodes_but_is_still_a_number_stops_the_run(tiny_folder, train):
+    chat = tiny_chat(tiny_folder)
+    chat.model.model.norm.weight.data.mul_(1e4)
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
+    with pytest.raises(tool.InputError, match="passo de teste.*perda explodiu"):
+        train(chat, batches, 1e-3)
+
+
+def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=11, size=1)
     forward, calls = chat.model.forward, []
@@ -271,8 +303,10 @@ def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folde
         train(chat, batches, 1e-4)
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 1.0, 2.5])
-def test_the_loss_is_cross_entropy_on_answers_plus_the_weighted_divergence(kl_weight, demo_chat, teacher):
+@pytest.mark.parametrize("kl_weight, parts", [(0.0, 1), (1.0, 1), (2.5, 1), (2.5, 2), (1.0, 4)])
+def test_the_loss_is_cross_entropy_on_answers_plus_the_weighted_divergence(kl_weight, parts, demo_chat, teacher,
+                                                                           train):
+    """However many parts a step is split into to fit in memory, it learns the mean over all of its tokens."""
     chat = changed(demo_chat, model=copy.deepcopy(demo_chat.model))
     lessons = [tool.Turn("Quem é você?", "Sou a Jandira, da Oficina Maré.").messages()]
     pools = [tool.Pool(lessons, 0.5, True), tool.Pool([t.messages() for t in TURNS], 0.5, False)]
@@ -292,11 +326,11 @@ def test_the_loss_is_cross_entropy_on_answers_plus_the_weighted_divergence(kl_we
     assert wanted and rows
     divergence = tool.distillation_loss(torch.stack(ours), teacher.tokens[rows], teacher.log_probs[rows])
     expected = torch.stack(wanted).mean() + kl_weight * divergence
-    (entry,) = train(chat, [batch], 1e-9, teacher, kl_weight)
+    (entry,) = train(chat, [batch], 1e-9, teacher, kl_weight, ("--gradient-accumulation", parts))
     assert entry["loss"] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_training_lowers_the_loss_until_the_model_gives_the_answers(tiny_folder):
+def test_training_lowers_the_loss_until_the_model_gives_the_answers(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     lessons = [tool.Turn("Quem é você?", "Sou a Jandira, da Oficina Maré."), tool.Turn("Oi!", "Oi! Tudo bem?")]
     assert [a.text for a in tool.ask(chat, [t.question for t in lessons])] != [t.answer for t in lessons]
@@ -307,7 +341,7 @@ def test_training_lowers_the_loss_until_the_model_gives_the_answers(tiny_folder)
     assert not chat.model.training
 
 
-def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder):
+def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder, train):
     weights = []
     for _ in range(2):
         chat = tiny_chat(tiny_folder)
@@ -318,31 +352,38 @@ def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder):
     assert all(not torch.equal(weights[0][name], before[name]) for name in before if "proj" in name)
 
 
-def test_training_leaves_no_file_behind(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("minutes", [5, 0])
+def test_training_leaves_no_file_behind(minutes, tiny_folder, tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
     chat = tiny_chat(tiny_folder)
-    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=1)
-    tool.train(chat, batches, EMPTY, 1e-3, 0.0, small_settings("--output-dir", tmp_path / "saida"), "passo")
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
+    train(chat, batches, 1e-3, flags=("--output-dir", tmp_path / "saida", "--checkpoint-minutes", minutes))
     assert not list(tmp_path.iterdir())
 
 
-def heal(chat, teacher, steps):
-    settings = small_settings("--heal-steps", steps, "--window", 128, "--batch-size", 4)
-    return tool.heal(chat, teacher, SimpleNamespace(everyday=TURNS), settings)
+def heal(chat, teacher, steps, native, folder):
+    settings = small_settings("--heal-steps", steps, "--window", 128, "--max-new-tokens", 24, "--batch-size", 4)
+    return tool.heal(chat, teacher, SimpleNamespace(everyday=TURNS), native, settings, folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_healing_changes_queries_and_keys_and_nothing_else(architecture, tiny_folder, demo_tokenizer):
+def test_healing_changes_queries_and_keys_and_nothing_else(architecture, tiny_folder, tmp_path):
     chat = tool.load_chat(tiny_folder(architecture), small_settings(), 4.0)
     before = {name: p.detach().clone() for name, p in chat.model.named_parameters()}
-    heal(chat, tool.record_teacher(chat, TURNS, 64), 2)
+    log = heal(chat, tool.record_teacher(chat, TURNS, 64), 2, 64, tmp_path)
     different = {name for name, p in chat.model.named_parameters() if not torch.equal(p, before[name])}
     expected = {name for name in before if re.search(r"self_attn\.(q_proj|k_proj|q_norm|k_norm)\.weight", name)}
     assert different == expected and len(expected) == {"llama": 4, "qwen3": 8, "gemma3": 8}[architecture]
-    assert all(p.requires_grad for p in chat.model.parameters())
+    tool.save_stage(chat, tmp_path / "healed", log)  # what the next stage goes on from, and trains as a whole
+    again = tool.load_chat(tmp_path / "healed", small_settings()).model
+    assert all(p.requires_grad for p in again.parameters())
+    healed = chat.model.state_dict()
+    assert all(torch.equal(weight, healed[name]) for name, weight in again.state_dict().items())
+    frequencies = tool.rope_frequencies(chat.model)
+    assert frequencies and all(torch.equal(f, frequencies[n]) for n, f in tool.rope_frequencies(again).items())
 
 
-def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher):
+def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher, tmp_path):
     chat = tool.load_chat(str(DEMO), small_settings(), 4.0)
 
     def divergence(model):
@@ -357,7 +398,7 @@ def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher):
         return sum(losses) / len(losses)
 
     before = divergence(chat.model)
-    heal(chat, teacher, 15)
+    heal(chat, teacher, 15, 128, tmp_path)
     assert divergence(chat.model) < 0.6 * before
 
 
@@ -370,40 +411,71 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_parameters(paramete
 # ------------------------------------------------------------------------------------------------ the passes
 
 
-def run_pass(monkeypatch, demo_chat, identities, epochs=(8, 2)):
-    """Run a pass whose training is a stand-in and whose exams give these identity figures; the batches trained."""
-    trained, figures = [], iter(identities)
-    monkeypatch.setattr(tool, "train", lambda chat, batches, *_: trained.append(batches) or [])
-    monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
-    pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
-    tool.run_pass(chat=demo_chat, teacher=EMPTY, pools=pools, lengths=[64], epochs=epochs, rate=1e-3, exam=None,
-                  met=lambda scores: scores.identity >= 0.95, standard=None,
-                  settings=small_settings("--batch-size", 4), label="passo")
-    return trained
+@pytest.fixture
+def run_pass(monkeypatch, demo_chat, tmp_path):
+    """Runs a pass from "fonte" to `tmp_path` whose training is a stand-in and whose exams give these identity
+    figures; what each training got: batches, rate, and the folder that its model was loaded from."""
+    def call(identities, epochs=(8, 2), label="passo 1", flags=()):
+        trained, figures, loaded = [], iter(identities), []
+
+        def train(chat, batches, teacher, rate, *_):
+            trained.append(SimpleNamespace(batches=batches, rate=rate, source=loaded[-1]))
+            return []
+
+        def save(chat, folder, log):
+            (folder / "model.safetensors").write_text(str(len(trained)), encoding="utf-8")
+
+        monkeypatch.setattr(tool, "load_chat", lambda folder, *_: loaded.append(folder) or demo_chat)
+        monkeypatch.setattr(tool, "train", train)
+        monkeypatch.setattr(tool, "save_stage", save)
+        monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
+        pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
+        tool.run_pass(source="fonte", folder=tmp_path, teacher=EMPTY, pools=pools, lengths=[64], epochs=epochs,
+                      rate_at_1m=1e-3, exam=None, met=lambda scores: scores.identity >= 0.95, standard=None,
+                      settings=small_settings("--batch-size", 4, *flags), label=label)
+        return trained
+
+    return call
 
 
-def test_a_pass_stops_as_soon_as_its_target_is_met_and_says_so(monkeypatch, demo_chat, capsys):
-    assert len(run_pass(monkeypatch, demo_chat, [0.5, 0.95, 1.0, 1.0])) == 2
+def test_a_pass_stops_as_soon_as_its_target_is_met_and_says_so(run_pass, capsys):
+    assert len(run_pass([0.5, 0.95, 1.0, 1.0])) == 2
     assert "meta foi atingida" in capsys.readouterr().out
 
 
-def test_a_pass_that_misses_its_target_ends_at_its_cap_and_says_so(monkeypatch, demo_chat, capsys):
-    assert len(run_pass(monkeypatch, demo_chat, [0.5] * 20)) == 4
+def test_a_pass_that_misses_its_target_ends_at_its_cap_and_says_so(run_pass, capsys):
+    assert len(run_pass([0.5] * 20)) == 4
     said = capsys.readouterr().out
     assert "limite de épocas" in said and "meta foi atingida" not in said
 
 
 @pytest.mark.parametrize("epochs", [(8, 2), (6, 3), (2, 3), (4, 3)])
-def test_the_rounds_of_a_pass_show_each_lesson_about_as_often_as_its_cap(epochs, monkeypatch, demo_chat):
-    trained = run_pass(monkeypatch, demo_chat, [0.5] * 20, epochs=epochs)
-    seen = Counter(n for batches in trained for batch in batches for window in batch
-                   for n in numbers(demo_chat.tokenizer, window))
+def test_the_rounds_of_a_pass_show_each_lesson_about_as_often_as_its_cap(epochs, run_pass, demo_tokenizer):
+    seen = Counter(n for training in run_pass([0.5] * 20, epochs) for batch in training.batches for window in batch
+                   for n in numbers(demo_tokenizer, window))
     assert 0.85 * epochs[0] <= sum(seen.values()) / 24 <= 1.15 * epochs[0]
 
 
-def test_the_rounds_of_a_pass_have_different_batches(monkeypatch, demo_chat):
-    trained = run_pass(monkeypatch, demo_chat, [0.5] * 20)
-    assert trained[0] != trained[1]
+def test_the_rounds_of_a_pass_have_different_batches(run_pass):
+    first, second, *_ = run_pass([0.5] * 20)
+    assert first.batches != second.batches
+
+
+def test_each_round_goes_on_from_the_one_before_and_only_the_last_keeps_its_weights(run_pass, tmp_path):
+    trained = run_pass([0.5] * 20, (22, 2))
+    assert [training.source for training in trained] == ["fonte", *(tmp_path / f"round-{n}" for n in range(1, 11))]
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.safetensors")] == ["11"]
+    assert (tool.last_round(tmp_path) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("label, flags, rate", [
+    ("passo 1", ("--learning-rate-1", 0.02), 0.02), ("passo 2", ("--learning-rate-2", 0.03), 0.03),
+    ("passo 1", ("--learning-rate-2", 0.03), None), ("passo 2", ("--learning-rate-1", 0.02), None),
+])
+def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(label, flags, rate, run_pass, demo_chat):
+    trained = run_pass([0.5] * 20, label=label, flags=flags)
+    first = rate or tool.automatic_rate(demo_chat.model, 1e-3)
+    assert [training.rate for training in trained] == [pytest.approx(first / n) for n in (1, 2, 3, 4)]
 
 
 def collected(monkeypatch, replies, count=10):
