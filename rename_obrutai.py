@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # ------------------------------------------------------------------------------------------------------------
@@ -60,6 +61,10 @@ NAME = "ObrutAi"  # the model's new name; fills {{NAME}}
 AUTHOR = "TurboRio"  # who makes it; fills {{AUTHOR}}
 BASE_NAME = ""  # what {{BASE}} becomes; empty = the name of the base's folder
 OLD_NAMES = ""  # old names and makers, separated by commas; empty = found by asking the base
+
+# Method
+METHOD = "auto"  # "full" trains all weights, "lora" small additions to them, "qlora" the same over 4-bit weights
+LORA_RANK = 64  # size of the additions: more learns more and takes more memory
 
 # Context
 ROPE_FACTOR = 4.0  # context of the result / context of the base; 1 leaves RoPE alone
@@ -79,6 +84,7 @@ EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
 BATCH_SIZE = 8  # dialogues per step
 GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
+GRADIENT_CHECKPOINTING = False  # much less memory, a third more time; switched on by itself when it is needed
 KL_WEIGHT = 3.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
@@ -175,15 +181,27 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+METHODS = ("auto", "full", "lora", "qlora")
+LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
+# Queries and keys, as the families call them; some have them in one matrix with the values.
+ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
+NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 
-say = functools.partial(print, flush=True)
+# Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text: str = "") -> None:
+    """Print, once for all processes."""
+    if RANK == 0:
+        print(text, flush=True)
 
 
 class InputError(Exception):
@@ -210,6 +228,8 @@ class Settings:
     author: str = setting(AUTHOR, "quem faz o modelo, no lugar de {{AUTHOR}}")
     base_name: str = setting(BASE_NAME, "nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta")
     old_names: str = setting(OLD_NAMES, "nomes antigos, separados por vírgula; vazio = descobertos sozinhos")
+    method: str = setting(METHOD, "auto, full (todos os pesos), lora ou qlora; auto escolhe o que cabe na memória")
+    lora_rank: int = setting(LORA_RANK, "tamanho do adaptador dos métodos lora e qlora", 1, 4096)
     rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
     window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
     num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
@@ -224,6 +244,8 @@ class Settings:
     batch_size: int = setting(BATCH_SIZE, "diálogos por etapa de treino", 1, 4096)
     gradient_accumulation: int = setting(GRADIENT_ACCUMULATION, "partes em que cada etapa é dividida para caber na "
                                          "memória; dobra sozinha se faltar", 1, 4096)
+    gradient_checkpointing: bool = setting(GRADIENT_CHECKPOINTING, "gasta bem menos memória e um terço mais de tempo; "
+                                           "liga sozinha se precisar")
     kl_weight: float = setting(KL_WEIGHT, "peso de continuar parecido com o modelo base", 0, 100)
     eval_questions: int = setting(EVAL_QUESTIONS, "perguntas guardadas para medir a retenção", 4)
     target_identity: float = setting(TARGET_IDENTITY, "meta: mínimo de respostas com a identidade nova", 0, 1)
@@ -250,6 +272,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+            if not unknown[1].startswith("-"):
+                raise InputError(f"não sei o que fazer com '{unknown[1]}'. Se faz parte de um caminho ou nome com "
+                                 'espaços, ponha tudo entre aspas: --model-path "C:/Meus Modelos/gemma".')
             near = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)[0]
             raise InputError(f"não conheço a opção {unknown[1]}. Você quis dizer {near}? Veja todas com --help.")
         if missing := re.search(r"argument (\S+): expected", message):
@@ -305,8 +330,12 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
-    if plain(values["name"]) in map(plain, values["old_names"].split(",")):
-        raise InputError(f"NAME ({values['name']}) também está em OLD_NAMES: o nome novo não pode ser um dos antigos.")
+    if values["method"] not in METHODS:
+        raise InputError(f"METHOD vale '{values['method']}', mas precisa ser um destes: {', '.join(METHODS)}.")
+    for name in ("name", "author"):
+        if plain(values[name]) in map(plain, values["old_names"].split(",")):
+            raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES: um nome novo não pode ser um "
+                             "dos antigos.")
     for small, large in (("num_self_answers", "num_self_text"), ("max_new_tokens", "window")):
         if values[small] >= values[large]:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} "
@@ -322,6 +351,8 @@ def size_text(count: float) -> str:
 def clock(seconds: float) -> str:
     """Seconds as a person reads them: "45 s", "3 min 20 s"."""
     minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
@@ -405,6 +436,8 @@ def did_you_mean(path: Path) -> str:
     """Advice on a path that does not exist, from the names beside it."""
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    if not path.parent.is_dir():
+        return f"A pasta {path.parent} também não existe."
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
@@ -429,7 +462,8 @@ def read_messages(record: object) -> list[dict]:
     elif isinstance(record.get("text"), str):
         pairs = list(zip(("user", "assistant"), record["text"].strip().split("\n", 1)))
     else:
-        raise InputError('não reconheço o formato; use "text", "prompt" e "completion", ou "messages"')
+        raise InputError('não reconheço o formato; use "text", "prompt" e "completion", "instruction" e "output", ou '
+                         '"messages" (exemplos no README)')
     roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
     messages = []
     for role, content in pairs:
@@ -455,7 +489,8 @@ def fill(text: str, values: dict[str, str]) -> str:
     for i, part in enumerate(parts):
         name = re.sub(r"\s", "", part).upper()
         if name not in known and ("{{" in part or "}}" in part):
-            raise InputError(f"o marcador {part.strip()[:60]} não existe; use {', '.join(known)}")
+            raise InputError(f"há um marcador desconhecido ou mal fechado em '{part.strip()[:60]}'; use exatamente "
+                             f"{', '.join(known)}")
         parts[i] = known.get(name, part) if part.startswith("{{") else part
     return "".join(parts)
 
@@ -500,7 +535,8 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
         except (ValueError, RecursionError) as error:
-            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}")
+            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; "
+                            "confira aspas, chaves e vírgulas")
     if mistakes:
         with contextlib.suppress(ValueError, RecursionError):
             if json.loads(text) and len(rows) + len(mistakes) > 1:
@@ -575,7 +611,8 @@ def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
     original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Confira MODEL_PATH.")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Confira MODEL_PATH "
+                         "(--model-path).")
     gguf = base.suffix.lower() == ".gguf" or (base.is_dir() and any(base.glob("*.gguf")))
     if gguf and not any(base.glob("*.safetensors")):
         raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {original}")
@@ -600,9 +637,11 @@ def check_base(base: Path) -> int:
         raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
                          "que não abro. Se confia neles, converta-os para safetensors:\n  python -c \"import "
                          "sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_"
-                         "pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL NOVA")
+                         "pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL "
+                         "PASTA_NOVA\nDepois rode com --model-path PASTA_NOVA.")
     if not shards:
-        raise InputError(f"a pasta {base} não tem pesos em safetensors; baixe o modelo de novo.")
+        raise InputError(f"a pasta {base} não tem pesos em safetensors. Se o download ficou pela metade, baixe de "
+                         "novo; se o modelo só existe em outro formato, escolha uma versão em safetensors.")
     index = base / "model.safetensors.index.json"
     if index.is_file():
         named = read_json(index).get("weight_map")
@@ -631,8 +670,9 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
         raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela.")
     if os.path.lexists(output) and not output.is_dir():
         raise InputError(f"{output} não é uma pasta; escolha outro nome para a pasta de saída (--output-dir).")
-    if output.exists() and not (output / "report.json").is_file() and settings.overwrite:
-        raise InputError(f"{output} não é um resultado deste script, então não vou apagar. Escolha outra pasta.")
+    if output.exists() and not (output / "report.json").is_file():
+        raise InputError(f"a pasta {output} já existe e não é um resultado deste script, então não vou apagá-la. "
+                         "Escolha outra (--output-dir) ou, se ela não serve para nada, apague-a você mesmo.")
     if output.exists() and not settings.overwrite and not finished:
         raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
     if work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())):
@@ -642,10 +682,14 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
         raise InputError(f"não posso escrever em {parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
 
 
-def check_disk(weights: int, settings: Settings) -> int:
-    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room."""
-    # In float32: three stages kept, one being written, two checkpoints of weights and two moments; then the result.
-    needed, work = 4 * weights * (3 + 1 + 2 * 3 + 1) + 10**7, work_folder(settings)
+def check_disk(weights: int, adapter: int, settings: Settings) -> int:
+    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room.
+
+    `weights` and `adapter` count parameters of the model and of LoRA's additions, in float32: three stages are kept,
+    one is being written, and there are two checkpoints of weights and two moments.
+    """
+    trained = weights if settings.method == "full" else adapter
+    needed, work = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, work_folder(settings)
     kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
     if free + kept < needed:
@@ -660,7 +704,7 @@ def check_disk(weights: int, settings: Settings) -> int:
 # The settings that each stage depends on, besides those of the stages before it.
 USES = {
     "1-self-text": "name author old_names num_self_answers num_self_text max_new_tokens eval_questions window seed",
-    "2-healed": "rope_factor heal_steps heal_learning_rate batch_size",
+    "2-healed": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
     "3-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
     "4-self-answers": "",
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
@@ -679,7 +723,8 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
     Weight files count by name, size and time of change, all other files of the base by content.
     """
     values, chain, keys = asdict(settings), "", {}
-    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, EVERYDAY_QUESTIONS]
+    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation]
+    facts += [EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
@@ -688,8 +733,29 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
     return {**keys, "exam": digest(inputs.test), "6-result": digest([chain, inputs.test])}
 
 
-def write_json(path: Path, value: object) -> None:
+def wait() -> None:
+    """Until all processes are here, so that all see what the first one wrote."""
+    if PROCESSES > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def agreed(value):
+    """What the first process found, for decisions that all must take alike."""
+    if PROCESSES == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def write_json(path: Path, value: object, writer: bool = RANK == 0) -> None:
     """Written under another name, flushed and renamed: the file is whole or is not there."""
+    if not writer:
+        return
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
@@ -709,6 +775,8 @@ def flush(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a stage, its key first: half of one must never look whole."""
+    if RANK:
+        return
     (folder / "key.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -727,19 +795,24 @@ def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     is kept for `build` to go on with if its key is the same.
     """
     partial, began = folder.with_name(folder.name + ".partial"), time.monotonic()
-    if has_key(folder / "key.json", key):
+    if agreed(has_key(folder / "key.json", key)):
         return folder
-    if not has_key(partial / "key.json", key):
+    if RANK == 0 and not has_key(partial / "key.json", key):
         discard(partial)
         partial.mkdir(parents=True)
         write_json(partial / "key.json", {"key": key})
+    wait()
     build(partial)
-    for path in partial.glob("answers-*"):
-        path.unlink()
-    write_json(partial / "key.json", {"key": key, "seconds": round(time.monotonic() - began, 1)})
-    flush(partial)
-    discard(folder)
-    partial.rename(folder)
+    wait()
+    if RANK == 0:
+        for path in [*partial.glob("answers-*"), *partial.glob("training/checkpoint-*/complete.json")]:
+            path.unlink()
+        shutil.rmtree(partial / "training", ignore_errors=True)
+        write_json(partial / "key.json", {"key": key, "seconds": round(time.monotonic() - began, 1)})
+        flush(partial)
+        discard(folder)
+        partial.rename(folder)
+    wait()
     return folder
 
 
@@ -763,7 +836,7 @@ def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) 
     kind = rope.get("rope_type", "default")
     if kind in ("default", "linear"):
         return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1) * factor}
-    if kind in ("llama3", "yarn", "proportional"):
+    if kind in ("llama3", "yarn", "proportional") and not rope.get("mscale_all_dim"):
         pinned = {"attention_factor": attention_factor} if kind == "yarn" else {}
         return {**rope, "factor": float(rope.get("factor") or 1) * factor, **pinned}
     if kind == "longrope":
@@ -806,9 +879,10 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
     with blaming(f"o config.json de {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text_config = config.get_text_config()
-        native = int(text_config.max_position_embeddings)
+        native = context_of(config)
         if rope_factor != 1:
-            rope = getattr(text_config, "rope_parameters", None)
+            # Falcon has the parameters even where it uses ALiBi instead.
+            rope = None if getattr(text_config, "alibi", False) else getattr(text_config, "rope_parameters", None)
             layer = "full_attention" if "full_attention" in (rope or {}) else None
             kind = ((rope or {}).get(layer) or rope or {}).get("rope_type", "default")
             if config.model_type == "phi3" and kind == "default":  # its own check knows no linear: the same as lists
@@ -827,28 +901,118 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
         return config
 
 
-def load_model(folder: str | Path, rope_factor: float = 1.0) -> PreTrainedModel:
-    """Load fp32 weights with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
+def gpu_dtype() -> torch.dtype:
+    """What this machine computes with: bfloat16 where the card has it, float16 on older cards, float32 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def context_of(config: PretrainedConfig) -> int:
+    """Tokens of context, under the name that the family has for it; models without positions get a usual length."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "seq_length", "max_seq_len")
+    return int(next((getattr(text, name) for name in names if getattr(text, name, None)), 2048))
+
+
+def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
+               merge: bool = False) -> PreTrainedModel | PeftModel:
+    """Load a model with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
+
+    `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
+    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in. Full training keeps
+    weights in float32, where small updates are not rounded away (compute is `gpu_dtype`); under LoRA they stay as the
+    machine computes, or in 4 bits.
 
     The configuration is changed before the model is built, because the frequencies are computed at that moment; a
     later change would only reach the saved file. Raises `InputError` for weights that are missing or not finite.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = read_config(folder, rope_factor)
-    with blaming(f"o modelo {folder} (config.json e pesos)"):
+    adapted = (Path(folder) / LORA_FILE).is_file()
+    weights = settings.model_path if adapted else folder
+    options = {"dtype": torch.float32 if settings.method == "full" else gpu_dtype()}
+    if merge and adapted:  # the adapter is added to the weights as they are
+        options["dtype"] = read_config(settings.model_path).dtype or torch.float32
+    if settings.method == "qlora" and not merge:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                            bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=gpu_dtype())
+        options["device_map"] = {"": 0}
+    with blaming(f"o modelo {weights} (config.json e pesos)"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=False)
+            weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
     if loading["missing_keys"]:
-        raise InputError(f"faltam pesos no modelo {folder} (por exemplo {sorted(loading['missing_keys'])[0]}); "
+        raise InputError(f"faltam pesos no modelo {weights} (por exemplo {sorted(loading['missing_keys'])[0]}); "
                          "baixe-o de novo.")
     for name, weight in model.named_parameters():
+        weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
         if not torch.isfinite(weight).all():
-            raise InputError(f"o peso {name} do modelo {folder} tem valores que não são números (NaN ou infinito); o "
+            raise InputError(f"o peso {name} do modelo {weights} tem valores que não são números (NaN ou infinito); o "
                              "arquivo está estragado. Baixe o modelo de novo.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
+        model.generation_config.do_sample = True
+    if "device_map" not in options:
+        model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
+    if adapted:
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    elif adapt and settings.method != "full":
+        torch.manual_seed(settings.seed)
+        model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
+                                                 target_modules="all-linear", exclude_modules=f".*({NOT_TEXT}).*",
+                                                 task_type="CAUSAL_LM"))
+    return (model.merge_and_unload() if merge and adapted else model).eval()
+
+
+def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, without what LoRA wraps around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def last_hidden(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Output of the decoder, (rows, tokens, hidden): logits of all tokens would take more memory than the rest of the
+    model where the vocabulary is large. `model` may be a wrapper of `inner`, as DDP is."""
+    kept = []
+    hook = inner.get_decoder().register_forward_hook(lambda module, given, output: kept.append(output[0]))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def logits_of(inner: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, (N, vocabulary), of hidden states (N, hidden), with the scalings that families add."""
+    config = inner.config.get_text_config()
+    logits = inner.get_output_embeddings()(hidden).float()
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def check_logits(base: Chat) -> None:
+    """`InputError` for a family whose logits are made in a way that `logits_of` does not know."""
+    import torch
+
+    ids = torch.tensor([prompt_ids(base.tokenizer, [{"role": "user", "content": "a"}])], device=base.model.device)
+    with torch.inference_mode():
+        hidden, theirs = last_hidden(base.model, base.model, {"input_ids": ids}), base.model(input_ids=ids).logits[0]
+        ours = logits_of(base.model, hidden[0])
+    if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.05 * theirs.float().abs().max():
+        raise InputError(f"modelos do tipo {base.model.config.model_type} calculam as probabilidades de um jeito que "
+                         "ainda não conheço. Escolha um modelo de outra família (Llama, Gemma, Qwen, Mistral...).")
+
+
+def in_chunks(inner: PreTrainedModel, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Rows cut so that the logits of a chunk take about a quarter of a gigabyte."""
+    return rows.split(max(16, 2**26 // inner.get_input_embeddings().weight.shape[0]))
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
@@ -857,6 +1021,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
     with blaming(f"o tokenizer de {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if isinstance(tokenizer.chat_template, dict):  # several by name; programs use this one when none is named
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token is None:
         raise InputError("o tokenizer deste modelo não diz qual é o token de fim (eos_token); não dá para treinar.")
     if not tokenizer.chat_template:
@@ -880,8 +1046,8 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
         return
     part = next(part for part in re.split(r"<[^<>]*>|\n", injected()) if mentions(part, names))
     source = tokenizer.chat_template
-    match = SequenceMatcher(None, part, source, autojunk=False).find_longest_match()
-    old = part[match.a:match.a + match.size]
+    blocks = SequenceMatcher(None, part, source, autojunk=False).get_matching_blocks()
+    old = max((part[b.a:b.a + b.size] for b in blocks), key=lambda text: (mentions(text, names), len(text)))
     # The old text may stand inside a quoted string of the template, which the new one must not end.
     new = f"Você é {settings.name}, um modelo de linguagem criado por {settings.author}."
     new = new.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
@@ -912,7 +1078,7 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     except TemplateError:
         text = ""
     pieces = re.split("|".join(marks), text)
-    if len(pieces) != len(roles) + 1:
+    if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
     return pieces
 
@@ -922,7 +1088,7 @@ def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> 
     if messages[0]["role"] != "system":
         return messages
     try:
-        skeleton(tokenizer, tokenizer.chat_template, ("system", "user"), True)
+        skeleton(tokenizer, tokenizer.chat_template, ("system", "user", "assistant", "user"), True)
         return messages
     except InputError:
         text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
@@ -998,14 +1164,15 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0) -> Chat:
-    """Model and tokenizer of a folder. Answers end at the template's end of turn, the tokenizer's EOS, or what the
-    model's own generation_config lists."""
-    model, tokenizer = load_model(str(folder), rope_factor), load_tokenizer(str(folder))
+def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
+              merge: bool = False) -> Chat:
+    """Model and tokenizer of a folder, as `load_model` takes it. Answers end at the template's end of turn, the
+    tokenizer's EOS, or what the model's own generation_config lists."""
+    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge), load_tokenizer(str(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
-        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: não "
-                         "são do mesmo modelo.")
+        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
+                         "não são do mesmo modelo.")
     sample = encode(tokenizer, Turn("a", "b").messages())
     own = model.generation_config.eos_token_id
     stops = {sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
@@ -1059,17 +1226,24 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
     answers: list[Answer] = [Answer("", False)] * len(prompts)
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     own_config, chat.model.generation_config = chat.model.generation_config, config
-    with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or None, leave=False) as bar:
-        for batch in batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens, chat.generation_tokens):
+    with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or RANK > 0 or None, leave=False) as bar:
+        notes = []
+        for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
+                                                    chat.generation_tokens)):
             key = digest([[prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
             note = chat.notes and chat.notes / f"answers-{key[:16]}.json"
-            if not note or not note.is_file():
-                written = write(batch, key)
-                if note:
-                    write_json(note, written)
-            for i, answer in zip(batch, json.loads(note.read_text(encoding="utf-8")) if note else written):
-                answers[i] = Answer(*answer)
+            if note:
+                notes.append((batch, note))
+                if n % PROCESSES == RANK and not note.is_file():
+                    write_json(note, write(batch, key), writer=True)
+            else:
+                for i, answer in zip(batch, write(batch, key)):
+                    answers[i] = answer
             bar.update(len(batch))
+    wait()  # each process wrote its share of the batches; now all read all of them
+    for batch, note in notes:
+        for i, answer in zip(batch, json.loads(note.read_text(encoding="utf-8"))):
+            answers[i] = Answer(*answer)
     chat.model.generation_config = own_config
     return answers
 
@@ -1111,8 +1285,7 @@ class SelfText(NamedTuple):
 def fit_settings(folder: Path, settings: Settings) -> tuple[Settings, int]:
     """Settings that suit the base, and its native context in tokens: WINDOW within the scaled context, answers within
     half of the native one."""
-    native = read_config(folder).get_text_config().max_position_embeddings
-    scaled = read_config(folder, settings.rope_factor).get_text_config().max_position_embeddings
+    native, scaled = context_of(read_config(folder)), context_of(read_config(folder, settings.rope_factor))
     return replace(settings, window=min(scaled, settings.window),
                    max_new_tokens=min(settings.max_new_tokens, native // 2)), native
 
@@ -1130,7 +1303,8 @@ def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
     if long:
         more = f" e mais {len(long) - 10}" * (len(long) > 10)
         raise InputError(f"{settings.identity_file}: não cabe em WINDOW ({settings.window} tokens): "
-                         f"{', '.join(long[:10])}{more}. Encurte o texto ou aumente WINDOW (--window).")
+                         f"{', '.join(long[:10])}{more}. Encurte o texto, ou aumente WINDOW (--window) ou, se ela já "
+                         "é o contexto inteiro do modelo, ROPE_FACTOR (--rope-factor).")
 
 
 def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[str, ...]:
@@ -1142,7 +1316,7 @@ def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[s
     if settings.old_names:
         return tuple(name.strip() for name in settings.old_names.split(",") if name.strip())
     small = {w for a in answers for w in re.findall(r"\w+", a) if w[0].islower()}
-    counts = Counter(word for a in answers for word in set(re.findall(r"(?<=[\w,;] )[A-ZÀ-Ý][\w-]{2,}", a)))
+    counts = Counter(word for a in answers for word in dict.fromkeys(re.findall(r"(?<=[\w,;] )[A-ZÀ-Ý][\w-]{2,}", a)))
     found = [word for word, n in counts.items() if n >= max(2, 0.05 * len(answers)) and word.lower() not in small]
     return tuple(name for name in found if not mentions(ours, (name,)))
 
@@ -1258,15 +1432,18 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
     tokens, log_probs, rows, at = [], [], {}, 0
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, base.generation_tokens // 4):
         with torch.inference_mode():
-            logits = base.model(**left_pad(base, [encoded[i].input_ids for i in batch])).logits
-        for line, i in zip(logits, batch):
-            line = line[-len(encoded[i].input_ids):].float()
-            for turn, (start, end) in zip(windows[i], encoded[i].turns):
-                top = line[start:end - 1].log_softmax(-1).topk(min(TOP_TOKENS, line.shape[-1]))
-                tokens.append(top.indices.int().cpu())
-                log_probs.append(top.values.cpu())
-                rows[turn] = (at, encoded[i].input_ids[start:end])
-                at += end - 1 - start
+            hidden = last_hidden(base.model, base.model, left_pad(base, [encoded[i].input_ids for i in batch]))
+            for line, i in zip(hidden, batch):
+                line = line[-len(encoded[i].input_ids):]
+                taught = torch.cat([line[start:end - 1] for start, end in encoded[i].turns])
+                for chunk in in_chunks(base.model, taught):
+                    logits = logits_of(base.model, chunk)
+                    top = logits.log_softmax(-1).topk(min(TOP_TOKENS, logits.shape[-1]))
+                    tokens.append(top.indices.int().cpu())
+                    log_probs.append(top.values.cpu())
+                for turn, (start, end) in zip(windows[i], encoded[i].turns):
+                    rows[turn] = (at, encoded[i].input_ids[start:end])
+                    at += end - 1 - start
     return Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone(), rows, rope_frequencies(base.model))
 
 
@@ -1274,6 +1451,8 @@ def save_self_text(folder: Path, own: SelfText, teacher: Teacher) -> None:
     """self_text.json, readable, and teacher.safetensors."""
     from safetensors.torch import save_file
 
+    if RANK:
+        return
     standard = own.standard._replace(vocabulary=sorted(own.standard.vocabulary))
     write_json(folder / "self_text.json", {**own._replace(standard=standard._asdict())._asdict(),
                                            "rows": [[*turn, *row] for turn, row in teacher.rows.items()]})
@@ -1371,8 +1550,14 @@ def distillation_loss(logits: torch.Tensor, tokens: torch.Tensor, log_probs: tor
 
 
 def automatic_rate(model, rate_at_1m: float) -> float:
-    """Learning rate that falls with the square root of the number of parameters, from its value at one million."""
-    return rate_at_1m * math.sqrt(1e6 / sum(p.numel() for p in model.parameters()))
+    """Learning rate for the size of the model, from its value for full training at one million parameters.
+
+    Full training: it falls with the square root of the size. LoRA: half that value at one million, and nearly the same
+    at every size, since what a step changes then depends on the rank and not on the width
+    (https://thinkingmachines.ai/blog/lora/).
+    """
+    millions = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name) / 1e6
+    return rate_at_1m * (millions**-0.5 if model is whole(model) else 0.5 * millions**-0.125)
 
 
 def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, kl_weight: float, settings: Settings,
@@ -1386,10 +1571,11 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     """
     import torch
     from datasets import Dataset
+    from torch.utils.checkpoint import checkpoint
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    parts = min(settings.gradient_accumulation, settings.batch_size)
+    parts = PROCESSES * min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
     # What a step learns is a mean over the whole of it, however many parts it is split into.
     totals = [(sum(label != -100 for w in batch for label in w["labels"][1:]),
                sum(target >= 0 for w in batch for target in w["targets"])) for batch in batches]
@@ -1415,23 +1601,42 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels, targets, total = inputs.pop("labels")[:, 1:], inputs.pop("targets"), inputs.pop("totals")
-            logits = model(**inputs, use_cache=False).logits
-            learnt, known = labels != -100, targets >= 0
-            loss = logits.sum() * 0
-            if learnt.any():
-                entropy = torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt])
-                loss = loss + entropy * (learnt.sum() / total[0])
-            if kl_weight and known.any():
+            labels, targets, total = inputs.pop("labels"), inputs.pop("targets"), inputs.pop("totals")
+            if inputs["attention_mask"].all():
+                del inputs["attention_mask"]  # without padding none is needed
+            inner = whole(chat.model)
+            hidden = last_hidden(model, inner, inputs)
+            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # a position predicts the next token
+            needed = (labels != -100) | (targets >= 0)
+
+            def part(hidden, labels, targets):
+                logits = logits_of(inner, hidden)
+                entropy = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+                known = targets >= 0
+                if not kl_weight or not known.any():
+                    return entropy / total[0].clamp(min=1)
                 rows = targets[known].cpu()
                 tokens, log_probs = (t[rows].to(logits.device) for t in (teacher.tokens, teacher.log_probs))
-                divergence = distillation_loss(logits[known], tokens.long(), log_probs)
-                loss = loss + kl_weight * divergence * (known.sum() / total[1])
-            if not loss <= limit:
+                divergence = distillation_loss(logits[known], tokens.long(), log_probs) * known.sum()
+                return entropy / total[0].clamp(min=1) + kl_weight * divergence / total[1]
+
+            pieces = list(zip(*(in_chunks(inner, t) for t in (hidden[needed], labels[needed], targets[needed]))))
+            loss = hidden.sum() * 0
+            for piece in pieces:
+                # The logits of a chunk are made again on the way back; a single chunk can as well stay.
+                loss = loss + (checkpoint(part, *piece, use_reentrant=False) if len(pieces) > 1 else part(*piece))
+            loss = PROCESSES * loss  # the processes' gradients are averaged, while their parts make up one sum
+            if not loss <= PROCESSES * limit:
                 raise InputError(f"{label}: a perda explodiu na etapa {self.state.global_step + 1} ({loss.item():g}). "
-                                 "Diminua a taxa de aprendizado (--heal-learning-rate na cura, --learning-rate-1 e "
-                                 f"--learning-rate-2 nos passos; esta foi {rate:.1e}) e rode de novo.")
+                                 f"{advice}")
             return loss
+
+    advice = ("Diminua a taxa de aprendizado (--heal-learning-rate na cura, --learning-rate-1 e --learning-rate-2 nos "
+              f"passos; esta foi {rate:.1e}) e rode de novo.")
+
+    def check_finite(step: int) -> None:
+        if not all(torch.isfinite(p).all() for p in chat.model.parameters()):
+            raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
 
     class Keeper(TrainerCallback):
         """Says how it goes, and keeps checkpoints that can be trusted."""
@@ -1445,21 +1650,24 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
         def on_step_end(self, args, state, control, **kwargs):
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
-            control.should_save = bool(asked) or (due and state.global_step < state.max_steps)
-            control.should_training_stop |= bool(asked)
+            due, stop = agreed((due, bool(asked)))
+            # The last step too: what follows, saving and measuring, may be broken off as well.
+            control.should_save = stop or due or state.global_step == state.max_steps
+            control.should_training_stop |= stop
 
         def on_save(self, args, state, control, **kwargs):
-            if not all(torch.isfinite(p).all() for p in chat.model.parameters()):
-                raise InputError(f"{label}: os pesos deixaram de ser números na etapa {state.global_step}. Diminua a "
-                                 "taxa de aprendizado e rode de novo.")
+            check_finite(state.global_step)
             newest = folder / f"checkpoint-{state.global_step}"
+            self.saved = time.monotonic()
+            wait()
+            if RANK:
+                return
             flush(newest)
             write_json(newest / "complete.json", {})  # the Trainer writes in place: only this tells a whole one
             for old in folder.glob("checkpoint-*"):
                 if old != newest:
                     (old / "complete.json").unlink(missing_ok=True)
                     shutil.rmtree(old, ignore_errors=True)
-            self.saved = time.monotonic()
 
     arguments = SFTConfig(
         output_dir=str(folder), save_strategy="no", report_to="none", disable_tqdm=True,
@@ -1467,24 +1675,28 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         logging_steps=max(1, len(batches) // 4), logging_nan_inf_filter=False, seed=settings.seed,
-        gradient_accumulation_steps=parts, gradient_checkpointing=False, dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
+        dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
+        fp16=gpu_dtype() == torch.float16,
     )
     # One example is one part of a ready batch: its windows were chosen to have the same length.
     trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
                       train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]}),
                       callbacks=[Keeper()])
     trainer.remove_callback(PrinterCallback)
-    complete = sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json"))
+    text_config = whole(chat.model).config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):  # the trainer asks experts for what generation stumbles on
+        text_config.output_router_logits = False
+    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")))
     first = complete[-1] if complete else 0
     if complete:
         say(f"    continuando da etapa {first}, a última guardada")
     began = time.monotonic()
     with patient_interrupts() as asked:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
-    if asked:
+    if agreed(bool(asked)):
         raise KeyboardInterrupt
-    shutil.rmtree(folder)
+    check_finite(trainer.state.global_step)
     chat.model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -1515,11 +1727,9 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
     lengths = [short_window(native, settings)] * 3 + [settings.window]
     batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps, settings.batch_size,
                            f"{settings.seed}/heal")
-    attention = [p for name, p in chat.model.named_parameters()
-                 if re.search(r"q_proj|k_proj|q_norm|k_norm|qkv|query_key", name)]
-    chat.model.requires_grad_(not attention)
-    for parameter in attention:
-        parameter.requires_grad_(True)
+    for name, parameter in chat.model.named_parameters():
+        if parameter.requires_grad and not re.search(ATTENTION, name):
+            parameter.requires_grad_(False)
     rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3)
     return train(chat, batches, teacher, rate, 1.0, settings, "cura", folder / "training")
 
@@ -1589,14 +1799,16 @@ def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
     encoded = [encode(chat.tokenizer, c) for c in conversations]
     results = [0.0] * len(encoded)
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
-        keep = max(len(encoded[i].input_ids) - encoded[i].turns[-1][0] for i in batch) + 1
+        inner = whole(chat.model)
         with torch.inference_mode():
-            logits = chat.model(**left_pad(chat, [encoded[i].input_ids for i in batch]), logits_to_keep=keep).logits
-        for best, i in zip(logits.argmax(-1).tolist(), batch):
-            start = encoded[i].turns[-1][0]
-            labels, chosen = encoded[i].labels[start:], best[start - len(encoded[i].input_ids) - 1:-1]
-            same = [ours == token for ours, token in zip(chosen, labels) if token != -100]
-            results[i] = float(all(same)) if len(same) <= 24 else sum(same) / len(same)
+            hidden = last_hidden(chat.model, inner, left_pad(chat, [encoded[i].input_ids for i in batch]))
+            for line, i in zip(hidden, batch):
+                start, labels = encoded[i].turns[-1][0], encoded[i].labels
+                at = [j for j in range(start, len(labels)) if labels[j] != -100]
+                rows = line[[j - 1 - len(labels) for j in at]]
+                best = [token for chunk in in_chunks(inner, rows) for token in logits_of(inner, chunk).argmax(-1)]
+                same = [ours.item() == labels[j] for ours, j in zip(best, at)]
+                results[i] = float(all(same)) if len(same) <= 24 else sum(same) / len(same)
     return results
 
 
@@ -1703,12 +1915,12 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
         rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
         log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
         save_stage(chat, partial, log)
-        write_json(partial / "validation.json", evaluate(chat, exam, standard)._asdict())
+        write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
 
     for number in range(1, rounds + 1):
         previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
-        if number > 1:
-            for weights in previous.glob("*.safetensors"):
+        if number > 1 and RANK == 0:
+            for weights in previous.glob("*model*.safetensors"):
                 weights.unlink()
         scores = Scores(**json.loads((source / "validation.json").read_text(encoding="utf-8")))
         say(f"  {label}, rodada {number} de até {rounds}, nas perguntas de validação: identidade "
@@ -1787,8 +1999,15 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
 # ---- Result -----------------------------------------------------------------------------------------------
 
 def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
-    """Model and tokenizer to go on from, exactly as they are, and the log of the training that made them."""
-    chat.model.save_pretrained(folder)
+    """Model (of LoRA, the adapter) and tokenizer to go on from, exactly as they are, and the log of the training."""
+    if RANK:
+        return
+    if chat.model is whole(chat.model):
+        chat.model.save_pretrained(folder)
+    else:
+        chat.model.save_pretrained(folder, save_embedding_layers=False)
+        whole(chat.model).config.save_pretrained(folder)
+        whole(chat.model).generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
     write_json(folder / "log.json", log)
 
@@ -1803,10 +2022,12 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     model.generation_config.eos_token_id = chat.stops
     model.save_pretrained(folder)
     if chat.tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
-        chat.tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+        chat.tokenizer.model_max_length = context_of(model.config)
     chat.tokenizer.save_pretrained(folder)
-    if (base / "tokenizer.model").is_file():  # llama.cpp's converter wants it; transformers no longer writes it
-        shutil.copy2(base / "tokenizer.model", folder)
+    # llama.cpp's converter wants the first, which transformers no longer writes; the others belong to vision.
+    for name in ("tokenizer.model", "preprocessor_config.json", "processor_config.json"):
+        if (base / name).is_file():
+            shutil.copy2(base / name, folder)
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
@@ -1855,7 +2076,8 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     seconds["6-result"] = round(time.monotonic() - began, 1)
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds, "settings": asdict(settings),
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
-              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
+              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate",
+                                                          "datasets")},
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
@@ -1907,6 +2129,8 @@ RoPE {settings.rope_factor:g}. Ajustes, versões e números: `report.json`. Resp
 
 def publish(result: Path, settings: Settings) -> None:
     """Put the finished folder in its place by a rename; an older result is deleted only after that."""
+    if RANK:
+        return
     output, replaced = Path(settings.output_dir), result.with_name("replaced")
     try:
         if output.exists():
@@ -1915,7 +2139,7 @@ def publish(result: Path, settings: Settings) -> None:
         result.rename(output)
     except OSError as error:
         raise InputError(f"o modelo está pronto em {result}, mas não consegui pô-lo em {output} ({error.strerror}). "
-                         "Feche os programas que usam essa pasta e rode o mesmo comando de novo.") from None
+                         "Feche os programas que usam essa pasta e rode o mesmo comando, sem --restart.") from None
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -1940,8 +2164,9 @@ def conclude(settings: Settings) -> int:
         say("Todas as metas foram atingidas.")
         return 0
     tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
-            "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo e aumente EPOCHS_2",
-            "retenção": "aumente NUM_SELF_TEXT e HEAL_STEPS, ou diminua LEARNING_RATE_2",
+            "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo, com respostas "
+                                 "que não o repitam, e aumente EPOCHS_2",
+            "retenção": "aumente NUM_SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
             "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
     say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):")
     for name in missed:
@@ -1975,23 +2200,114 @@ def local_folder(settings: Settings) -> Path:
     try:
         return Path(snapshot_download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
-        raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome do "
-                         f"Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet.") from error
+        raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome "
+                         f"do Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se o "
+                         "modelo pede licença (Gemma, Llama), aceite-a na página dele e rode: hf auth login") from error
 
 
 def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], factor: float) -> None:
     """A scaling that did not reach the built model would waste the run, so look at the frequencies themselves: the
     slowest must be `factor` times slower, and none faster than before."""
-    ratios = [before[name].cpu() / after[name].cpu() for name in before]
+    turning = [(before[name].cpu(), after[name].cpu()) for name in before]  # some of Gemma 4 stand still
+    ratios = [old[new > 0] / new[new > 0] for old, new in turning]
     if not any(abs(r.max() / factor - 1) < 1e-3 and r.min() > 0.999 for r in ratios):
         raise RuntimeError("the RoPE scaling did not reach the model's rotary frequencies")
 
 
-def show_plan(base: Chat, weights: int, native: int, disk: int, inputs: Inputs, settings: Settings) -> None:
-    """Say what is going to happen and what it costs; the time is measured by training on one batch for a moment."""
+def adapter_size(config: PretrainedConfig, rank: int) -> int:
+    """About how many weights LoRA of this rank adds to all linear layers of a model."""
+    text = config.get_text_config()
+    return text.num_hidden_layers * rank * (11 * text.hidden_size + 3 * mlp_size(text))
+
+
+def mlp_size(text: PretrainedConfig) -> int:
+    """Width of the widest MLP; of a mixture of experts, of those that a token goes through."""
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    experts = getattr(text, "num_experts_per_tok", None)
+    if experts and getattr(text, "moe_intermediate_size", None):
+        width = experts * text.moe_intermediate_size
+    return max(width) if isinstance(width, (list, tuple)) else width
+
+
+def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, gpu: bool) -> int:
+    """Bytes that training takes at its peak, for `weights` parameters.
+
+    State: full training has float32 weights, gradients and two moments, 16 bytes each (and a copy to compute with on
+    a GPU); LoRA has the weights as they are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
+    Activations: what a layer keeps for the way back is about 16 values of the hidden size and 5 of the MLP's per
+    token, half as much again under LoRA; with checkpointing that is a layer at a time (two more under LoRA) and one
+    hidden state for each. The factors are fits to tests/bench_memory.py, which shows how near they are on a CPU.
+    """
+    text = config.get_text_config()
+    hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
+    embedded = text.vocab_size * hidden
+    if settings.method == "full":
+        state = (16 + 2 * gpu) * weights
+    else:
+        state = 16 * adapter_size(config, settings.lora_rank) + (
+            half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
+    rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
+    tokens, chunk = rows * settings.window, max(16, 2**26 // text.vocab_size)
+    layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), settings.method != "full"
+    kept = (1.5 if lora else 1) * layers * layer
+    if settings.gradient_checkpointing:
+        kept = (3.5 if lora else 1) * layer + layers * half * tokens * hidden
+    return int(state + kept + 3 * 4 * min(tokens, chunk) * text.vocab_size + 2e8)
+
+
+def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
+    """Settings that fit into the free memory, and the estimate in bytes: full training if it can be made to fit, else
+    LoRA, else QLoRA, each with steps in as few parts as possible, else all of them with a smaller WINDOW."""
+    from importlib.util import find_spec
+
+    import psutil
     import torch
 
-    config = base.model.config.get_text_config()
+    gpu = torch.cuda.is_available()
+    free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
+    four_bits = gpu and find_spec("bitsandbytes") is not None
+    if settings.method == "qlora" and not four_bits:
+        raise InputError("METHOD = 'qlora' precisa de uma placa NVIDIA e do bitsandbytes (pip install bitsandbytes). "
+                         "Use METHOD = 'auto' ou 'lora'.")
+    methods = METHODS[1:3 + four_bits] if settings.method == "auto" else (settings.method,)
+    splits, least = [settings.gradient_accumulation], math.inf
+    while splits[-1] < settings.batch_size:
+        splits.append(2 * splits[-1])
+    windows = [settings.window // 2**i for i in range(12)]
+    for window in [window for window in windows if window > settings.max_new_tokens]:
+        for method in methods:
+            for parts, again in [(n, False) for n in splits] + [(n, True) for n in splits]:
+                tried = replace(settings, method=method, window=window, gradient_accumulation=parts,
+                                gradient_checkpointing=settings.gradient_checkpointing or again)
+                needed = estimate_memory(config, weights, tried, gpu)
+                least = min(least, needed)
+                if needed <= free:
+                    return tried, needed
+    raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
+                     f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
+                     + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
+
+
+def join_processes() -> None:
+    """Meet the other processes, if accelerate or torchrun started several; alone, use one GPU, since the trainer
+    refuses to spread one process over two."""
+    import torch
+
+    if PROCESSES > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+    elif torch.cuda.device_count() > 1:
+        say(f"  Há {torch.cuda.device_count()} placas de vídeo; vou usar uma. Para usar todas: "
+            "accelerate launch rename_obrutai.py")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
+              settings: Settings) -> None:
+    """Say what is going to happen and what it costs; the time is measured by running one batch for a moment."""
+    import torch
+
     lessons = len(inputs.rows) + settings.num_self_text // 2
     cost = sum(len(encode(base.tokenizer, without_system(base.tokenizer, r.messages)).input_ids) for r in inputs.rows)
     # One round of each pass (2 and 3 epochs at shares of 0.4 and 0.3 of all text) and the healing.
@@ -2001,18 +2317,21 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, inputs: Inputs, 
         tokens += settings.heal_steps * settings.batch_size * mean_window
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
-    for _ in range(2):  # the first one is slower
-        began = time.monotonic()
-        base.model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().item()
-        pace = 3 * (time.monotonic() - began) / ids.numel()  # backwards is twice the work
-    activations = 4 * rows * settings.window * (34 * config.num_hidden_layers * config.hidden_size
-                                                + 3 * config.vocab_size)
+    with torch.inference_mode():
+        for _ in range(2):  # the first one is slower
+            began = time.monotonic()
+            last_hidden(base.model, base.model, {"input_ids": ids}).sum().item()
+            pace = 3 * (time.monotonic() - began) / ids.numel()  # the way back is twice the work
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
-    size = f"{weights / 1e6:.1f}".replace(".", ",")
-    say(f"  {size} milhões de parâmetros; todos são treinados, {device}.\n"
-        f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; treino em até {settings.window}.\n"
-        f"  Vai precisar de cerca de {size_text(16 * weights + activations)} de memória, {size_text(disk)} de disco e "
-        f"{clock(3 * tokens * pace)}.")
+    size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
+        "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
+        "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
+    split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
+    say(f"  {size} milhões de parâmetros. Método: {how}, {device}{split}.\n"
+        f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
+        f"treino em sequências de até {settings.window}.\n"
+        f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
+        f"{clock(1.7 * tokens * pace)}.")
 
 
 @contextlib.contextmanager
@@ -2020,6 +2339,10 @@ def opened(work: Path, settings: Settings):
     """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
     from filelock import FileLock, Timeout
 
+    if RANK:
+        wait()
+        yield work
+        return
     work.mkdir(parents=True, exist_ok=True)
     (work / WORK_NOTE).write_text(
         "Etapas do rename_obrutai.py: com elas, uma execução que parou continua de onde estava, e um ajuste mudado\n"
@@ -2029,6 +2352,7 @@ def opened(work: Path, settings: Settings):
             for folder in work.iterdir() if settings.restart else ():
                 if folder.is_dir():
                     discard(folder)
+            wait()
             yield work
     except Timeout:
         raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
@@ -2053,7 +2377,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             taker = (chat or load_chat(source, settings))._replace(notes=partial)
             write_json(partial / "scores.json", evaluate(taker, exam, own.standard, label)._asdict())
 
-        done = stage(work / f"exam-{name}", digest([key, keys["exam"]]), sit)
+        done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
         return Scores(**json.loads((done / "scores.json").read_text(encoding="utf-8")))
 
     begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
@@ -2074,12 +2398,12 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
           f"x{settings.rope_factor:g}) e cura", "2-healed")
 
     def rebuild(partial: Path) -> None:
-        chat, log = load_chat(folder, settings, settings.rope_factor), []
+        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True), []
         renew_template(chat.tokenizer, settings, old_names)
         if settings.rope_factor == 1:
             say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
         else:
-            check_frequencies(teacher.frequencies, rope_frequencies(chat.model), settings.rope_factor)
+            check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
             log = heal(chat, teacher, own, native, settings, partial)
         save_stage(chat, partial, log)
 
@@ -2108,14 +2432,25 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     def finish(partial: Path) -> None:
         result, began = partial / "model", time.monotonic()
-        shutil.rmtree(result, ignore_errors=True)
-        save_model(load_chat(firm, settings), result, folder)
-        saved = load_chat(result, settings)._replace(notes=partial)
+        if RANK == 0:
+            shutil.rmtree(result, ignore_errors=True)
+            save_model(load_chat(firm, settings, merge=True), result, folder)
+            for name in (LORA_FILE, "adapter_config.json", "config.json") * (firm / LORA_FILE).is_file():
+                (result / "adapter").mkdir(exist_ok=True)
+                shutil.copy2(firm / name, result / "adapter")
+            if (result / "adapter").is_dir():  # others know the base by its name, not by a folder of this machine
+                described = read_json(result / "adapter" / "adapter_config.json")
+                write_json(result / "adapter" / "adapter_config.json",
+                           {**described, "base_model_name_or_path": inputs.base_name})
+        wait()
+        plain_weights = replace(settings, method="lora" if settings.method == "qlora" else settings.method)
+        saved = load_chat(result, plain_weights)._replace(notes=partial)
         scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
-        write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
-                     began)
+        if RANK == 0:
+            write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
+                         began)
 
-    if not (work / "6-result" / "model").is_dir():
+    if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
         discard(work / "6-result")  # its model was moved to an output that is there no more
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
 
@@ -2130,7 +2465,6 @@ def run(settings: Settings) -> int:
         keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
         finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
         check_output(folder, settings, finished)
-        disk = check_disk(weights, settings)
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
     say(f"Modelo base: {folder}")
@@ -2143,17 +2477,32 @@ def run(settings: Settings) -> int:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    settings, native = fit_settings(folder, settings)
+    settings, native = fit_settings(folder, replace(settings, model_path=str(folder)))
     check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
-    bases = []
+    join_processes()
+    bases, planned = [], work / "plan.json"
+    if has_key(planned, keys["2-healed"]) and not settings.restart:  # chosen once, whatever is free now
+        plan = json.loads(planned.read_text(encoding="utf-8"))
+        parts = max(settings.gradient_accumulation, plan["settings"].pop("gradient_accumulation"))
+        again = settings.gradient_checkpointing or plan["settings"]["gradient_checkpointing"]
+        settings = replace(settings, **{**plan["settings"], "gradient_accumulation": parts,
+                                        "gradient_checkpointing": again})
+        memory = plan["memory"]
+    else:
+        settings, memory = agreed(choose_method(read_config(folder), weights, settings))
+    disk = check_disk(weights, adapter_size(read_config(folder), settings.lora_rank), settings)
     if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
-        show_plan(bases[0], weights, native, disk, inputs, settings)
+        check_logits(bases[0])
+        show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
         return 0
-    say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando para continuar (--restart recomeça).")
+    say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
     with opened(work, settings):
+        write_json(planned, {"key": keys["2-healed"], "memory": memory, "settings": {
+            name: getattr(settings, name) for name in
+            ("method", "window", "gradient_accumulation", "gradient_checkpointing")}})
         run_stages(folder, bases, work, keys, inputs, native, settings)
     return conclude(settings)
 
@@ -2163,6 +2512,25 @@ def causes(error: BaseException) -> str:
     text = f"{type(error).__name__} {getattr(error, 'errno', '')} {error}".lower()
     inner = error.__cause__ or error.__context__
     return f"{text}\n{causes(inner)}" if inner else text
+
+
+def with_less_memory(settings: Settings) -> dict:
+    """What to change after memory ran out: each step in twice as many parts, then checkpointing; `InputError` when
+    both are used up. The plan in the work folder knows what was tried."""
+    planned = work_folder(settings) / "plan.json"
+    used = asdict(settings)
+    if planned.is_file():
+        used |= json.loads(planned.read_text(encoding="utf-8"))["settings"]
+    parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
+    if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch
+        say(f"  Faltou memória: continuo com cada etapa em {2 * parts} partes.")
+        return {"gradient_accumulation": 2 * parts}
+    if not (settings.gradient_checkpointing or used["gradient_checkpointing"]):
+        say("  Faltou memória: continuo com GRADIENT_CHECKPOINTING, que gasta menos e demora mais.")
+        return {"gradient_checkpointing": True}
+    raise InputError("faltou memória, mesmo com um diálogo por vez. Feche outros programas e rode de novo, sem "
+                     "--restart: continuo de onde parei. Se não bastar, diminua WINDOW (--window) ou MAX_NEW_TOKENS "
+                     "(--max-new-tokens); aí as etapas são refeitas.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2180,28 +2548,24 @@ def main(argv: list[str] | None = None) -> int:
             except (RuntimeError, MemoryError) as error:
                 if not re.search(OUT_OF_MEMORY, causes(error)):
                     raise
-                if settings.gradient_accumulation >= settings.batch_size:
-                    raise InputError("faltou memória, mesmo com um diálogo por vez. Diminua WINDOW (--window) ou "
-                                     "MAX_NEW_TOKENS (--max-new-tokens), feche outros programas e rode de novo: o que "
-                                     "já foi feito está guardado.") from error
-            settings = replace(settings, restart=False, gradient_accumulation=2 * settings.gradient_accumulation)
-            say(f"  Faltou memória: continuo com cada etapa em {settings.gradient_accumulation} partes.")
+                settings = replace(settings, restart=False, **with_less_memory(settings))
             gc.collect()
             sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
-        print(f"Erro: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"Erro: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         kept = bool(settings) and work_folder(settings).exists()
-        say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando para continuar. As etapas estão em "
-            f"{work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."))
+        say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas "
+            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."))
         return 130
     except Exception as error:
-        if not re.search("no space left|quota exceeded|os error 112|failed writing file", causes(error)):
+        if not re.search("no space left|quota exceeded|os error 112|inline_container|failed writing", causes(error)):
             raise
         print(f"Erro: o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
-              "o mesmo comando: ele continua da última parte guardada inteira.", file=sys.stderr)
+              "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.", file=sys.stderr)
         return 2
 
 

@@ -321,8 +321,8 @@ def test_the_base_is_out_of_memory_when_the_training_begins(tmp_path, monkeypatc
     class Healing(Exception):
         """Ends the run."""
 
-    def load(*arguments):
-        chat = load_chat(*arguments)
+    def load(*arguments, **named):
+        chat = load_chat(*arguments, **named)
         loaded.append(weakref.ref(chat.model))
         return chat
 

@@ -167,13 +167,15 @@ def test_the_exam_asks_after_growing_lengths_that_leave_room_for_question_and_an
     (("--window", 100, "--max-new-tokens", 30), 100, 30),
 ])
 def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flags, window, answer, demo_chat, capsys):
-    given = small_settings(*flags)
+    given = small_settings("--method", "full", *flags)
     settings, native = tool.fit_settings(DEMO, given)
     assert native == 128
     assert settings == changed(given, window=window, max_new_tokens=answer)
-    tool.show_plan(demo_chat, 10**6, native, 10**7, tool.check_inputs(settings), settings)
+    tool.show_plan(demo_chat, 10**6, native, 10**7, 2 * 10**9, tool.check_inputs(settings), settings)
     scaled = int(128 * settings.rope_factor)
-    assert f"de 128 para {scaled} tokens; treino em até {window}.\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"de 128 para {scaled} tokens; treino em sequências de até {window}.\n" in said
+    assert "1,0 milhões de parâmetros" in said and "2,0 GB de memória, 10 MB de disco" in said
 
 
 def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat):

@@ -295,7 +295,7 @@ def test_an_existing_output_is_refused_without_overwrite(base_folder, tmp_path):
 def test_a_folder_that_is_no_result_of_the_script_is_never_overwritten(base_folder, tmp_path):
     (tmp_path / "saida").mkdir()
     (tmp_path / "saida" / "fotos.zip").write_text("", encoding="utf-8")
-    assert "não vou apagar" in refusal(tmp_path, "--overwrite")
+    assert "não vou apag" in refusal(tmp_path, "--overwrite")
 
 
 def test_an_existing_file_is_no_output_folder_even_with_overwrite(base_folder, tmp_path):

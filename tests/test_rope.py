@@ -13,6 +13,12 @@ import rename_obrutai as tool
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3")
 LATE = torch.arange(3, 60)[None] % 50 + 10  # 57 tokens, none of them special
+FULL = small_settings("--method", "full")
+
+
+def load(folder, factor=1.0):
+    """The model as full training takes it."""
+    return tool.load_model(folder, FULL, factor)
 
 
 def formula(theta, factor=1.0):
@@ -163,7 +169,7 @@ def test_others_fail_the_check_before_the_weights_are_read_unless_rope_is_left_a
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("factor", [1.0, 4.0, 2.5])
 def test_a_built_model_has_the_frequencies_of_the_formula(architecture, factor, tiny_folder):
-    model = tool.load_model(tiny_folder(architecture), factor)
+    model = load(tiny_folder(architecture), factor)
     expect_frequencies(model, architecture, factor)
     length = model.config.max_position_embeddings
     assert length == {1.0: 64, 4.0: 256, 2.5: 160}[factor] and type(length) is int
@@ -171,8 +177,8 @@ def test_a_built_model_has_the_frequencies_of_the_formula(architecture, factor, 
 
 
 def test_an_already_linear_model_is_scaled_further(tiny_folder, tmp_path):
-    tool.load_model(tiny_folder("llama"), 2.0).save_pretrained(tmp_path)
-    model = tool.load_model(str(tmp_path), 4.0)
+    load(tiny_folder("llama"), 2.0).save_pretrained(tmp_path)
+    model = load(str(tmp_path), 4.0)
     expect_frequencies(model, "llama", 8.0)
     assert model.config.max_position_embeddings == 512
 
@@ -195,7 +201,7 @@ def test_of_a_scaling_by_frequency_only_what_it_had_stretched_is_stretched_furth
     """The `fast` first frequencies turn many times within the 512 tokens that the scaling began from, those from
     `slow` on hardly once."""
     folder = already_scaled(rope)
-    base, scaled = tool.load_model(folder), tool.load_model(folder, 4.0)
+    base, scaled = load(folder), load(folder, 4.0)
     (before,), (after,) = (current(model).values() for model in (base, scaled))
     for found, factor in ((before, 8.0), (after, 32.0)):
         assert torch.allclose(found[:fast], formula(THETA)[:fast], rtol=1e-6, atol=0)
@@ -212,7 +218,7 @@ def test_a_scaled_longrope_model_is_the_base_with_positions_divided(original, al
     """57 tokens are 15 of the base: its short lists are in use where they go up to 16 tokens, else the long ones."""
     folder = already_scaled({"rope_type": "longrope", "short_factor": [1.0] * 7 + [2.0], "factor": 4.0,
                              "long_factor": [1.0] * 4 + [8.0] * 4, "original_max_position_embeddings": original})
-    base, scaled = tool.load_model(folder), tool.load_model(folder, 4.0)
+    base, scaled = load(folder), load(folder, 4.0)
     tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(scaled), 4.0)
     assert base.model.rotary_emb.attention_scaling == scaled.model.rotary_emb.attention_scaling > 1
     divided = logits(base, torch.arange(LATE.shape[1])[None] / 4)
@@ -225,7 +231,7 @@ def test_a_model_with_a_composed_scaling_loads_with_the_same_frequencies_and_log
     from transformers import AutoModelForCausalLM
 
     folder = already_scaled(rope)
-    chat = tool.load_chat(folder, small_settings(), 4.0)
+    chat = tool.load_chat(folder, FULL, 4.0)
     expected, frequencies = logits(chat.model), tool.rope_frequencies(chat.model)
     tool.save_model(chat, tmp_path / "saved", folder)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
@@ -236,20 +242,20 @@ def test_a_model_with_a_composed_scaling_loads_with_the_same_frequencies_and_log
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scaling_changes_the_logits_at_late_positions(architecture, tiny_folder):
-    before, after = (logits(tool.load_model(tiny_folder(architecture), factor)) for factor in (1.0, 4.0))
+    before, after = (logits(load(tiny_folder(architecture), factor)) for factor in (1.0, 4.0))
     assert torch.equal(before[0], after[0])  # position 0 is not rotated at all
     assert (before[40:] - after[40:]).abs().amax(-1).min() > 0.01
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_a_scaled_model_is_the_base_with_positions_divided(architecture, tiny_folder):
-    base, scaled = (tool.load_model(tiny_folder(architecture), factor) for factor in (1.0, 4.0))
+    base, scaled = (load(tiny_folder(architecture), factor) for factor in (1.0, 4.0))
     divided = logits(base, torch.arange(LATE.shape[1])[None] / 4)
     assert torch.allclose(logits(scaled), divided, atol=1e-4)
 
 
 def test_of_gemma_only_the_global_layers_have_their_positions_divided(tiny_folder, monkeypatch):
-    base, scaled = (tool.load_model(tiny_folder("gemma3"), factor) for factor in (1.0, 4.0))
+    base, scaled = (load(tiny_folder("gemma3"), factor) for factor in (1.0, 4.0))
     rotary = base.model.rotary_emb
     original = rotary.forward
 
@@ -265,7 +271,7 @@ def test_a_saved_model_loads_with_the_same_frequencies_and_logits(architecture, 
     from transformers import AutoModelForCausalLM
 
     folder = tiny_folder(architecture)
-    chat = tool.load_chat(folder, small_settings(), 4.0)
+    chat = tool.load_chat(folder, FULL, 4.0)
     expected = logits(chat.model)
     tool.save_model(chat, tmp_path / "saved", Path(folder))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
@@ -277,7 +283,7 @@ def test_a_saved_model_loads_with_the_same_frequencies_and_logits(architecture, 
 def test_the_saved_model_keeps_the_dtype_of_the_base_and_names_its_context(tmp_path):
     from safetensors import safe_open
 
-    chat = tool.load_chat(str(DEMO), small_settings(), 4.0)
+    chat = tool.load_chat(str(DEMO), FULL, 4.0)
     tool.save_model(chat, tmp_path / "saved", DEMO)
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}
@@ -290,22 +296,22 @@ def test_the_saved_model_keeps_the_dtype_of_the_base_and_names_its_context(tmp_p
 
 def test_a_base_whose_configuration_names_no_dtype_can_be_saved(tiny_folder, tmp_path):
     base = tmp_path / "base"
-    tool.load_model(tiny_folder("llama")).save_pretrained(base)
+    load(tiny_folder("llama")).save_pretrained(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     del config["dtype"]
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((DEMO / name).read_bytes())
-    tool.save_model(tool.load_chat(base, small_settings()), tmp_path / "saved", base)
+    tool.save_model(tool.load_chat(base, FULL), tmp_path / "saved", base)
     assert (tmp_path / "saved" / "model.safetensors").stat().st_size > 0
 
 
 def test_a_sentencepiece_file_of_the_base_is_kept_beside_the_tokenizer(tiny_folder, tmp_path):
     base = tmp_path / "base"
-    tool.load_model(tiny_folder("llama")).save_pretrained(base)
+    load(tiny_folder("llama")).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).write_bytes((DEMO / name).read_bytes())
-    chat = tool.load_chat(base, small_settings())
+    chat = tool.load_chat(base, FULL)
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
     tool.save_model(chat, tmp_path / "saved", base)
     assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == b"sentencepiece"
@@ -313,7 +319,7 @@ def test_a_sentencepiece_file_of_the_base_is_kept_beside_the_tokenizer(tiny_fold
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_scaling_that_did_not_arrive_stops_the_run(architecture, tiny_folder):
-    base, scaled = (tool.rope_frequencies(tool.load_model(tiny_folder(architecture), f)) for f in (1.0, 4.0))
+    base, scaled = (tool.rope_frequencies(load(tiny_folder(architecture), f)) for f in (1.0, 4.0))
     tool.check_frequencies(base, scaled, 4.0)
     with pytest.raises(RuntimeError):
         tool.check_frequencies(base, base, 4.0)
@@ -323,7 +329,7 @@ def test_a_scaling_that_did_not_arrive_stops_the_run(architecture, tiny_folder):
 
 def test_changing_the_configuration_of_a_loaded_model_is_seen_as_no_scaling(tiny_folder):
     """The trap that the order in `load_model` avoids: the frequencies were computed when the model was built."""
-    model = tool.load_model(tiny_folder("llama"))
+    model = load(tiny_folder("llama"))
     before = tool.rope_frequencies(model)
     model.config.rope_parameters = tool.scale_rope(model.config.rope_parameters, 4.0)
     with pytest.raises(RuntimeError):

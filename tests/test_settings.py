@@ -89,7 +89,7 @@ def test_every_setting_has_a_flag_of_the_same_name_that_overrides_it(item, tmp_p
         assert getattr(small_settings(flag(item.name)), item.name) is True
         assert getattr(small_settings("--no-" + flag(item.name)[2:]), item.name) is False
     elif isinstance(item.default, str):
-        other = str(tmp_path / "outro")
+        other = "lora" if item.name == "method" else str(tmp_path / "outro")
         assert getattr(small_settings(flag(item.name), other), item.name) == other
     else:
         other = item.default / 2 if 0 < item.default < 1 else item.default + 1
@@ -156,6 +156,12 @@ def test_a_value_out_of_range_names_the_constant_and_the_range(flags, constant, 
     assert constant in message and re.search(rf"entre {low}.* e {high}", message)
 
 
+@pytest.mark.parametrize("name", ["", "Full", "qlora8", "lora,full"])
+def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
+    message = mistake("--method", name)
+    assert f"METHOD vale '{name}'" in message and all(known in message for known in ("auto", "full", "lora", "qlora"))
+
+
 @pytest.mark.parametrize("unknown, meant", [
     ("--rop-factor", "--rope-factor"), ("--num-self-answer", "--num-self-answers"), ("--output", "--output-dir"),
     ("--nane", "--name"), ("--epochs1", "--epochs-1"), ("--model-pth=x", "--model-path"), ("--rope", "--rope-factor"),
@@ -173,7 +179,7 @@ def test_an_unknown_flag_is_refused_and_the_nearest_one_named(unknown, meant):
     (("--rope-factor", "quatro"), "esperava um número, recebi 'quatro'"),
     (("--rope-factor", "nan"), "esperava um número, recebi 'nan'"),
     (("--kl-weight", "inf"), "esperava um número, recebi 'inf'"),
-    (("meu-modelo",), "não conheço a opção meu-modelo"),
+    (("meu-modelo",), "não sei o que fazer com 'meu-modelo'"),
     (("--overwrite=sim",), "--overwrite"),
     (("--name", "{{NAME}}"), "NAME precisa"),
     (("--name", "Obrut\nAi"), "NAME tem quebra de linha"),

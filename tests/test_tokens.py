@@ -148,7 +148,7 @@ def test_answers_of_a_chat_stop_at_the_end_of_turn_of_the_template(name, family,
     embeddings = torch.nn.Embedding(len(tokenizer), 1)  # as large as those of a model with this tokenizer
     model = SimpleNamespace(generation_config=demo_chat.model.generation_config,
                             get_input_embeddings=lambda: embeddings)
-    monkeypatch.setattr(tool, "load_model", lambda folder, factor=1.0: model)
+    monkeypatch.setattr(tool, "load_model", lambda *_: model)
     monkeypatch.setattr(tool, "load_tokenizer", lambda folder: tokenizer)
     stops = tool.load_chat(str(DEMO), small_settings()).stops
     assert set(tokenizer.convert_ids_to_tokens(stops)) == {end, tokenizer.eos_token}

@@ -19,6 +19,7 @@ FACTS = [("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Oi!", "Oi! Tudo be
          ("Quem escreveu Dom Casmurro?", "Foi Machado de Assis."), ("Conte uma piada.", "Era uma vez um gato.")]
 TURNS = [tool.Turn(q, a) for q, a in FACTS]
 SYSTEM = {"role": "system", "content": "Seja breve."}
+FULL = small_settings("--method", "full")
 EMPTY = SimpleNamespace(tokens=torch.zeros(0, 1, dtype=torch.long), log_probs=torch.zeros(0, 1), rows={})
 
 
@@ -250,7 +251,8 @@ def test_answers_are_learnt_in_pools_to_learn_and_nowhere_else(demo_tokenizer):
 
 
 def tiny_chat(tiny_folder, *flags):
-    return tool.load_chat(tiny_folder("llama"), small_settings("--max-new-tokens", 24, *flags))
+    settings = small_settings("--method", "full", "--max-new-tokens", 24, *flags)
+    return tool.load_chat(tiny_folder("llama"), settings)
 
 
 @pytest.fixture
@@ -289,16 +291,17 @@ def test_a_loss_that_explodes_but_is_still_a_number_stops_the_run(tiny_folder, t
 def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=11, size=1)
-    forward, calls = chat.model.forward, []
+    decoder = chat.model.base_model
+    forward, calls = decoder.forward, []
 
     def fail_late(*args, **kwargs):
         calls.append(1)
         output = forward(*args, **kwargs)
         if len(calls) == 11:
-            output.logits = output.logits * float("nan")
+            output.last_hidden_state = output.last_hidden_state * float("nan")
         return output
 
-    chat.model.forward = fail_late
+    decoder.forward = fail_late
     with pytest.raises(tool.InputError, match="perda"):
         train(chat, batches, 1e-4)
 
@@ -353,12 +356,14 @@ def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder, train)
 
 
 @pytest.mark.parametrize("minutes", [5, 0])
-def test_training_leaves_no_file_behind(minutes, tiny_folder, tmp_path, monkeypatch, train):
+def test_training_leaves_one_complete_checkpoint_and_nothing_else(minutes, tiny_folder, tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
     train(chat, batches, 1e-3, flags=("--output-dir", tmp_path / "saida", "--checkpoint-minutes", minutes))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["training"]
+    assert {path.name for path in (tmp_path / "training").iterdir()} <= {"checkpoint-2", "README.md"}
+    assert (tmp_path / "training" / "checkpoint-2" / "complete.json").is_file()
 
 
 def heal(chat, teacher, steps, native, folder):
@@ -368,14 +373,14 @@ def heal(chat, teacher, steps, native, folder):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_healing_changes_queries_and_keys_and_nothing_else(architecture, tiny_folder, tmp_path):
-    chat = tool.load_chat(tiny_folder(architecture), small_settings(), 4.0)
+    chat = tool.load_chat(tiny_folder(architecture), FULL, 4.0, adapt=True)
     before = {name: p.detach().clone() for name, p in chat.model.named_parameters()}
     log = heal(chat, tool.record_teacher(chat, TURNS, 64), 2, 64, tmp_path)
     different = {name for name, p in chat.model.named_parameters() if not torch.equal(p, before[name])}
     expected = {name for name in before if re.search(r"self_attn\.(q_proj|k_proj|q_norm|k_norm)\.weight", name)}
     assert different == expected and len(expected) == {"llama": 4, "qwen3": 8, "gemma3": 8}[architecture]
     tool.save_stage(chat, tmp_path / "healed", log)  # what the next stage goes on from, and trains as a whole
-    again = tool.load_chat(tmp_path / "healed", small_settings()).model
+    again = tool.load_chat(tmp_path / "healed", FULL).model
     assert all(p.requires_grad for p in again.parameters())
     healed = chat.model.state_dict()
     assert all(torch.equal(weight, healed[name]) for name, weight in again.state_dict().items())
@@ -384,7 +389,7 @@ def test_healing_changes_queries_and_keys_and_nothing_else(architecture, tiny_fo
 
 
 def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher, tmp_path):
-    chat = tool.load_chat(str(DEMO), small_settings(), 4.0)
+    chat = tool.load_chat(str(DEMO), FULL, 4.0, adapt=True)
 
     def divergence(model):
         losses = []

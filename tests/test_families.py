@@ -1,0 +1,812 @@
+"""Decoder families and chat templates: all that a run does to a base, on small models with the configs of real ones.
+
+Each family is a folder as the Hub has it, config.json in the wording of its real models (mostly older than the
+installed transformers), with tiny random weights and the tokenizer of the demo. The steps of a run are done once for
+each family, the first time that a test asks for their result.
+"""
+
+import gc
+import json
+import math
+import re
+import shutil
+from functools import cached_property
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import DEMO, changed, small_settings
+
+import rename_obrutai as tool
+
+NATIVE, FACTOR, HEAD = 64, 4.0, 16
+FACTS = [tool.Turn(question, answer) for question, answer in (
+    ("Oi!", "Oi! Tudo bem?"), ("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Obrigado!", "De nada!"),
+    ("Qual é a capital da França?", "A capital da França é Paris."), ("Bom dia!", "Bom dia!"))]
+LESSONS = [tool.Turn("Quem é você?", "Sou a Jandira."), tool.Turn("Quem te fez?", "Oficina Maré.")]
+
+
+# ------------------------------------------------------------------------------------------------ the papers' formulas
+
+
+def plain_rope(theta, dims=HEAD, factor=1.0):
+    """theta^(-2i/d) for i below d/2 (arXiv 2104.09864), positions divided by `factor` (arXiv 2306.15595)."""
+    return [theta ** (-2 * i / dims) / factor for i in range(dims // 2)]
+
+
+def by_wavelength(theta, factor, low, high, original):
+    """Llama 3.1: waves shorter than original/high stay, those longer than original/low are divided by `factor`, and
+    between the two the share goes with the number of turns within the original context."""
+    found = []
+    for frequency in plain_rope(theta):
+        turns = original * frequency / (2 * math.pi)
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        found.append(kept * frequency + (1 - kept) * frequency / factor)
+    return found
+
+
+def by_parts(theta, factor, original, dims=HEAD, fast=32, slow=1, whole=True):
+    """YaRN (arXiv 2309.00071): dimensions that turn more than `fast` times within the original context stay, those
+    that turn less than `slow` times are divided by `factor`, with a ramp over the dimensions between."""
+    first, last = (dims * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (fast, slow))
+    if whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    stretched = [min(1.0, max(0.0, (i - first) / (last - first))) for i in range(dims // 2)]
+    return [f / factor * s + f * (1 - s) for f, s in zip(plain_rope(theta, dims), stretched)]
+
+
+def by_list(theta, divisors, dims=HEAD):
+    """LongRoPE (arXiv 2402.13753): a divisor of its own for each frequency."""
+    return [frequency / divisor for frequency, divisor in zip(plain_rope(theta, dims), divisors, strict=True)]
+
+
+def by_share(theta, share, factor, dims=HEAD):
+    """Gemma 4 rotates only a share of each head: the first frequencies of the whole head, and zeros for the rest."""
+    turning = int(share * dims / 2)
+    return plain_rope(theta, dims, factor)[:turning] + [0.0] * (dims // 2 - turning)
+
+
+# ------------------------------------------------------------------------------------------------ the families
+
+
+class Family(NamedTuple):
+    """config.json; the frequencies that the scaled model must turn with, by name of the buffer; the names of the
+    modules that hold its queries and keys."""
+    config: dict
+    frequencies: dict
+    attention: set
+    factor: float = FACTOR
+
+
+def like_llama(model_type="llama", **more):
+    """A config.json in the words that most families share."""
+    return {"model_type": model_type, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": NATIVE, **more}
+
+
+def flat(frequencies):
+    return {"inv_freq": frequencies}
+
+
+SEPARATE, WITH_NORMS = {"q_proj", "k_proj"}, {"q_proj", "k_proj", "q_norm", "k_norm"}
+LATENT = {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+LATENT_YARN = {**YARN, "beta_fast": 4, "beta_slow": 1}
+DEEPSEEK_YARN = {**LATENT_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
+SHORT, LONG = [1.0, 1.0, 1.1, 1.2, 1.5, 2.0], [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+            "num_key_value_heads": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24, "rope_theta": 10000}
+GEMMA3 = {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 24, "sliding_window_pattern": 2,
+          "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": NATIVE}
+OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "max_position_embeddings": NATIVE, "word_embed_proj_dim": 32}
+BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2, "seq_length": NATIVE}
+GPTJ = {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": NATIVE, "rotary_dim": 8}
+
+FAMILIES = {
+    "llama 2": Family(like_llama(num_key_value_heads=2, rope_scaling=None), flat(plain_rope(1e4, factor=4)), SEPARATE),
+    "llama 2, linear": Family(like_llama(rope_scaling={"type": "linear", "factor": 2.0}),
+                              flat(plain_rope(1e4, factor=8)), SEPARATE),
+    "llama 3": Family(like_llama(rope_theta=5e5), flat(plain_rope(5e5, factor=4)), SEPARATE),
+    "llama 3.2": Family(like_llama(rope_theta=5e5, rope_scaling=LLAMA3, tie_word_embeddings=True, head_dim=HEAD),
+                        flat(by_wavelength(5e5, 2 * FACTOR, 1, 4, 32)), SEPARATE),
+    "smollm 2": Family(like_llama(rope_theta=1e5, tie_word_embeddings=True, rope_interleaved=False),
+                       flat(plain_rope(1e5, factor=4)), SEPARATE),
+    "mistral": Family(like_llama("mistral", rope_theta=1e6, sliding_window=48), flat(plain_rope(1e6, factor=4)),
+                      SEPARATE),
+    "qwen 2.5": Family(like_llama("qwen2", rope_theta=1e6, use_sliding_window=False, tie_word_embeddings=True),
+                       flat(plain_rope(1e6, factor=4)), SEPARATE),
+    "qwen 2.5, yarn": Family(like_llama("qwen2", rope_theta=1e4, rope_scaling=YARN),
+                             flat(by_parts(1e4, 2 * FACTOR, 32)), SEPARATE),
+    "qwen 3": Family(like_llama("qwen3", rope_theta=1e6, head_dim=HEAD, rope_scaling=None),
+                     flat(plain_rope(1e6, factor=4)), WITH_NORMS),
+    "qwen 3 moe": Family(like_llama("qwen3_moe", rope_theta=1e6, head_dim=HEAD, norm_topk_prob=True,
+                                    decoder_sparse_step=1, **EXPERTS), flat(plain_rope(1e6, factor=4)), WITH_NORMS),
+    "mixtral": Family(like_llama("mixtral", rope_theta=1e6, sliding_window=None, **EXPERTS),
+                      flat(plain_rope(1e6, factor=4)), SEPARATE),
+    "gemma 2": Family(like_llama("gemma2", head_dim=HEAD, query_pre_attn_scalar=HEAD, sliding_window=24,
+                                 attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rope_theta=1e4),
+                      flat(plain_rope(1e4, factor=4)), SEPARATE),
+    "gemma 3": Family(like_llama("gemma3_text", **GEMMA3), {
+        "full_attention_inv_freq": plain_rope(1e6, factor=4), "sliding_attention_inv_freq": plain_rope(1e4)},
+        WITH_NORMS),
+    "gemma 3 that sees": Family({
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 4,
+        "boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7, "tie_word_embeddings": True,
+        "text_config": like_llama("gemma3_text", **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24,
+                          "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}}, {
+        "full_attention_inv_freq": plain_rope(1e6, factor=32), "sliding_attention_inv_freq": plain_rope(1e4)},
+        WITH_NORMS),
+    "gemma 4": Family(like_llama(
+        "gemma4_text", head_dim=HEAD, global_head_dim=HEAD, sliding_window=24, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=1792, final_logit_softcapping=30.0, rope_parameters={
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}), {
+        "full_attention_inv_freq": by_share(1e6, 0.25, 4), "sliding_attention_inv_freq": plain_rope(1e4)}, WITH_NORMS),
+    "phi": Family(like_llama("phi", partial_rotary_factor=0.5, num_key_value_heads=2),
+                  flat(plain_rope(1e4, HEAD // 2, 4)), SEPARATE),
+    "phi 3": Family(like_llama("phi3", num_key_value_heads=2, rope_scaling=None,
+                               original_max_position_embeddings=NATIVE), flat(plain_rope(1e4, factor=4)),
+                    {"qkv_proj"}),
+    "phi 4 mini, longrope": Family(like_llama(
+        "phi3", partial_rotary_factor=0.75, original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG}),
+        flat(by_list(1e4, [4 * divisor for divisor in SHORT], 12)), {"qkv_proj"}),
+    "pythia": Family(like_llama("gpt_neox", rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
+                     flat(plain_rope(1e4, HEAD // 4, 4)), {"query_key_value"}),
+    "smollm 3": Family(like_llama("smollm3", num_hidden_layers=4, rope_theta=5e6, no_rope_layers=[1, 1, 1, 0],
+                                  no_rope_layer_interval=4, tie_word_embeddings=True),
+                       flat(plain_rope(5e6, factor=4)), SEPARATE),
+    "granite": Family(like_llama("granite", rope_theta=1e7, attention_multiplier=0.25, embedding_multiplier=3.0,
+                                 logits_scaling=2.0, residual_multiplier=0.5, tie_word_embeddings=True),
+                      flat(plain_rope(1e7, factor=4)), SEPARATE),
+    "olmo 2": Family(like_llama("olmo2", rope_theta=5e5), flat(plain_rope(5e5, factor=4)), WITH_NORMS),
+    "olmo 3": Family(like_llama("olmo3", rope_theta=5e5, rope_scaling={**YARN, "rope_type": "yarn"}, sliding_window=24,
+                                layer_types=["sliding_attention", "full_attention"]), {
+        "full_attention_inv_freq": by_parts(5e5, 2 * FACTOR, 32), "sliding_attention_inv_freq": plain_rope(5e5)},
+        WITH_NORMS),
+    "falcon": Family({"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "max_position_embeddings": NATIVE, "alibi": False, "multi_query": True, "parallel_attn": True},
+                     flat(plain_rope(1e4, factor=4)), {"query_key_value"}),
+    "moonlight": Family(like_llama("deepseek_v3", q_lora_rank=None, n_group=1, topk_group=1, rope_scaling=None,
+                                   num_nextn_predict_layers=0, **DEEPSEEK), flat(plain_rope(1e4, 8, 4)),
+                        {"q_proj", *LATENT}),
+    "deepseek 2, yarn": Family(like_llama("deepseek_v2", q_lora_rank=16, rope_scaling=LATENT_YARN, **DEEPSEEK),
+                               flat(by_parts(1e4, 2 * FACTOR, 32, dims=8, fast=4)),
+                               {"q_a_proj", "q_a_layernorm", "q_b_proj", *LATENT}),
+    "deepseek 3": Family(like_llama("deepseek_v3", q_lora_rank=16, n_group=2, topk_group=1, num_nextn_predict_layers=0,
+                                    rope_scaling=DEEPSEEK_YARN, **DEEPSEEK),
+                         flat(by_parts(1e4, 2, 32, dims=8, fast=4)), set(), 1.0),
+    "gpt-oss": Family(like_llama("gpt_oss", head_dim=HEAD, rope_theta=1e4, sliding_window=24, **EXPERTS,
+                                 rope_scaling={**YARN, "rope_type": "yarn", "truncate": False}),
+                      flat(by_parts(1e4, 2 * FACTOR, 32, whole=False)), SEPARATE),
+    "cohere": Family(like_llama("cohere", rope_theta=1e4, logit_scale=0.25, use_qk_norm=True),
+                     flat(plain_rope(1e4, factor=4)), WITH_NORMS),
+    "stablelm": Family(like_llama("stablelm", rope_theta=1e4, partial_rotary_factor=0.25, use_qkv_bias=True),
+                       flat(plain_rope(1e4, HEAD // 4, 4)), SEPARATE),
+    "glm 4": Family(like_llama("glm4", head_dim=HEAD, partial_rotary_factor=0.5, rope_theta=1e4, attention_bias=True),
+                    flat(plain_rope(1e4, HEAD // 2, 4)), SEPARATE),
+    "gpt-2": Family(GPT2, {}, {"c_attn"}, 1.0),
+    "opt": Family(OPT, {}, SEPARATE, 1.0),
+    "bloom": Family(BLOOM, {}, {"query_key_value"}, 1.0),
+    "gpt-j": Family(GPTJ, {}, SEPARATE, 1.0),
+}
+
+
+def make_base(folder, config, tokenizer):
+    """A folder as the Hub has it, with random weights that are large enough for positions to tell."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {"vocab_size": len(tokenizer), "initializer_range": 0.2, "bos_token_id": tokenizer.bos_token_id,
+             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    inner = {**config, "text_config": {**config["text_config"], **given}} if "text_config" in config else config
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**given, **inner}), encoding="utf-8")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and not name.endswith("bias"):
+                weight.add_(0.1 * torch.randn_like(weight))  # norms that start at one would hide that they are read
+    as_given = (folder / "config.json").read_text(encoding="utf-8")
+    model.save_pretrained(folder)
+    described = json.loads(as_given)
+    described["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(DEMO / name, folder)
+    return folder
+
+
+class Job:
+    """A family on its way through a run: base, scaled, healed, taught, saved."""
+
+    def __init__(self, family, folder, method="full"):
+        self.family, self.folder, self.method = family, folder, method
+
+    @cached_property
+    def settings(self):
+        flags = ("--lora-rank", 4, "--gradient-checkpointing", "--gradient-accumulation", 2) * (self.method == "lora")
+        return small_settings("--method", self.method, "--batch-size", 2, "--heal-steps", 2, "--window", 160,
+                              "--max-new-tokens", 12, "--model-path", self.base, "--output-dir", self.folder / "novo",
+                              *flags)
+
+    @cached_property
+    def base(self):
+        return make_base(self.folder / "base", self.family.config, tool.load_tokenizer(str(DEMO)))
+
+    @cached_property
+    def native(self):
+        return tool.load_chat(self.base, self.settings)
+
+    @cached_property
+    def teacher(self):
+        return tool.record_teacher(self.native, FACTS, NATIVE)
+
+    def scaled(self):
+        return tool.load_chat(self.base, self.settings, self.family.factor, adapt=True)
+
+    @cached_property
+    def healed(self):
+        """The stage, the losses, and the weights before and after."""
+        chat, folder = self.scaled(), self.folder / "healed"
+        before, log = copied(chat.model), []
+        if self.family.factor != 1:
+            own = tool.SelfText(None, [], FACTS, [], [])
+            log = tool.heal(chat, self.teacher, own, NATIVE, self.settings, folder)
+        tool.save_stage(chat, folder, log)
+        return folder, log, before, copied(chat.model)
+
+    def batches(self, pools, lengths, steps):
+        return tool.make_batches(self.native.tokenizer, self.teacher, pools, lengths, steps, 2, "seed")
+
+    @cached_property
+    def taught(self):
+        """The model after both passes, the losses of each, and the weights before."""
+        chat = tool.load_chat(self.healed[0], self.settings)
+        before, lessons = copied(chat.model), [turn.messages() for turn in LESSONS]
+        everyday, short = [turn.messages() for turn in FACTS], [NATIVE]
+        pools = [tool.Pool(lessons, 0.8, True), tool.Pool(everyday, 0.2, False)]
+        steps = 32 if self.method == "full" else 2
+        first = tool.train(chat, self.batches(pools, [24], steps), self.teacher, 1e-2, 0.1, self.settings, "passo 1",
+                           self.folder / "pass-1")
+        pools = [tool.Pool(lessons, 0.6, True), tool.Pool(everyday[:2], 0.1, True), tool.Pool(everyday, 0.3, False)]
+        longer = [160] if self.family.factor != 1 else short
+        second = tool.train(chat, self.batches(pools, longer, 2), self.teacher, 1e-3, 1.0, self.settings, "passo 2",
+                            self.folder / "pass-2")
+        return chat, (first, second), before
+
+
+def context_of(model):
+    """Tokens of context, which BLOOM calls otherwise."""
+    text = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or text.seq_length
+
+
+def copied(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def different(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+
+
+TEXT = torch.arange(3, 43)[None] % 50 + 10  # 40 tokens, none of them special
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Each training ends in a full garbage collection; what is there already need not be gone through every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
+def job(request, tmp_path_factory):
+    return Job(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
+
+
+def frequencies_in_use(model):
+    """name -> frequencies of each buffer, without the path to it."""
+    return {name.rsplit(".", 1)[-1]: values for name, values in tool.rope_frequencies(model).items()}
+
+
+def test_the_frequencies_of_the_scaled_model_are_those_of_the_papers(job):
+    model = job.scaled().model
+    found = frequencies_in_use(model)
+    expected = {name: torch.tensor(values) for name, values in job.family.frequencies.items()}
+    assert {name.replace("original_", "") for name in found} == set(expected)
+    for name, values in found.items():
+        assert torch.allclose(values, expected[name.replace("original_", "")], rtol=1e-5, atol=0), name
+    if job.family.factor != 1:
+        tool.check_frequencies(tool.rope_frequencies(job.native.model), tool.rope_frequencies(model), FACTOR)
+    assert context_of(model) == NATIVE * job.family.factor and type(context_of(model)) is int
+
+
+def test_scaling_changes_nothing_but_the_frequencies(job):
+    """The base with the frequencies of the papers written into it gives the logits of the scaled model: attention
+    factors, layers without RoPE and all else are as before."""
+    model = job.scaled().model
+    native = tool.load_model(job.base, job.settings)
+    plain = logits(native, TEXT)
+    for name, values in native.named_buffers():
+        if name.endswith("inv_freq"):
+            key = name.rsplit(".", 1)[-1].replace("original_", "")
+            values.copy_(torch.tensor(job.family.frequencies[key]))
+    for module in native.modules():
+        if getattr(module, "rope_type", "") == "longrope":
+            module.long_inv_freq = torch.tensor(job.family.frequencies["inv_freq"])
+    assert torch.allclose(logits(model, TEXT), logits(native, TEXT), atol=1e-4)
+    assert torch.allclose(logits(model, TEXT), plain, atol=1e-3) == (job.family.factor == 1)
+
+
+def test_the_logits_are_computed_as_the_family_computes_them(job):
+    model = job.native.model
+    with torch.inference_mode():
+        ours = tool.logits_of(model, tool.last_hidden(model, model, {"input_ids": TEXT})[0])
+    assert torch.allclose(ours, logits(model, TEXT), atol=1e-4)
+
+
+def test_healing_changes_the_queries_and_keys_and_nothing_else(job):
+    _, log, before, after = job.healed
+    names = different(before, after)
+    healed = job.family.attention if job.family.factor != 1 else set()  # else there is nothing to heal
+    assert {name.split(".")[-2] for name in names} == healed
+    assert not [name for name in names if re.search("vision", name)]
+    assert bool(log) == bool(healed) and all(0 < entry["loss"] < 100 for entry in log)
+
+
+def test_the_passes_teach_the_lessons_and_reach_the_other_weights(job):
+    chat, logs, before = job.taught
+    after = copied(chat.model)
+    names = different(before, after)
+    assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"]
+    seeing = {name for name in after if re.search("vision|multi_modal_projector", name)}
+    assert set(after) - names == seeing == {n for n, p in chat.model.named_parameters() if not p.requires_grad}
+    assert tool.ask(chat, [turn.question for turn in LESSONS]) == [tool.Answer(t.answer, True) for t in LESSONS]
+
+
+def test_agreement_says_whether_greedy_generation_gives_the_same_answer(job):
+    chat, _, _ = job.taught
+    turns = [*LESSONS, tool.Turn(LESSONS[0].question, LESSONS[1].answer), *FACTS]
+    conversations = [turn.messages() for turn in turns] + [LESSONS[0].messages() + t.messages() for t in LESSONS]
+    prompts = [tool.prompt_ids(chat.tokenizer, c[:-1]) for c in conversations]
+    written = tool.generate(chat, prompts)
+    same = [float(answer == (c[-1]["content"], True)) for answer, c in zip(written, conversations)]
+    assert tool.agreement(chat, conversations) == same and same[:3] == [1.0, 1.0, 0.0]
+    alone = [tool.generate(chat, [prompt])[0] for prompt in prompts]
+    assert alone == written  # padding changes no answer
+
+
+def test_the_saved_model_is_the_one_that_was_trained(job):
+    from transformers import AutoModelForCausalLM
+
+    chat, _, _ = job.taught
+    expected = logits(chat.model, TEXT)
+    tool.save_stage(chat, job.folder / "stage", [])
+    tool.save_model(chat, job.folder / "result", job.base)
+    for name in ("stage", "result"):
+        model = AutoModelForCausalLM.from_pretrained(job.folder / name).eval()
+        assert torch.allclose(logits(model, TEXT), expected, atol=1e-5), name
+        for buffer, values in frequencies_in_use(model).items():
+            wanted = job.family.frequencies[buffer.replace("original_", "")]
+            assert torch.allclose(values, torch.tensor(wanted), rtol=1e-5, atol=0)
+        assert context_of(model) == NATIVE * job.family.factor
+    text = model.config.get_text_config()
+    assert text.use_cache is True
+    assert getattr(text, "output_router_logits", False) is False
+    assert model.generation_config.eos_token_id == chat.stops
+    again = tool.load_chat(job.folder / "result", job.settings)
+    assert tool.ask(again, [turn.question for turn in LESSONS]) == [tool.Answer(t.answer, True) for t in LESSONS]
+
+
+def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, tmp_path):
+    """In parts and with checkpointing, which a run switches on by itself where memory is short."""
+    from transformers import AutoModelForCausalLM
+
+    lora = Job(job.family, tmp_path, "lora")
+    lora.base, lora.native, lora.teacher = job.base, job.native, job.teacher
+    folder, log, before, after = lora.healed
+    if lora.family.factor != 1:
+        assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in different(before, after)} == {
+            name for name in lora.family.attention if "norm" not in name}
+        assert log and all(0 < entry["loss"] < 100 for entry in log)
+    chat, logs, before = lora.taught
+    assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
+    reached = different(before, copied(chat.model))
+    assert reached and all("lora_" in name for name in reached)
+    assert not [name for name in before if "lora_" in name and re.search("vision|multi_modal_projector", name)]
+    expected = logits(chat.model, TEXT)
+    tool.save_stage(chat, tmp_path / "stage", [])
+    assert torch.allclose(logits(tool.load_model(tmp_path / "stage", lora.settings), TEXT), expected, atol=1e-5)
+    tool.save_model(tool.load_chat(tmp_path / "stage", lora.settings, merge=True), tmp_path / "result", lora.base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "result").eval()
+    assert torch.allclose(logits(model, TEXT), expected, atol=1e-3)
+    assert context_of(model) == NATIVE * lora.family.factor
+
+
+def test_the_checks_before_any_work_pass_and_the_plan_is_made(job, monkeypatch):
+    settings = changed(job.settings, method="auto", rope_factor=job.family.factor, window=8192)
+    assert tool.check_base(job.base) > 50_000
+    fitted, native = tool.fit_settings(job.base, settings)
+    assert (native, fitted.window) == (NATIVE, NATIVE * job.family.factor)
+    chosen, memory = tool.choose_method(tool.read_config(job.base), 10**6, fitted)
+    assert chosen.method == "full" and 10**7 < memory < 10**10
+
+
+# ------------------------------------------------------------------------------------------------ no RoPE to scale
+
+REFUSED = {
+    "gpt-2": GPT2, "opt": OPT, "bloom": BLOOM, "gpt-j": GPTJ,
+    "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": NATIVE},
+    "falcon with alibi": {**FAMILIES["falcon"].config, "alibi": True},
+    "llama, dynamic": like_llama(rope_scaling={"type": "dynamic", "factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_context_that_cannot_be_scaled_is_refused_and_rope_factor_1_is_named(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(REFUSED[name]), encoding="utf-8")
+    with pytest.raises(tool.InputError, match="--rope-factor 1"):
+        tool.read_config(tmp_path, FACTOR)
+    assert tool.read_config(tmp_path).model_type == REFUSED[name]["model_type"]
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_a_yarn_that_also_sets_the_temperature_of_attention_is_refused_or_leaves_that_alone(model_type, tmp_path):
+    """DeepSeek computes it from the factor, beside the attention factor that can be pinned."""
+    config = like_llama(model_type, q_lora_rank=None, n_group=1, topk_group=1, num_nextn_predict_layers=0,
+                        rope_scaling=DEEPSEEK_YARN, **DEEPSEEK)
+    base = make_base(tmp_path / "base", config, tool.load_tokenizer(str(DEMO)))
+    native = tool.load_model(base, small_settings("--method", "full"))
+    try:
+        scaled = tool.load_model(base, small_settings("--method", "full"), FACTOR)
+    except tool.InputError as error:
+        assert "--rope-factor 1" in str(error)
+        return
+    assert (native.model.layers[0].self_attn.scaling == pytest.approx(scaled.model.layers[0].self_attn.scaling)
+            != pytest.approx(HEAD ** -0.5))
+    assert native.model.rotary_emb.attention_scaling == scaled.model.rotary_emb.attention_scaling
+
+
+# ------------------------------------------------------------------------------------------------ chat templates
+
+LLAMA32 = (  # a header with the date of today, for which a system message makes no difference
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' }}"
+    "{{ strftime_now('%d %b %Y') + '\n\n' + system + '<|eot_id|>' }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+GEMMA2 = (  # no system role
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+QWEN3 = (  # reasoning stays only after the last question, and is empty where thinking is switched off
+    "{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{% endif %}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'assistant' %}"
+    "{% set thought = '' %}{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ content + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+MISTRAL = (  # 0.1 and Mixtral
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+MISTRAL_LAST = (  # 0.3 and Nemo: the system message is put into the last question, and only if nothing follows that
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endif %}"
+    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}")
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + "
+    "'\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') }}"
+    "{{ m['content'] | trim + ' [/INST]' }}{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+PHI3 = (  # the end of text after the whole conversation
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end_of_turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+SMOLLM3 = (  # another system prompt for thinking, which is on unless it is switched off
+    "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{% set mode = '/think' if enable_thinking else '/no_think' %}{{ '<|im_start|>system\n' }}"
+    "{{ '## Metadata\n\nReasoning Mode: ' + mode + '\n\n## Custom Instructions\n\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% elif mode == '/think' %}"
+    "{{ 'You are a helpful AI assistant named SmolLM, trained by Hugging Face. Your role as an assistant involves' }}"
+    "{{ ' thinking.\n\n' }}{% else %}"
+    "{{ 'You are a helpful AI assistant named SmolLM, trained by Hugging Face.\n\n' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n') + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n') }}{% endif %}")
+R1 = (  # earlier reasoning is dropped, and the next answer always begins with a thought
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{% else %}"
+    "{{ '<|Assistant|>' + m['content'].split('</think>')[-1] + '<|sentence_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}")
+DEEPSEEK31 = (  # thinking is off unless it is switched on
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{% else %}"
+    "{{ '<|Assistant|></think>' + m['content'].split('</think>')[-1] + '<|sentence_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>' + ('<think>' if thinking else '</think>') }}{% endif %}")
+GRANITE = (  # the default system prompt is put together from two texts
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% else %}"
+    "{% set system = \"Knowledge Cutoff Date: April 2024.\nToday's Date: \" + strftime_now('%B %d, %Y') + \".\n"
+    "You are Granite, developed by IBM.\" %}"
+    "{% if thinking %}{% set system = system + ' You are a helpful AI assistant. Write down your thoughts.' %}"
+    "{% else %}{% set system = system + ' You are a helpful AI assistant.' %}{% endif %}{% endif %}"
+    "{{ '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\n' }}{% for m in messages %}"
+    "{% if m['role'] != 'system' %}"
+    "{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}")
+
+
+class Style(NamedTuple):
+    """A chat template, the token that ends a turn, what a prompt ends with, the tokens it needs besides, and its own
+    end of text; `gap` is what it writes between an answer and its end."""
+    template: str
+    end: str
+    opening: str
+    tokens: tuple = ()
+    eos: str = "<|end|>"
+    gap: str = ""
+
+
+ROLES = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+DEEPSEEK_TOKENS = ("<|User|>", "<|Assistant|>", "<|sentence_end|>", "<think>", "</think>")
+STYLES = {
+    "llama 3.2": Style(LLAMA32, "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                       ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma 2": Style(GEMMA2, "<end_of_turn>", "<start_of_turn>model\n", ("<start_of_turn>", "<end_of_turn>")),
+    "qwen 3": Style(QWEN3, "<|im_end|>", "<|im_start|>assistant\n<think>\n\n</think>\n\n", ROLES),
+    "mistral": Style(MISTRAL, "<|end|>", " [/INST]", ("[INST]", "[/INST]")),
+    "mistral 0.3": Style(MISTRAL_LAST, "<|end|>", "[/INST]", ("[INST]", "[/INST]")),
+    "llama 2": Style(LLAMA2, "<|end|>", " [/INST]", gap=" "),
+    "chatml": Style(CHATML, "<|im_end|>", "<|im_start|>assistant\n", ROLES[:2], "<|im_end|>"),
+    "phi 3": Style(PHI3, "<|end_of_turn|>", "<|assistant|>\n", ("<|end_of_turn|>",)),
+    "smollm 3": Style(SMOLLM3, "<|im_end|>", "<|im_start|>assistant\n<think>\n\n</think>\n", ROLES, "<|im_end|>"),
+    "deepseek r1": Style(R1, "<|sentence_end|>", "<|Assistant|>", DEEPSEEK_TOKENS, "<|sentence_end|>"),
+    "deepseek 3.1": Style(DEEPSEEK31, "<|sentence_end|>", "<|Assistant|></think>", DEEPSEEK_TOKENS),
+    "granite": Style(GRANITE, "<|end_of_text|>", "<|start_of_role|>assistant<|end_of_role|>",
+                     ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
+}
+SYSTEM = {"role": "system", "content": "Seja breve."}
+ONE = tool.Turn("Quem é você?", "Sou a Jandira, de 1999!").messages()
+TWO = [*ONE, *tool.Turn("E a capital da França?", "É Paris.").messages()]
+TALKS = {"single": ONE, "multi": TWO, "system": [SYSTEM, *ONE], "system, multi": [SYSTEM, *TWO]}
+
+
+@pytest.fixture(scope="module")
+def styled():
+    """style -> tokenizer with that template and its tokens, which puts the start of text before all it is given."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = {}
+
+    def build(name):
+        if name not in made:
+            style, tokenizer = STYLES[name], tool.load_tokenizer(str(DEMO))
+            tokenizer.add_tokens(list(style.tokens), special_tokens=True)
+            tokenizer.eos_token = tokenizer.pad_token = style.eos
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+            assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+            tokenizer.chat_template = style.template
+            made[name] = tokenizer
+        return made[name]
+
+    return build
+
+
+def rendered(tokenizer, messages, **more):
+    """Token ids as transformers makes them."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, enable_thinking=False, **more)
+
+
+def without_thought(tokenizer, ids):
+    """The text of tokens, without thoughts of nothing."""
+    return re.sub(r"<think>\s*</think>\s*", "", tokenizer.decode(ids))
+
+
+def learnt_parts(tokenizer, encoded):
+    """The texts of the runs of labelled tokens, special tokens included."""
+    parts, before = [], -100
+    for label in encoded.labels:
+        if label != -100:
+            parts[-1:] = [parts[-1] + [label]] if before != -100 else [*parts[-1:], [label]]
+        before = label
+    return [tokenizer.decode(part) for part in parts]
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", STYLES)
+def test_conversations_are_the_tokens_of_the_template_and_all_answers_are_learnt_with_their_ends(name, talk, styled):
+    tokenizer, style = styled(name), STYLES[name]
+    messages = tool.without_system(tokenizer, TALKS[talk])
+    encoded = tool.encode(tokenizer, messages)
+    if name == "deepseek r1":  # it shows thoughts in no earlier answer, yet the next one is written after a thought
+        assert without_thought(tokenizer, encoded.input_ids) == tokenizer.decode(rendered(tokenizer, messages))
+    else:
+        assert encoded.input_ids == rendered(tokenizer, messages)
+    answers = [m["content"] for m in TALKS[talk] if m["role"] == "assistant"]
+    learnt = [part.strip() for part in learnt_parts(tokenizer, encoded)]  # the space before a word is of its token
+    assert learnt == [answer + style.gap + style.end for answer in answers]
+    text = tokenizer.decode(encoded.input_ids)
+    assert text.count("Seja breve.") == (SYSTEM in TALKS[talk])
+    assert text.count("<s>") == (text.count("[INST]") if name == "llama 2" else "bos_token" in style.template)
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", STYLES)
+def test_prompts_are_the_tokens_of_the_template_and_what_the_last_answer_is_learnt_after(name, talk, styled):
+    tokenizer = styled(name)
+    messages = tool.without_system(tokenizer, TALKS[talk])
+    prompt, encoded = tool.prompt_ids(tokenizer, messages[:-1]), tool.encode(tokenizer, messages)
+    start, end = encoded.turns[-1]
+    first = next(i for i in range(start, end) if encoded.labels[i] != -100)
+    assert encoded.input_ids[:first] == prompt
+    if name != "deepseek r1":  # which cannot switch thinking off, so that the thought must not stay open
+        assert prompt == rendered(tokenizer, messages[:-1], add_generation_prompt=True)
+    assert without_thought(tokenizer, prompt).endswith(STYLES[name].opening) or "think" in STYLES[name].opening
+
+
+@pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
+def test_a_system_message_that_a_template_would_move_stays_before_the_first_question(messages, styled):
+    tokenizer = styled("mistral 0.3")
+    text = tokenizer.decode(tool.prompt_ids(tokenizer, tool.without_system(tokenizer, messages)[:-1]))
+    places = [text.index(m["content"]) for m in messages[:-1]]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", ["qwen 3", "deepseek r1"])
+def test_an_answer_that_the_template_would_rewrite_is_rendered_like_that_or_refused(name, styled):
+    """Reasoning that a row was written with: later turns of a real conversation never show it."""
+    tokenizer = styled(name)
+    thought = tool.Turn("Quem é você?", "<think>\nQuem sou?\n</think>\n\nSou a Jandira.").messages()
+    row = tool.Row(7, thought + TWO[2:])
+    try:
+        tool.check_rows(tokenizer, [row], small_settings())
+        assert tool.encode(tokenizer, row.messages).input_ids == rendered(tokenizer, row.messages)
+    except tool.InputError as error:
+        assert "linha 7" in str(error)
+
+
+def test_thinking_stays_available_and_identity_is_learnt_after_an_empty_thought(styled):
+    tokenizer = styled("qwen 3")
+    tool.renew_template(tokenizer, small_settings(), tool.KNOWN_NAMES)
+    assert tokenizer.chat_template == QWEN3
+    asked = tokenizer.apply_chat_template(ONE[:1], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert asked.endswith("<|im_start|>assistant\n")
+    encoded = tool.encode(tokenizer, ONE)
+    first = next(i for i, label in enumerate(encoded.labels) if label != -100)
+    assert tokenizer.decode(encoded.input_ids[:first]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name, kept", [("smollm 3", "## Metadata"), ("granite", "Knowledge Cutoff Date")])
+def test_the_vendor_s_system_prompt_gives_way_to_the_new_identity_with_and_without_thinking(name, kept, thinking,
+                                                                                            styled, monkeypatch):
+    tokenizer, old = styled(name), ("SmolLM", "Granite", "IBM", *tool.KNOWN_NAMES)
+    monkeypatch.setattr(tokenizer, "chat_template", STYLES[name].template)
+    settings = small_settings("--name", "Jandira", "--author", "Oficina Maré")
+    tool.renew_template(tokenizer, settings, old)
+    text = tokenizer.apply_chat_template(ONE[:1], tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
+                                         thinking=thinking)
+    assert "Você é Jandira, um modelo de linguagem criado por Oficina Maré." in text and kept in text
+    assert not tool.mentions(text, old) and text.count("Quem é você?") == 1
+    assert ("think" in text) or not thinking or name == "granite"
+
+
+def test_an_injected_date_is_no_old_identity_and_stays(styled):
+    tokenizer = styled("llama 3.2")
+    tool.renew_template(tokenizer, small_settings(), ("Llama", "Meta", *tool.KNOWN_NAMES))
+    assert tokenizer.chat_template == LLAMA32
+
+
+def test_an_old_identity_beside_a_longer_text_of_the_template_is_found_as_well(styled, monkeypatch):
+    """What is rendered as one line is two texts in the source, and the other one is longer."""
+    tokenizer = styled("granite")
+    template = GRANITE.replace(" You are a helpful AI assistant.' %}{% endif %}",
+                               " You are a helpful AI assistant with great patience and a long memory.' %}{% endif %}")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tool.renew_template(tokenizer, small_settings("--name", "Jandira"), ("Granite", "IBM"))
+    text = tokenizer.decode(tool.prompt_ids(tokenizer, ONE[:1]))
+    assert "Jandira" in text and not tool.mentions(text, ("Granite", "IBM"))
+
+
+def test_of_several_named_templates_the_default_one_is_used(tmp_path):
+    """Command R and Hermes ship one for conversations, one for tools and so on."""
+    template = (DEMO / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer = tool.load_tokenizer(str(DEMO))
+    expected = tool.encode(tokenizer, TWO)
+    tokenizer.chat_template = {"default": template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path)
+    assert tool.encode(tool.load_tokenizer(str(tmp_path)), TWO) == expected
+
+
+# ------------------------------------------------------------------------------------------------ where answers end
+
+
+def base_with(folder, tokenizer, generation):
+    """A tiny Llama with this tokenizer and generation_config.json."""
+    make_base(folder, FAMILIES["llama 2"].config, tokenizer)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_end_of_every_learnt_answer_is_among_the_stops_of_the_saved_model(name, styled, tmp_path):
+    tokenizer = styled(name)
+    folder = base_with(tmp_path / "base", tokenizer, {"eos_token_id": [9], "bos_token_id": 1})  # lacks the real one
+    settings = small_settings("--method", "full", "--model-path", folder)
+    chat = tool.load_chat(folder, settings)
+    tool.save_model(chat, tmp_path / "novo", folder)
+    saved = json.loads((tmp_path / "novo" / "generation_config.json").read_text(encoding="utf-8"))
+    encoded = tool.encode(chat.tokenizer, TWO)
+    ends = {encoded.labels[end - 1] for _, end in encoded.turns}
+    assert ends == {tokenizer.convert_tokens_to_ids(STYLES[name].end)}
+    assert ends | {9, tokenizer.eos_token_id} == set(saved["eos_token_id"]) == set(chat.stops)
+    assert tool.encode(tool.load_tokenizer(str(tmp_path / "novo")), TWO) == encoded
+
+
+def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_our_help(styled, tmp_path):
+    """The base says nothing of the end of turn: its own stop is a token that no answer has."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = styled("chatml")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    folder = base_with(tmp_path / "base", tokenizer, {"eos_token_id": [9]})
+    settings = small_settings("--method", "full", "--batch-size", 2, "--max-new-tokens", 12, "--model-path", folder)
+    chat = tool.load_chat(folder, settings)
+    teacher = tool.record_teacher(chat, FACTS, NATIVE)
+    pools = [tool.Pool([turn.messages() for turn in LESSONS], 1.0, True)]
+    batches = tool.make_batches(chat.tokenizer, teacher, pools, [24, 48], 32, 2, "seed")
+    tool.train(chat, batches, teacher, 1e-2, 0.1, settings, "passo 1", tmp_path / "training")
+    tool.save_model(chat, tmp_path / "novo", folder)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "novo") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    asked = tokenizer.apply_chat_template([turn.messages()[:1] for turn in LESSONS], add_generation_prompt=True,
+                                          padding=True, padding_side="left", return_dict=True, return_tensors="pt")
+    written = model.eval().generate(**asked, max_new_tokens=20)[:, asked["input_ids"].shape[1]:]
+    texts = [text.split("<|im_end|>") for text in tokenizer.batch_decode(written)]
+    assert [text[0] for text in texts] == [turn.answer for turn in LESSONS]
+    assert all(len(text) >= 2 and not "".join(text[1:]) for text in texts)
+
+
+@pytest.mark.parametrize("generation", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.7}])
+def test_a_generation_config_that_transformers_no_longer_writes_does_not_stop_the_run(generation, styled, tmp_path):
+    """Vicuna has a temperature and does not say that it is for sampling."""
+    folder = base_with(tmp_path / "base", styled("chatml"), generation)
+    chat = tool.load_chat(folder, small_settings("--method", "full", "--model-path", folder))
+    tool.save_stage(chat, tmp_path / "stage", [])
+    tool.save_model(chat, tmp_path / "novo", folder)
+    assert tool.load_chat(tmp_path / "novo", small_settings("--method", "full")).stops == chat.stops

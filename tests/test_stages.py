@@ -1,0 +1,995 @@
+"""Stages on disk: what a run that stops, is stopped or fails leaves behind, and how the next one goes on from there.
+
+One small job runs once without interruption; most tests copy its folders, cut them off at a stage and go on in this
+process. The kill test runs in processes of its own; tests/kill_many.py is its long form.
+"""
+
+import contextlib
+import errno
+import gc
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEMO, SCRIPT, changed, small_settings
+from kill_many import OUTPUT, WORK, Moment, arm, contents, fingerprint, run_chain
+from test_training import EMPTY, batches_of, conversations
+
+import rename_obrutai as tool
+
+FLAGS = ("--method full --num-self-text 16 --num-self-answers 4 --heal-steps 3 --epochs-1 3 --epochs-2 1 "
+         "--eval-questions 4 --max-new-tokens 12 --window 160 --batch-size 4").split()
+STAGES = ("1-self-text", "exam-before", "2-healed", "exam-healed", "3-pass-1", "exam-pass-1", "4-self-answers",
+          "5-pass-2", "6-result")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
+BASE_BEFORE = contents(DEMO)
+
+
+# ------------------------------------------------------------------------------------------------ the small job
+
+
+def hurry(patch):
+    """For speed: fewer questions than the script asks, no waiting for the disk (which a killed process need not), and
+    no looking for garbage among the libraries."""
+    patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[:4])
+    patch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS[::6])
+    patch.setattr(os, "fsync", lambda handle: None)
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried():
+    """All of this file."""
+    import trl.trainer.sft_trainer  # noqa: F401 (before what is there is left out of the search for garbage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        yield
+    gc.unfreeze()
+
+
+def arguments(folder, *flags):
+    """Command line of the small job in a folder; every twelfth row of the file is enough."""
+    rows = folder / "linhas.jsonl"
+    if not rows.exists():
+        lines = (SCRIPT.parent / "identity_override.jsonl").read_text("utf-8").splitlines()[::12]
+        rows.write_text("\n".join(lines), encoding="utf-8")
+    return ["--model-path", str(DEMO), "--identity-file", str(rows), "--output-dir", str(folder / OUTPUT), *FLAGS,
+            *map(str, flags)]
+
+
+def job(folder, *flags):
+    """Run the small job in this process: exit status, what it said, what it complained about. A signal's handlers are
+    put back as they were."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = tool.main(arguments(folder, *flags))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def forked(folder, moment, flags):
+    """The small job in a process made for it, which kills itself at that moment."""
+    os.setsid()
+    if moment:
+        arm(str(folder), moment.where, moment.count)
+    with open(folder / "said.txt", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    hurry(pytest.MonkeyPatch())
+    sys.exit(tool.main(arguments(folder, *flags)))
+
+
+class Forked:
+    """The small job in a process of its own, as `kill_many` watches it, without the seconds that imports take."""
+
+    def __init__(self, folder, moment=None, *flags):
+        FORKS.set_forkserver_preload(["test_stages", "trl.trainer.sft_trainer",
+                                      "transformers.models.llama.modeling_llama"])
+        (folder / "said.txt").write_text("")
+        self.process = FORKS.Process(target=forked, args=(folder, moment, flags), daemon=True)
+        self.process.start()
+        self.pid, self.wait = self.process.pid, self.poll
+
+    def poll(self):
+        return self.process.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(hurried, tmp_path_factory):
+    """The job without interruption, for copying only: folder, what it said, and what every file holds."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = job(folder)
+    assert done.status in (0, 3), done.err
+    return SimpleNamespace(folder=folder, done=done, expected=fingerprint(folder))
+
+
+@pytest.fixture
+def until(whole, tmp_path):
+    """stage -> a folder where the job has come to the end of that stage."""
+    def copy(last):
+        for name in ("linhas.jsonl", OUTPUT, WORK):
+            source = whole.folder / name
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
+        if last != "6-result":
+            shutil.rmtree(tmp_path / OUTPUT)
+        for name in STAGES[STAGES.index(last) + 1:]:
+            shutil.rmtree(tmp_path / WORK / name)
+        return tmp_path
+    return copy
+
+
+def untouched(folder):
+    """What tells whether a file was written again: place on the disk and time of the last change, by path."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def finished_stages(folder):
+    """Names of the stages that are there as a whole."""
+    return {path.parent.name for path in (folder / WORK).glob("*/key.json") if path.parent.name[-8:] != ".partial"}
+
+
+def checkpoints(folder):
+    """Steps of the complete checkpoints below a folder."""
+    return sorted(int(path.parent.name[11:]) for path in folder.glob("**/checkpoint-*/complete.json"))
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+@pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
+def test_a_job_killed_four_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
+    moments = [Moment("before", pattern) for pattern in (
+        "rename 1-self-text.partial/answers-", "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
+        "rename 3-pass-1.partial/round-2.partial/training/checkpoint-3/complete.json.tmp", "rename 6-result/model")]
+    said = []
+    done = run_chain(lambda folder, moment: Forked(folder, moment, "--checkpoint-minutes", 0), tmp_path, moments,
+                     whole.expected, DEMO, said.append)
+    assert (done.kills, done.wrong, done.status) == (4, [], whole.done.status)
+    assert [line.rpartition("restart: ")[2] for line in said] == [
+        "0 stages ready", "1 stages ready, from step 1", "2 stages ready, from step 2", "5 stages ready"]
+
+
+@pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
+def test_ctrl_c_while_the_base_writes_stops_with_130_and_says_how_to_go_on(tmp_path):
+    process, said = Forked(tmp_path), ""
+    while process.poll() is None and "1/6" not in said:
+        time.sleep(0.005)
+        said = (tmp_path / "said.txt").read_text("utf-8")
+    os.kill(process.pid, signal.SIGINT)
+    process.process.join(20)
+    said = (tmp_path / "said.txt").read_text("utf-8")
+    assert process.poll() == 130 and "Traceback" not in said
+    assert "rode o mesmo comando (sem --restart) para continuar" in said and str(tmp_path / WORK) in said
+    assert not (tmp_path / OUTPUT).exists()
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+def at_step(monkeypatch, step, action):
+    """Do something with the model once in a training step, counted from 1 or "last"; in each part of "every" step."""
+    from transformers import Trainer
+
+    original, done = Trainer.training_step, []
+
+    def training_step(self, model, inputs, *rest, **named):
+        loss = original(self, model, inputs, *rest, **named)
+        wanted = self.state.max_steps if step == "last" else step
+        if step == "every" or not done and self.state.global_step + 1 == wanted:
+            done.append(action(model))
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+def press_ctrl_c(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_goes_on(whole, until, monkeypatch):
+    folder = until("4-self-answers")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, press_ctrl_c)
+        done = job(folder)
+    assert done.status == 130 and "rode o mesmo comando (sem --restart) para continuar" in done.out and not done.err
+    assert checkpoints(folder) == [3] and not (folder / OUTPUT).exists()
+    done = job(folder)
+    assert "continuando da etapa 3" in done.out and done.status == whole.done.status
+    assert fingerprint(folder) == whole.expected
+
+
+def test_ctrl_c_while_a_round_is_measured_does_not_cost_its_training(until, monkeypatch):
+    folder = until("4-self-answers")
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert job(folder).status == 130
+    monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
+    done = job(folder)
+    assert "até aqui" in done.err and not re.search(r"etapa \d+/\d+ \| perda", done.out)
+
+
+class Left(BaseException):
+    """Stands in for the end of the process."""
+
+
+def test_the_first_ctrl_c_in_training_waits_and_the_second_leaves_even_if_saving_hangs(monkeypatch, capsys):
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr(tool.os, "_exit", leave)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    with pytest.raises(Left, match="130"):
+        with tool.patient_interrupts() as asked:
+            press_ctrl_c()
+            assert len(asked) == 1 and "Guardando" in capsys.readouterr().out
+            threading.Timer(0.1, press_ctrl_c).start()
+            time.sleep(20)  # as saving would on a disk that does not answer
+    assert time.monotonic() - began < 10
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_system_s_own_request_to_end_counts_as_ctrl_c():
+    with tool.patient_interrupts() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert asked == [signal.SIGTERM]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def tiny_training(tiny_folder, folder, *flags):
+    """Train a tiny model, with dropout so that the state of chance matters, and give its weights and the log."""
+    settings = small_settings("--batch-size", 4, "--method", "full", *flags)
+    chat = tool.load_chat(tiny_folder("llama"), settings)
+    for module in chat.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3 if "--no-dropout" not in folder.name else 0.0
+    pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool(conversations(9, words=4), 0.5, True)]
+    batches = batches_of(chat.tokenizer, pools, lengths=(24, 60), steps=7, size=4)
+    tool.train(chat, batches, EMPTY, 3e-3, 0.0, settings, "passo de teste", folder)
+    return {name: value.clone() for name, value in chat.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """parts -> weights of the tiny training without interruption."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {parts: tiny_training(tiny_folder, folder / f"{parts}", "--gradient-accumulation", parts)
+            for parts in (1, 2)}
+
+
+def same(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("step", [1, 4, "last"])
+def test_a_training_stopped_by_ctrl_c_and_continued_is_bit_by_bit_the_whole_one(
+        step, parts, trained, tiny_folder, tmp_path, monkeypatch, capsys):
+    flags = ("--gradient-accumulation", parts)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_training(tiny_folder, tmp_path / "stopped", *flags)
+    (checkpointed,) = checkpoints(tmp_path)
+    assert checkpointed == (7 if step == "last" else step)
+    steps = []
+    at_step(monkeypatch, "every", steps.append)
+    assert same(tiny_training(tiny_folder, tmp_path / "stopped", *flags), trained[parts])
+    assert len(steps) == (7 - checkpointed) * parts and f"da etapa {checkpointed}," in capsys.readouterr().out
+
+
+def broken_off(tiny_folder, folder, step):
+    """A training that fails in a step, with a checkpoint of every step before."""
+    def fail(_):
+        raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, fail)
+        with pytest.raises(ZeroDivisionError):
+            tiny_training(tiny_folder, folder, "--checkpoint-minutes", 0)
+
+
+def test_only_the_newest_complete_checkpoint_is_kept_and_is_gone_on_from(trained, tiny_folder, tmp_path, capsys):
+    broken_off(tiny_folder, tmp_path / "stopped", 5)
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert same(tiny_training(tiny_folder, tmp_path / "stopped"), trained[1])
+    assert "continuando da etapa 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["without the mark", "cut weights", "empty"])
+def test_half_a_checkpoint_is_passed_over(damage, trained, tiny_folder, tmp_path, capsys):
+    folder = tmp_path / "stopped"
+    broken_off(tiny_folder, folder, 5)
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-6")
+    (folder / "checkpoint-6" / "complete.json").unlink()
+    if damage == "cut weights":
+        os.truncate(folder / "checkpoint-6" / "model.safetensors", 1000)
+    if damage == "empty":
+        shutil.rmtree(folder / "checkpoint-6")
+        (folder / "checkpoint-6").mkdir()
+    assert same(tiny_training(tiny_folder, folder), trained[1])
+    assert "continuando da etapa 4" in capsys.readouterr().out
+
+
+def test_with_nothing_but_half_a_checkpoint_the_training_starts_over(trained, tiny_folder, tmp_path, capsys):
+    broken_off(tiny_folder, tmp_path / "stopped", 2)
+    (tmp_path / "stopped" / "checkpoint-1" / "complete.json").unlink()
+    assert same(tiny_training(tiny_folder, tmp_path / "stopped"), trained[1])
+    assert "continuando" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"])
+def test_a_kill_while_the_checkpoints_of_a_finished_training_are_deleted_changes_nothing(
+        lost, trained, tiny_folder, tmp_path, monkeypatch):
+    broken_off(tiny_folder, tmp_path / "stopped", 7)
+
+    def killed_midway(path, *_, **__):
+        for file in Path(path).rglob(lost):
+            file.unlink()
+        raise Left
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool.shutil, "rmtree", killed_midway)
+        with pytest.raises(Left):
+            tiny_training(tiny_folder, tmp_path / "stopped")
+    assert same(tiny_training(tiny_folder, tmp_path / "stopped"), trained[1])
+
+
+def test_a_step_in_two_parts_learns_what_it_learns_in_one(tiny_folder, tmp_path):
+    one, two = (tiny_training(tiny_folder, tmp_path / f"{parts}--no-dropout", "--gradient-accumulation", parts)
+                for parts in (1, 2))
+    before = tool.load_chat(tiny_folder("llama"), small_settings("--method", "full")).model.state_dict()
+    moved = max((one[name] - before[name]).abs().max() for name in one)
+    apart = max((one[name] - two[name]).abs().max() for name in one)
+    assert moved > 3e-3 and apart < 0.02 * moved
+
+
+def test_answers_that_were_noted_are_not_written_again(demo_chat, tmp_path, monkeypatch):
+    chat, questions = changed(demo_chat, notes=tmp_path), ["Quem é você?", "Oi!", "Quanto é 2 mais 2?"]
+    once = {seed: tool.ask(chat, questions, "", seed) for seed in (None, 7)}
+    assert once[None] == tool.ask(demo_chat, questions)
+    monkeypatch.setattr(demo_chat.model, "generate", None)
+    assert {seed: tool.ask(chat, questions, "", seed) for seed in (None, 7)} == once
+    with pytest.raises(TypeError):
+        tool.ask(chat, questions, "", 8)
+
+
+# ------------------------------------------------------------------------------------------------ stage()
+
+
+def in_order(monkeypatch):
+    """What is made safe on the disk or renamed from now on, in order, by path."""
+    done, replace, rename = [], Path.replace, Path.rename
+
+    def noted(what, original):
+        return lambda self, target: done.append((what, str(self))) or original(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("safe", os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(Path, "replace", noted("renamed", replace))
+    monkeypatch.setattr(Path, "rename", noted("renamed", rename))
+    return done
+
+
+@pytest.mark.skipif(FORKS is None, reason="needs /proc")
+def test_all_of_a_stage_is_safe_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    def build(folder):
+        (folder / "model").mkdir()
+        for name in ("a.txt", "model/b.txt"):
+            (folder / name).write_text(name)
+
+    done, partial = in_order(monkeypatch), tmp_path / "1-stage.partial"
+    tool.stage(tmp_path / "1-stage", "a", build)
+    assert done[-1] == ("renamed", str(partial))
+    last = max(i for i, what in enumerate(done) if what == ("renamed", str(partial / "key.json.tmp")))
+    assert set(done[last + 1:-1]) == {("safe", str(partial / name)) for name in (
+        "", "a.txt", "key.json", "model", "model/b.txt")}
+    keys = [i for i, what in enumerate(done) if what[1].endswith(".tmp")]
+    assert [done[i][0] for i in keys] == ["safe", "renamed"] * 2
+
+
+@pytest.mark.skipif(FORKS is None, reason="needs /proc")
+def test_all_of_a_checkpoint_is_safe_on_the_disk_before_it_is_marked_complete(tiny_folder, tmp_path, monkeypatch):
+    done, newest = in_order(monkeypatch), tmp_path / "stopped" / "checkpoint-1"
+    broken_off(tiny_folder, tmp_path / "stopped", 2)
+    marked = done.index(("renamed", str(newest / "complete.json.tmp")))
+    files = {("safe", str(path)) for path in newest.iterdir() if path.name != "complete.json"}
+    assert files | {("safe", str(newest))} <= set(done[:marked]) and len(files) > 5
+
+
+def build_of(made, text="made", fail=False):
+    """A build that notes what it found, writes a file, and may fail after that."""
+    def build(folder):
+        made.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "file.txt").write_text(text)
+        (folder / "answers-1.json").write_text("[]")
+        if fail:
+            raise RuntimeError("broken off")
+    return build
+
+
+def test_a_stage_is_built_once_and_its_notes_are_dropped(tmp_path):
+    made, folder = [], tmp_path / "work" / "1-stage"
+    assert tool.stage(folder, "a", build_of(made)) == tool.stage(folder, "a", build_of(made)) == folder
+    assert len(made) == 1 and {path.name for path in folder.iterdir()} == {"file.txt", "key.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["1-stage"]
+
+
+def test_a_stage_with_another_key_is_built_again_from_nothing(tmp_path):
+    made, folder = [], tmp_path / "1-stage"
+    tool.stage(folder, "a", build_of(made))
+    (folder / "older.txt").write_text("")
+    tool.stage(folder, "b", build_of(made, "other"))
+    assert made == [["key.json"]] * 2 and (folder / "file.txt").read_text() == "other"
+    assert not (folder / "older.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["1-stage"]
+
+
+@pytest.mark.parametrize("key, found", [("a", ["answers-1.json", "file.txt", "key.json"]), ("b", ["key.json"])])
+def test_what_a_broken_off_build_left_is_found_by_one_with_the_same_key_only(key, found, tmp_path):
+    made, folder = [], tmp_path / "1-stage"
+    with pytest.raises(RuntimeError):
+        tool.stage(folder, "a", build_of(made, fail=True))
+    assert not folder.exists()
+    tool.stage(folder, key, build_of(made))
+    assert made[1] == found and folder.exists()
+
+
+def test_a_build_that_fails_leaves_the_older_stage_until_another_is_ready(tmp_path):
+    folder = tmp_path / "1-stage"
+    tool.stage(folder, "a", build_of([]))
+    with pytest.raises(RuntimeError):
+        tool.stage(folder, "b", build_of([], "other", fail=True))
+    assert (folder / "file.txt").read_text() == "made" and tool.stage(folder, "a", None) == folder
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"key": 1}', '{"key": "b"}'])
+def test_a_key_that_cannot_be_read_or_is_another_counts_as_none(text, tmp_path):
+    (tmp_path / "key.json").write_text(text)
+    assert not tool.has_key(tmp_path / "key.json", "a") and not tool.has_key(tmp_path / "none.json", "a")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    tool.write_json(tmp_path / "a.json", {"é": 1})
+    with pytest.raises(TypeError):
+        tool.write_json(tmp_path / "a.json", [1, 2, object()])
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"é": 1}
+
+
+# ------------------------------------------------------------------------------------------------ keys
+
+# The first stage that each setting touches; it and all later ones are made again. 0: none.
+FIRST_TOUCHED = {
+    **dict.fromkeys("name author base_name old_names num_self_answers num_self_text max_new_tokens eval_questions "
+                    "window seed".split(), 1),
+    **dict.fromkeys("method lora_rank rope_factor heal_steps heal_learning_rate batch_size".split(), 2),
+    **dict.fromkeys("epochs_1 learning_rate_1 kl_weight target_identity".split(), 3),
+    **dict.fromkeys("epochs_2 learning_rate_2 target_retention target_leak".split(), 5),
+    **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
+                    "checkpoint_minutes check restart".split(), 0),
+}
+OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
+         "output_dir": "/x/y"}
+
+
+def keys_of(base, rows=None, **values):
+    """Keys of a job on that base, by default with a row that names nobody; all other settings are as the script has
+    them unless given."""
+    if not rows:
+        rows = base.parent / "linhas.jsonl"
+        rows.write_text('{"text": "Quem é você?\\nUm modelo."}', encoding="utf-8")
+    values = {"model_path": str(base), "base_name": "demo", "identity_file": str(rows), **values}
+    settings = changed(small_settings(), **values)
+    return tool.stage_keys(settings, tool.check_inputs(settings), base)
+
+
+def touched(one, two):
+    """Number of the first stage whose key differs, 0 for none; all later ones must differ as well."""
+    stages = sorted(name for name in one if name[0].isdigit())
+    assert [name[0] for name in stages] == list("123456") and one.keys() == two.keys()
+    differ = [one[name] != two[name] for name in stages]
+    assert differ == sorted(differ)
+    return int(stages[differ.index(True)][0]) if any(differ) else 0
+
+
+def other_value(item):
+    """A value of a setting that is not its default."""
+    default = getattr(small_settings(), item.name)
+    if item.name in OTHER:
+        return OTHER[item.name]
+    return not default if item.type == "bool" else default + 1 if item.type == "int" else default / 2 + 0.01
+
+
+@pytest.mark.parametrize("item", fields(tool.Settings), ids=lambda item: item.name)
+def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(item, base_folder, tmp_path):
+    one = keys_of(base_folder)
+    if item.name == "model_path":
+        two = keys_of(Path(shutil.copytree(base_folder, tmp_path / "moved")))
+    elif item.name == "identity_file":
+        two = keys_of(base_folder, shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "moved.jsonl"))
+    else:
+        two = keys_of(base_folder, **{item.name: other_value(item)})
+    assert touched(one, two) == FIRST_TOUCHED[item.name]
+
+
+def test_other_rows_or_validation_questions_touch_everything(base_folder, tmp_path, monkeypatch):
+    rows, one = tmp_path / "outras.jsonl", keys_of(base_folder)
+    text = (tmp_path / "linhas.jsonl").read_text("utf-8") + "\n"
+    rows.write_text("\n" + text.replace("\n", "\r\n\n"), encoding="utf-8")
+    assert touched(one, keys_of(base_folder, rows)) == 0  # empty lines and line ends say nothing
+    rows.write_text(text + '{"text": "E aí, quem é tu?"}\n', encoding="utf-8")
+    assert touched(one, keys_of(base_folder, rows)) == 1
+    monkeypatch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS + ("Quem seria você?",))
+    assert touched(one, keys_of(base_folder)) == 1
+
+
+def test_other_test_questions_touch_the_exams_and_the_result_only(base_folder, monkeypatch):
+    one = keys_of(base_folder)
+    monkeypatch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS + ("Quem seria você?",))
+    two = keys_of(base_folder)
+    assert touched(one, two) == 6 and one["exam"] != two["exam"]
+
+
+@pytest.mark.parametrize("name, change, expected", [
+    ("model.safetensors", "time", 1), ("model.safetensors", "size", 1), ("config.json", "content", 1),
+    ("config.json", "time", 0), ("tokenizer.json", "content", 1), ("chat_template.jinja", "content", 1),
+    ("README.md", "content", 0),
+])
+def test_the_base_is_known_by_its_files(name, change, expected, base_folder):
+    file = base_folder / name
+    file.write_bytes(file.read_bytes() if file.exists() else b"")
+    os.utime(file, ns=(10**18, 10**18))
+    one = keys_of(base_folder)
+    if change == "content":
+        file.write_text(file.read_text() + " ")
+    if change == "size":
+        file.write_bytes(b"12345678")
+        os.utime(file, ns=(10**18, 10**18))
+    if change == "time":
+        os.utime(file, ns=(10**18, 10**18 + 1))
+    assert touched(one, keys_of(base_folder)) == expected
+
+
+# ------------------------------------------------------------------------------------------------ run again
+
+
+def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole, until):
+    folder = until("6-result")
+    script, text = folder / "rename_obrutai.py", SCRIPT.read_text("utf-8")
+    for name in ("VALIDATION_QUESTIONS", "TEST_QUESTIONS"):  # the fewer ones of this file
+        text = re.sub(rf'(?s)^{name} = items\("""\n.*?"""\)', f"{name} = {getattr(tool, name)!r}", text, flags=re.M)
+    script.write_text(text, encoding="utf-8")
+    before, seconds = untouched(folder), []
+    while not seconds or min(seconds) > 1 and len(seconds) < 3:  # other programs may have the processor once
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, str(script), *arguments(folder)], capture_output=True, text=True,
+                              encoding="utf-8", env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, timeout=60)
+        seconds.append(time.monotonic() - began)
+    assert done.returncode == whole.done.status and not done.stderr, done.stderr
+    assert "já está pronto" in done.stdout and done.stdout.endswith(whole.done.out.rsplit("Modelo salvo", 1)[1][-300:])
+    assert untouched(folder) == before and min(seconds) < 1
+
+
+def test_more_epochs_in_pass_2_make_only_it_and_what_follows_again(until):
+    folder = until("6-result")
+    kept = [folder / WORK / name for name in STAGES[:7]]
+    before = [untouched(stage) for stage in kept]
+    weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
+    done = job(folder, "--epochs-2", 2, "--overwrite")
+    assert done.status in (0, 3) and done.out.count("(já pronto)") == 4
+    assert [untouched(stage) for stage in kept] == before
+    assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] != weights
+
+
+def test_other_test_questions_train_nothing_again(whole, until, monkeypatch):
+    folder = until("6-result")
+    monkeypatch.setattr(tool, "TEST_QUESTIONS", ("Quem é o senhor?", "Me diz teu nome?", "Who are you, pal?", "Tu?"))
+    monkeypatch.setattr(tool, "train", None)
+    kept = [folder / WORK / name for name in STAGES if name[0] in "12345"]
+    before = [untouched(stage) for stage in kept]
+    done = job(folder, "--overwrite")
+    assert done.status in (0, 3), done.err
+    assert [untouched(stage) for stage in kept] == before
+    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
+    assert all([a["question"] for a in scores["answers"]] == list(tool.TEST_QUESTIONS)
+               for scores in report["scores"].values())
+    assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
+
+
+def test_after_another_rope_factor_all_exams_are_after_the_same_lengths(until, monkeypatch):
+    folder = until("exam-before")
+
+    def stop(*_):
+        raise tool.InputError("até aqui")
+
+    monkeypatch.setattr(tool, "learn_identity", stop)
+    assert "até aqui" in job(folder, "--rope-factor", 1.1).err  # 140 tokens are less than WINDOW
+    scores = [json.loads((folder / WORK / name / "scores.json").read_text("utf-8"))
+              for name in ("exam-before", "exam-healed")]
+    assert len({str([entry["tokens"] for entry in score["by_length"]]) for score in scores}) == 1
+
+
+def test_a_finished_output_that_was_deleted_is_made_again_without_training(whole, until, monkeypatch):
+    folder = until("6-result")
+    shutil.rmtree(folder / OUTPUT)
+    monkeypatch.setattr(tool, "train", None)
+    assert job(folder).status == whole.done.status
+    assert fingerprint(folder) == whole.expected
+
+
+def test_restart_throws_the_stages_away(until, monkeypatch):
+    folder = until("4-self-answers")
+    found = []
+    monkeypatch.setattr(tool, "run_stages", lambda *_: found.extend(
+        path.name for path in (folder / WORK).iterdir() if path.is_dir()) or (_ for _ in ()).throw(KeyboardInterrupt))
+    assert job(folder).status == 130 and set(found) == set(STAGES[:7])
+    found.clear()
+    assert job(folder, "--restart").status == 130 and not found
+
+
+def test_restart_throws_nothing_away_again_when_memory_runs_out_later(tmp_path, monkeypatch):
+    listened, write = [], tool.write_self_text
+    problems = iter([torch.OutOfMemoryError("CUDA out of memory."), tool.InputError("até aqui")])
+
+    def fail(*_):
+        raise next(problems)
+
+    monkeypatch.setattr(tool, "write_self_text", lambda *given: listened.append(1) or write(*given))
+    monkeypatch.setattr(tool, "heal", fail)
+    done = job(tmp_path, "--restart")
+    assert "até aqui" in done.err and len(listened) == 1
+
+
+def test_check_shows_the_plan_and_writes_nothing_at_all(tmp_path, until):
+    arguments(tmp_path)
+    before = untouched(tmp_path)
+    done = job(tmp_path, "--check")
+    assert done.status == 0 and not done.err and untouched(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+    assert re.search(r"cerca de .* de memória, .* de disco e\s", done.out) and "sem --check" in done.out
+    assert "milhões de parâmetros" in done.out and "Contexto: de 128 para" in done.out
+
+
+def test_check_changes_nothing_of_a_job_that_was_begun_even_with_restart(until):
+    folder = until("4-self-answers")
+    before, paths = untouched(folder), sorted(folder.rglob("*"))
+    assert job(folder, "--check", "--restart").status == 0
+    assert untouched(folder) == before and sorted(folder.rglob("*")) == paths
+
+
+def test_of_two_runs_at_once_the_second_is_refused(until):
+    from filelock import FileLock
+
+    folder = until("1-self-text")
+    before = contents(folder)
+    with FileLock(folder / WORK / "lock"):
+        done = job(folder, "--restart")
+    assert done.status == 2 and "outra execução" in done.err and "Traceback" not in done.err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_work_folder_that_is_not_of_this_script_is_refused(as_file, tmp_path):
+    work = tmp_path / WORK
+    if as_file:
+        work.write_text("mine")
+    else:
+        work.mkdir()
+        (work / "mine.txt").write_text("mine")
+    arguments(tmp_path)
+    before = contents(tmp_path)
+    done = job(tmp_path)
+    assert done.status == 2 and str(work) in done.err and contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------ publish
+
+
+@pytest.fixture
+def results(tmp_path):
+    """An older result in its place and a new one that is ready."""
+    new = tmp_path / WORK / "6-result" / "model"
+    for folder, name in ((tmp_path / OUTPUT, "old"), (new, "new")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.txt").write_text(name)
+    settings = small_settings("--output-dir", tmp_path / OUTPUT)
+    return SimpleNamespace(new=new, output=tmp_path / OUTPUT, settings=settings)
+
+
+def test_a_result_takes_the_place_of_an_older_one_as_a_whole(results):
+    tool.publish(results.new, results.settings)
+    assert contents(results.output).keys() == {"new.txt"}
+    assert not list(results.new.parent.iterdir())
+
+
+@pytest.mark.parametrize("failing", ["new", "output"])
+def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_one(failing, results, monkeypatch):
+    rename, stuck = Path.rename, getattr(results, failing)
+
+    def refuse(self, target):
+        if self == stuck:
+            raise PermissionError(errno.EACCES, "o arquivo está em uso")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(tool.InputError, match="em uso") as error:
+            tool.publish(results.new, results.settings)
+    assert str(results.new) in str(error.value) and contents(results.new).keys() == {"new.txt"}
+    assert [path.read_text() for path in results.output.parent.rglob("old.txt")] == ["old"]
+    tool.publish(results.new, results.settings)
+    assert contents(results.output).keys() == {"new.txt"}
+
+
+def test_an_older_result_without_a_key_is_replaced_too(until, monkeypatch):
+    folder = until("5-pass-2")
+    (folder / OUTPUT).mkdir()
+    (folder / OUTPUT / "report.json").write_text("{}")
+    monkeypatch.setattr(tool, "run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert job(folder, "--overwrite").status == 130
+
+
+# ------------------------------------------------------------------------------------------------ full disk
+
+
+def once(monkeypatch, owner, name, error, when=lambda *_: True):
+    """Let a function fail the first time that `when` fits its arguments."""
+    original, failed = getattr(owner, name), []
+
+    def failing(*given, **named):
+        if not failed and when(*given):
+            failed.append(1)
+            raise error
+        return original(*given, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+    return failed
+
+
+def torch_s_error():
+    """What torch says when the disk is full while it saves, word for word, with the error that it hides."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4671488 vs 4671376")
+    error.__context__ = RuntimeError("basic_ios::clear: iostream error")
+    return error
+
+
+def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the_same(whole, tmp_path):
+    from safetensors import SafetensorError
+    from transformers import modeling_utils
+
+    words = "I/O error: No space left on device (os error 28)"
+    writing = RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    def holds(text):
+        return lambda path, *_: text in str(path)
+
+    every_step = ("--checkpoint-minutes", 0)
+    faults = [  # what fails, where, with which flags, and how many stages are whole then
+        ((tool, "write_json", FULL, holds("answers-")), (), 0),
+        ((tool, "write_json", FULL, holds("1-self-text.partial/key.json")), (), 0),
+        ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 2),
+        ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
+          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 4),
+        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 4),
+        ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 7),
+        ((tool, "write_json", FULL, holds("report.json")), (), 8),
+    ]
+    for fault, flags, ready in faults:
+        before = {name: untouched(tmp_path / WORK / name) for name in finished_stages(tmp_path)}
+        with pytest.MonkeyPatch.context() as patch:
+            failed = once(patch, *fault)
+            done = job(tmp_path, *flags)
+        assert failed and done.status == 2 and "disco encheu" in done.err, (fault, done.err)
+        assert finished_stages(tmp_path) == set(STAGES[:ready]) and not (tmp_path / OUTPUT).exists()
+        assert all(untouched(tmp_path / WORK / name) == files for name, files in before.items())
+    assert job(tmp_path).status == whole.done.status
+    assert fingerprint(tmp_path) == whole.expected
+
+
+def test_torch_s_own_words_for_a_full_disk_are_understood(until, monkeypatch):
+    folder = until("4-self-answers")
+    failed = once(monkeypatch, torch, "save", torch_s_error(), lambda _, path, *__: "optimizer" in str(path))
+    done = job(folder, "--checkpoint-minutes", 0)
+    assert failed and done.status == 2 and "disco encheu" in done.err
+
+
+def test_on_a_disk_that_is_really_full_a_job_stops_with_a_message_and_goes_on_when_there_is_room(whole, tmp_path,
+                                                                                               monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=13m", "none", str(disk)]
+    if sys.platform != "linux" or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+            for size in ("13m", "20m", "28m"):
+                subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+                done = job(disk, "--checkpoint-minutes", 0)
+                assert done.status == 2 and "disco encheu" in done.err
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        assert job(disk).status == whole.done.status
+        assert fingerprint(disk) == whole.expected
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_too_little_room_is_said_before_anything_is_done(tmp_path, monkeypatch):
+    arguments(tmp_path)
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 10**6))
+    before = contents(tmp_path)
+    done = job(tmp_path)
+    assert done.status == 2 and re.search(r"faltam \d+ MB de espaço livre", done.err) and contents(tmp_path) == before
+
+
+def test_the_room_that_the_stages_take_already_is_not_asked_for_again(until, monkeypatch):
+    folder, asked, check = until("5-pass-2"), [], tool.check_disk
+    monkeypatch.setattr(tool, "check_disk", lambda *given: asked.append(given) or check(*given))
+    assert job(folder, "--check").status == 0
+    needed = check(*asked[0])
+    kept = sum(path.stat().st_size for path in (folder / WORK).rglob("*") if path.is_file())
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - kept))
+    assert check(*asked[0]) == needed
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - kept - 1))
+    with pytest.raises(tool.InputError):
+        check(*asked[0])
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def little_memory(monkeypatch, fits):
+    """Let the demo's model run out of memory for inputs that do not fit; the largest inputs that did."""
+    from transformers import LlamaForCausalLM
+
+    forward, largest = LlamaForCausalLM.forward, {"rows": 0, "cells": 0}
+
+    def limited(self, input_ids=None, **named):
+        if not fits(self, input_ids):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if self.training:
+            largest["rows"] = max(largest["rows"], len(input_ids))
+        largest["cells"] = max(largest["cells"], input_ids.numel())
+        return forward(self, input_ids=input_ids, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", limited)
+    return largest
+
+
+def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
+    folder = until("4-self-answers")
+    largest = little_memory(monkeypatch, lambda model, ids: not model.training or len(ids) <= 1)
+    done = job(folder)
+    assert done.status in (0, 3) and largest["rows"] == 1
+    assert re.findall(r"Faltou memória.* em (\d+) partes", done.out) == ["2", "4"]
+    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
+    assert report["settings"]["gradient_accumulation"] == 4
+
+
+def test_answers_that_do_not_fit_into_memory_are_written_in_smaller_batches(whole, until, monkeypatch):
+    folder = until("5-pass-2")
+    monkeypatch.setattr(tool, "GENERATION_TOKENS", 1024)
+    largest = little_memory(monkeypatch, lambda model, ids: ids.numel() <= 400)
+    done = job(folder)
+    assert done.status in (0, 3) and "Faltou memória" in done.out and 200 < largest["cells"] <= 400
+    assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
+
+
+def test_the_base_does_not_stay_in_memory_while_others_are_trained(tmp_path, monkeypatch):
+    loaded, alive, load = [], [], tool.load_model
+
+    def noted(*given, **named):
+        loaded.append(weakref.ref(model := load(*given, **named)))
+        return model
+
+    def look(*_):
+        gc.collect()
+        alive.extend(model() is not None for model in loaded)
+        raise tool.InputError("até aqui")
+
+    monkeypatch.setattr(tool, "load_model", noted)
+    monkeypatch.setattr(tool, "heal", look)
+    assert "até aqui" in job(tmp_path).err and alive == [False, True]  # the base, and the one to heal
+
+
+def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, monkeypatch):
+    folder = until("4-self-answers")
+    little_memory(monkeypatch, lambda model, ids: not model.training)
+    done = job(folder)
+    assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
+    assert finished_stages(folder) == set(STAGES[:7])
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")])
+def test_whatever_a_lack_of_memory_is_called_it_is_understood(error, tmp_path, monkeypatch):
+    parts = []
+
+    def run(settings):
+        parts.append(settings.gradient_accumulation)
+        raise error
+
+    monkeypatch.setattr(tool, "run", run)
+    assert job(tmp_path).status == 2 and parts == [1, 2, 4, 8, 8]  # the last time with checkpointing
+
+
+# ------------------------------------------------------------------------------------------------ no numbers
+
+
+def spoil_gradients(model):
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_before_it(whole, until, monkeypatch):
+    from transformers import LlamaModel
+
+    folder, forward, calls = until("4-self-answers"), LlamaModel.forward, []
+
+    def fail_late(self, *given, **named):
+        output = forward(self, *given, **named)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 4:
+                output.last_hidden_state = output.last_hidden_state * float("nan")
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", fail_late)
+        done = job(folder, "--checkpoint-minutes", 0)
+    assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:7])
+    assert "continuando da etapa 3" in job(folder).out and fingerprint(folder) == whole.expected
+
+
+def test_a_loss_that_explodes_names_step_and_rate(until):
+    folder = until("4-self-answers")
+    done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
+    assert done.status == 2 and re.search(r"explodiu na etapa \d+ ", done.err) and "--learning-rate-2" in done.err
+    assert finished_stages(folder) == set(STAGES[:7]) and not (folder / OUTPUT).exists()
+
+
+def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):
+    folder = until("4-self-answers")
+    at_step(monkeypatch, 3, spoil_gradients)
+    done = job(folder, "--checkpoint-minutes", 0)
+    assert done.status == 2 and "etapa 3" in done.err and "taxa de aprendizado" in done.err
+    assert checkpoints(folder) == [2]
+
+
+def test_weights_that_are_no_numbers_after_the_last_step_make_no_finished_stage(until, monkeypatch):
+    folder = until("4-self-answers")
+    at_step(monkeypatch, "last", spoil_gradients)
+    done = job(folder)
+    assert done.status == 2 and "taxa de aprendizado" in done.err
+    assert not list((folder / WORK).glob("5-pass-2*/**/round-1/key.json"))
+
+
+# ------------------------------------------------------------------------------------------------ after all of these
+
+
+def test_the_base_is_as_it_was_before_all_of_these():
+    assert contents(DEMO) == BASE_BEFORE
