@@ -2202,7 +2202,7 @@ def local_folder(settings: Settings) -> Path:
     except Exception as error:
         raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome "
                          f"do Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se o "
-                         "modelo pede licença (Gemma, Llama), aceite-a na página dele e rode: hf auth login") from error
+                         "modelo pede licença (Gemma, Llama), aceite-a na página dele e rode hf auth login") from None
 
 
 def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], factor: float) -> None:
