@@ -6,6 +6,7 @@ call `main` in this process, which saves the start of an interpreter; a few run 
 those are timed. The fragments are what any good message must have; its wording is free.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -661,14 +662,18 @@ def test_an_output_that_would_cost_the_user_something_is_refused(builder, flags,
 # ------------------------------------------------------------------------------------------------ base folders
 
 
-def config(**values):
-    """A builder that changes the base's config.json; None takes a key away."""
+def edited(name, **values):
+    """A builder that changes a JSON file of the base; None takes a key away."""
     def build(base):
-        path = base / "config.json"
+        path = base / name
         merged = {**json.loads(path.read_text(encoding="utf-8")), **values}
         path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}), encoding="utf-8")
 
     return build
+
+
+config = functools.partial(edited, "config.json")
+tokenizer_config = functools.partial(edited, "tokenizer_config.json")
 
 
 def replaced(name, content):
@@ -920,16 +925,6 @@ def remote_code(base):
         "AutoConfig": "raro.RaroConfig", "AutoModelForCausalLM": "raro.RaroForCausalLM"})(base)
     mark = str(base.parent / "executado")
     (base / "raro.py").write_text(f"open({mark!r}, 'w')\nraise RuntimeError", encoding="utf-8")
-
-
-def tokenizer_config(**values):
-    """A builder that changes the base's tokenizer_config.json; None takes a key away."""
-    def build(base):
-        path = base / "tokenizer_config.json"
-        merged = {**json.loads(path.read_text(encoding="utf-8")), **values}
-        path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}), encoding="utf-8")
-
-    return build
 
 
 @pytest.mark.parametrize("builder, fragment", cases(
