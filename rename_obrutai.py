@@ -579,10 +579,15 @@ def check_inputs(settings: Settings) -> Inputs:
     return Inputs(rows, base_name, file_hash, validation, test, contradictions(rows))
 
 
+def load_json(path: Path):
+    """What `write_json`, or anybody, wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json(path: Path) -> dict:
     """A JSON object of a base model's folder; `InputError` when it is none."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
         if isinstance(value, dict):
             return value
     raise InputError(f"o arquivo {path} está estragado; baixe o modelo de novo.")
@@ -682,6 +687,11 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
         raise InputError(f"não posso escrever em {parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder, which need not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_disk(weights: int, adapter: int, settings: Settings) -> int:
     """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room.
 
@@ -690,7 +700,7 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
     """
     trained = weights if settings.method == "full" else adapter
     needed, work = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, work_folder(settings)
-    kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    kept = folder_size(work)
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
     if free + kept < needed:
         raise InputError(f"faltam {size_text(needed - kept - free)} de espaço livre em {work.parent}: as etapas e o "
@@ -784,7 +794,7 @@ def discard(folder: Path) -> None:
 def has_key(file: Path, key: str) -> bool:
     """Whether this JSON file says that what it stands for was made, or begun, with this key."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(file.read_text(encoding="utf-8"))["key"] == key
+        return load_json(file)["key"] == key
     return False
 
 
@@ -1010,9 +1020,14 @@ def check_logits(base: Chat) -> None:
                          "ainda não conheço. Escolha um modelo de outra família (Llama, Gemma, Qwen, Mistral...).")
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """Rows whose logits take about a quarter of a gigabyte."""
+    return max(16, 2**26 // vocabulary)
+
+
 def in_chunks(inner: PreTrainedModel, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows cut so that the logits of a chunk take about a quarter of a gigabyte."""
-    return rows.split(max(16, 2**26 // inner.get_input_embeddings().weight.shape[0]))
+    """Rows cut into as many as may have their logits in memory at a time."""
+    return rows.split(chunk_rows(inner.get_input_embeddings().weight.shape[0]))
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
@@ -1242,7 +1257,7 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
             bar.update(len(batch))
     wait()  # each process wrote its share of the batches; now all read all of them
     for batch, note in notes:
-        for i, answer in zip(batch, json.loads(note.read_text(encoding="utf-8"))):
+        for i, answer in zip(batch, load_json(note)):
             answers[i] = Answer(*answer)
     chat.model.generation_config = own_config
     return answers
@@ -1465,7 +1480,7 @@ def read_self_text(folder: Path) -> tuple[SelfText, Teacher]:
     """What `save_self_text` wrote."""
     from safetensors.torch import load_file
 
-    text, tensors = json.loads((folder / "self_text.json").read_text(encoding="utf-8")), {}
+    text = load_json(folder / "self_text.json")
     standard = {key: value if key == "base_name" else tuple(value) for key, value in text["standard"].items()}
     standard["vocabulary"] = frozenset(standard["vocabulary"])
     own = SelfText(Standard(**standard), text["identity_questions"],
@@ -1853,10 +1868,10 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     written = generate(chat, [prompt_ids(chat.tokenizer, messages) for messages in asked + everyday], label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
-    agreed = agreement(chat, kept)
+    same = agreement(chat, kept)
     n, m = len(exam.questions), len(exam.turns)
     by_length = [{"tokens": tokens, "identity": mean([not p for p in problems[i * n:(i + 1) * n]]),
-                  "retention": mean(agreed[i * m:(i + 1) * m])} for i, tokens in enumerate(lengths)]
+                  "retention": mean(same[i * m:(i + 1) * m])} for i, tokens in enumerate(lengths)]
     alone = about_itself[:n]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
@@ -1922,7 +1937,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
         if number > 1 and RANK == 0:
             for weights in previous.glob("*model*.safetensors"):
                 weights.unlink()
-        scores = Scores(**json.loads((source / "validation.json").read_text(encoding="utf-8")))
+        scores = Scores(**load_json(source / "validation.json"))
         say(f"  {label}, rodada {number} de até {rounds}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
         if met(scores):
@@ -1974,10 +1989,10 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
                 break
         if len(kept) == wanted:
             break
-    agreed = agreement(chat, [turn.messages() for turn in own.everyday])
-    ranked = sorted(zip(agreed, own.everyday), key=lambda pair: pair[0])
+    same = agreement(chat, [turn.messages() for turn in own.everyday])
+    ranked = sorted(zip(same, own.everyday), key=lambda pair: pair[0])
     everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
-    say(f"  Ele ainda responde como o modelo base em {percent(sum(agreed) / len(agreed))} das perguntas do dia a dia.")
+    say(f"  Ele ainda responde como o modelo base em {percent(sum(same) / len(same))} das perguntas do dia a dia.")
     say(f"  {len(kept)} sobre a identidade ({len(records) - len(kept)} recusadas) e {len(everyday)} do dia a dia.")
     return records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday]
 
@@ -2069,9 +2084,9 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: [
                          int(number) for number in re.findall("round-([0-9]+)", str(p.parent.name))])
-                     for entry in json.loads(log.read_text(encoding="utf-8"))]
+                     for entry in load_json(log)]
               for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
-    seconds = {name: json.loads((work / name / "key.json").read_text(encoding="utf-8"))["seconds"]
+    seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
     seconds["6-result"] = round(time.monotonic() - began, 1)
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds, "settings": asdict(settings),
@@ -2081,7 +2096,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = json.loads((work / "4-self-answers" / "self_answers.json").read_text(encoding="utf-8"))
+    self_answers = load_json(work / "4-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
     (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -2145,7 +2160,7 @@ def publish(result: Path, settings: Settings) -> None:
 
 def conclude(settings: Settings) -> int:
     """Show the result; exit status 0 when every target is met, 3 when one is missed."""
-    report = json.loads((Path(settings.output_dir) / "report.json").read_text(encoding="utf-8"))
+    report = load_json(Path(settings.output_dir) / "report.json")
     scores = {name: Scores(**values) for name, values in report["scores"].items()}
     after, work = scores["pass_2"], work_folder(settings)
     say()
@@ -2155,7 +2170,7 @@ def conclude(settings: Settings) -> int:
         f"{len(after.answers)} perguntas de identidade.")
     say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
         "O antes e depois completo está no README.md de lá.")
-    kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    kept = folder_size(work)
     if kept:
         say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
             "refeito. Pode apagar essa pasta quando quiser.")
@@ -2247,7 +2262,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
-    tokens, chunk = rows * settings.window, max(16, 2**26 // text.vocab_size)
+    tokens, chunk = rows * settings.window, chunk_rows(text.vocab_size)
     layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), settings.method != "full"
     kept = (1.5 if lora else 1) * layers * layer
     if settings.gradient_checkpointing:
@@ -2286,6 +2301,19 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
                      + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
+
+
+def settled(planned: Path, key: str, config: PretrainedConfig, weights: int,
+            settings: Settings) -> tuple[Settings, int]:
+    """What was chosen when this run began, whatever memory is free now, or what fits if it begins now; and the
+    estimate in bytes."""
+    if settings.restart or not has_key(planned, key):
+        return agreed(choose_method(config, weights, settings))
+    plan = load_json(planned)
+    chosen = plan["settings"]
+    chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
+    chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
+    return replace(settings, **chosen), plan["memory"]
 
 
 def join_processes() -> None:
@@ -2378,7 +2406,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             write_json(partial / "scores.json", evaluate(taker, exam, own.standard, label)._asdict())
 
         done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
-        return Scores(**json.loads((done / "scores.json").read_text(encoding="utf-8")))
+        return Scores(**load_json(done / "scores.json"))
 
     begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
     own, teacher = read_self_text(stage(work / "1-self-text", keys["1-self-text"], listen))
@@ -2412,7 +2440,8 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         scores["healed"] = scores_of("healed", healed, keys["2-healed"], "perguntas de prova, após a cura")
 
     begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
-    lessons = [without_system(load_tokenizer(str(healed)), row.messages) for row in inputs.rows]
+    renewed = load_tokenizer(str(healed))
+    lessons = [without_system(renewed, row.messages) for row in inputs.rows]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, lessons, own, validation, native, settings)))
@@ -2425,7 +2454,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
     firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
-        learnt, partial, teacher, lessons, json.loads(collected.read_text(encoding="utf-8")), own, validation,
+        learnt, partial, teacher, lessons, load_json(collected), own, validation,
         settings)))
 
     say("6/6 Salvando, carregando de novo e medindo a pasta salva")
@@ -2481,16 +2510,9 @@ def run(settings: Settings) -> int:
     check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
     join_processes()
     bases, planned = [], work / "plan.json"
-    if has_key(planned, keys["2-healed"]) and not settings.restart:  # chosen once, whatever is free now
-        plan = json.loads(planned.read_text(encoding="utf-8"))
-        parts = max(settings.gradient_accumulation, plan["settings"].pop("gradient_accumulation"))
-        again = settings.gradient_checkpointing or plan["settings"]["gradient_checkpointing"]
-        settings = replace(settings, **{**plan["settings"], "gradient_accumulation": parts,
-                                        "gradient_checkpointing": again})
-        memory = plan["memory"]
-    else:
-        settings, memory = agreed(choose_method(read_config(folder), weights, settings))
-    disk = check_disk(weights, adapter_size(read_config(folder), settings.lora_rank), settings)
+    config = read_config(folder)
+    settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
+    disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
@@ -2520,7 +2542,7 @@ def with_less_memory(settings: Settings) -> dict:
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
     if planned.is_file():
-        used |= json.loads(planned.read_text(encoding="utf-8"))["settings"]
+        used |= load_json(planned)["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
     if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch
         say(f"  Faltou memória: continuo com cada etapa em {2 * parts} partes.")
