@@ -1,16 +1,20 @@
 """Compare the memory estimate of the script with what training really takes on this machine's processor.
 
-    python tests/bench_memory.py
+    python tests/bench_memory.py          # small models, really trained
+    python tests/bench_memory.py gpu      # the shapes that users bring, as a GPU would train them; needs no GPU
 
-Builds random Llama models of several sizes, trains each for two steps in a process of its own, and prints the peak
-(resident memory above that of the imported libraries), the estimate, and their ratio, for full training and LoRA, with
-and without gradient checkpointing. Linux and macOS.
+The first builds random Llama models of several sizes, trains each for two steps in a process of its own, and prints
+the peak (resident memory above that of the imported libraries), the estimate, and their ratio, for full training and
+LoRA, with and without gradient checkpointing. Linux and macOS. The second takes one step of WINDOW tokens on tensors
+without contents (torch's FakeTensorMode) in bfloat16 and adds up what is alive at the peak: all that PyTorch would
+allocate, without what its allocator wastes and the few hundred megabytes of CUDA itself.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +65,112 @@ def build(folder, hidden, layers, words):
     )).save_pretrained(folder)
 
 
+def shapes():
+    """Configurations as the makers publish them: name -> configuration."""
+    from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+
+    return {
+        "Gemma 3 1B": Gemma3TextConfig(
+            vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=256, sliding_window=512, max_position_embeddings=32768),
+        "Llama 3.2 3B": LlamaConfig(
+            vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+            num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=131072),
+        "Qwen 3 8B": Qwen3Config(
+            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, head_dim=128,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=40960),
+    }
+
+
+def alive_at_peak(config, method, window, checkpointing):
+    """Bytes of weights, gradients, moments and activations at the peak of a step, and the number of weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.checkpoint import checkpoint
+    from transformers import AutoModelForCausalLM
+
+    import rename_obrutai as tool
+
+    class Account(TorchDispatchMode):
+        """Counts each storage from when an operation returns it until it is freed."""
+        now = peak = 0
+        seen = weakref.WeakKeyDictionary()
+
+        def add(self, tensor):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+
+        def free(self, size):
+            self.now -= size
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self.add(tensor)
+            return result
+
+    account, fakes = Account(), {}
+    with torch.device("meta"):
+        dtype = torch.float32 if method == "full" else torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        weights = sum(p.numel() for p in model.parameters())
+        if method == "lora":
+            model = get_peft_model(model, LoraConfig(r=tool.LORA_RANK, target_modules="all-linear",
+                                                     task_type="CAUSAL_LM"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor not in fakes:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        is_weight = held is module._parameters
+                        fakes[tensor] = torch.nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                        account.add(fake)
+                    held[name] = fakes[tensor] if tensor is not None else None
+        moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+        for moment in moments:
+            account.add(moment)
+        inner = tool.whole(model.train())
+        if checkpointing:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            if method == "lora":
+                inner.enable_input_require_grads()
+        ids = torch.zeros((1, window), dtype=torch.long)
+        with account:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                hidden = tool.last_hidden(model, inner, {"input_ids": ids})
+                loss = hidden.sum() * 0
+                for rows, labels in zip(*(tool.in_chunks(inner, t[0]) for t in (hidden, ids))):
+                    loss = loss + checkpoint(lambda rows, labels: torch.nn.functional.cross_entropy(
+                        tool.logits_of(inner, rows), labels), rows, labels, use_reentrant=False)
+            loss.backward()
+    return account.peak, weights
+
+
+def gpu():
+    """Print peak and estimate of each shape as LoRA and full training, with gradient checkpointing and without."""
+    import rename_obrutai as tool
+
+    print(f"{'model':14s} {'method':6s} {'window':>6s} {'again':5s} {'peak GB':>8s} {'estimate':>9s} {'ratio':>6s}")
+    for name, config in shapes().items():
+        for method, window, checkpointing in (("lora", 8192, True), ("lora", 2048, True), ("lora", 2048, False),
+                                              ("full", 8192, True), ("full", 2048, False)):
+            settings = tool.parse_settings(["--method", method, "--window", str(window), "--batch-size", "1",
+                                            *["--gradient-checkpointing"] * checkpointing])
+            peak, weights = alive_at_peak(config, method, window, checkpointing)
+            estimate = tool.estimate_memory(config, weights, settings, True)
+            print(f"{name:14s} {method:6s} {window:6d} {'yes' if checkpointing else 'no':5s} {peak / 1e9:8.2f} "
+                  f"{estimate / 1e9:9.2f} {estimate / peak:6.2f}", flush=True)
+
+
 def main():
     print(f"{'model':18s} {'method':6s} {'again':5s} {'peak MB':>9s} {'estimate':>9s} {'ratio':>6s}")
     for name, size in SIZES.items():
@@ -77,5 +187,7 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         print(json.dumps(measure(sys.argv[2], sys.argv[3], sys.argv[4] == "1")))
+    elif sys.argv[1:] == ["gpu"]:
+        gpu()
     else:
         main()
