@@ -76,13 +76,13 @@ NUM_SELF_TEXT = 2000  # question-answer pairs that show the tuned model how the 
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 320  # steps that bring the scaled model back to the base's behaviour
+HEAL_STEPS = 240  # steps that bring the scaled model back to the base's behaviour
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
 EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
 EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
-BATCH_SIZE = 8  # dialogues per step
+BATCH_SIZE = 8  # dialogues per step, as long as the native context (at most 1024 tokens); fewer of longer ones
 GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
 GRADIENT_CHECKPOINTING = False  # much less memory, a third more time; switched on by itself when it is needed
 KL_WEIGHT = 3.0  # weight of "stay like the base" beside "learn the identity"
@@ -185,6 +185,8 @@ METHODS = ("auto", "full", "lora", "qlora")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
+OWN_QUESTIONS = 300  # identity questions of the base that the passes answer; more teach nothing new
+LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
@@ -241,7 +243,7 @@ class Settings:
     learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
     epochs_2: int = setting(EPOCHS_2, "máximo de épocas do passo 2", 1)
     learning_rate_2: float = setting(LEARNING_RATE_2, "taxa de aprendizado do passo 2; 0 = automática", 0, 1)
-    batch_size: int = setting(BATCH_SIZE, "diálogos por etapa de treino", 1, 4096)
+    batch_size: int = setting(BATCH_SIZE, "diálogos curtos por etapa de treino; dos longos, menos", 1, 4096)
     gradient_accumulation: int = setting(GRADIENT_ACCUMULATION, "partes em que cada etapa é dividida para caber na "
                                          "memória; dobra sozinha se faltar", 1, 4096)
     gradient_checkpointing: bool = setting(GRADIENT_CHECKPOINTING, "gasta bem menos memória e um terço mais de tempo; "
@@ -1311,6 +1313,11 @@ def short_window(native: int, settings: Settings) -> int:
     return min(native, settings.window, 1024)
 
 
+def step_tokens(native: int, settings: Settings) -> int:
+    """Tokens that a training step holds, whatever the length of its windows: the cost of a step is always the same."""
+    return settings.batch_size * short_window(native, settings)
+
+
 def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
     """`InputError` naming the lines of rows that are longer than WINDOW: they would have to be cut."""
     costs = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
@@ -1522,28 +1529,30 @@ def shuffled_forever(items: list, rng: random.Random):
         yield from rng.sample(items, len(items))
 
 
-def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[int], steps: int, size: int,
-                 seed: str) -> list[list[dict]]:
-    """`steps` batches of `size` windows, each a dialogue drawn from the pools.
+def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[int], steps: float, tokens: int,
+                 seed: str, lessons: float = math.inf) -> list[list[dict]]:
+    """Batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools: `steps` of
+    them, or fewer that show `lessons` conversations of the first pool.
 
-    The windows of a batch are filled up to the same one of the `lengths` (tokens; at least one conversation), so that
-    hardly anything is padding. A system message stays only at the start of a dialogue.
+    The windows of a batch are filled up to the same one of the `lengths` (tokens; at least one conversation), with
+    what still fits, so that hardly anything is padding. A system message stays only at the start of a dialogue.
     """
     rng = random.Random(seed)
     pools = [pool for pool in pools if pool.conversations and pool.share]
     queues = [shuffled_forever([(c, len(encode(tokenizer, c).input_ids)) for c in pool.conversations], rng)
               for pool in pools]
-    waiting = [next(queue) for queue in queues]
-    batches = []
-    for _ in range(steps):
+    waiting, drawn, all_shares = [next(queue) for queue in queues], Counter(), sum(pool.share for pool in pools)
+    batches: list[list[dict]] = []
+    while len(batches) < steps and drawn[0] < lessons:
         length, batch = rng.choice(lengths), []
-        for _ in range(size):
+        for _ in range(max(1, tokens // length)):
             messages, learn, used = [], [], 0
-            while True:
-                k = rng.choices(range(len(pools)), [pool.share for pool in pools])[0]
+            while fitting := [k for k in range(len(pools)) if not messages or used + waiting[k][1] <= length]:
+                # At the end of a window only short ones fit; who was passed over comes more often afterwards.
+                owed = [pools[k].share / all_shares * (drawn.total() + 8) - drawn[k] for k in fitting]
+                k = rng.choices(fitting, [max(n, 1e-3) for n in owed])[0]
                 conversation, cost = waiting[k]
-                if messages and used + cost > length:
-                    break
+                drawn[k] += 1
                 waiting[k] = next(queues[k])
                 used += cost
                 messages += conversation[bool(messages) and conversation[0]["role"] == "system":]
@@ -1601,7 +1610,9 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
         step, part = divmod(examples[0]["input_ids"][0], parts)
-        windows = batches[step][part::parts]
+        # A step of few long windows may have less of them than parts; what is left over has one that teaches nothing.
+        idle = {"input_ids": batches[step][0]["input_ids"][:2], "labels": [-100] * 2, "targets": [-1] * 2}
+        windows = batches[step][part::parts] or [idle]
         width = max(len(w["input_ids"]) for w in windows)
 
         def padded(key: str, value: int) -> torch.Tensor:
@@ -1740,8 +1751,8 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
     while facts live elsewhere, so little text suffices. Windows up to the scaled context make it long as well."""
     pools = [Pool([t.messages() for t in own.everyday], 1.0, learn=False)]
     lengths = [short_window(native, settings)] * 3 + [settings.window]
-    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps, settings.batch_size,
-                           f"{settings.seed}/heal")
+    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps,
+                           step_tokens(native, settings), f"{settings.seed}/heal")
     for name, parameter in chat.model.named_parameters():
         if parameter.requires_grad and not re.search(ATTENTION, name):
             parameter.requires_grad_(False)
@@ -1863,15 +1874,15 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
         return sum(values) / len(values)
 
     asked = [after(n) + [{"role": "user", "content": q}] for n in lengths for q in exam.questions]
-    kept = [after(n) + turn.messages() for n in lengths for turn in exam.turns]
+    # After a conversation a question costs as much as twenty alone, so fewer have to do.
+    kept = [[after(n) + turn.messages() for turn in exam.turns[:None if n == 0 else LONG_TURNS]] for n in lengths]
     everyday = [turn.messages()[:1] for turn in exam.turns]
     written = generate(chat, [prompt_ids(chat.tokenizer, messages) for messages in asked + everyday], label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
-    same = agreement(chat, kept)
-    n, m = len(exam.questions), len(exam.turns)
+    same, n = iter(agreement(chat, [conversation for group in kept for conversation in group])), len(exam.questions)
     by_length = [{"tokens": tokens, "identity": mean([not p for p in problems[i * n:(i + 1) * n]]),
-                  "retention": mean(same[i * m:(i + 1) * m])} for i, tokens in enumerate(lengths)]
+                  "retention": mean([next(same) for _ in kept[i]])} for i, tokens in enumerate(lengths)]
     alone = about_itself[:n]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
@@ -1907,7 +1918,7 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
     return conversations
 
 
-def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int],
+def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
              epochs: tuple[int, int], rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
              standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
@@ -1920,12 +1931,9 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
 
     def one_round(number: int, partial: Path) -> None:
         chat = load_chat(source, settings)
-        costs = [len(encode(chat.tokenizer, c).input_ids) for c in pools[0].conversations]
-        per_window = sum(max(1.0, length * len(costs) / sum(costs)) for length in lengths) / len(lengths)
-        per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
-        steps = math.ceil(per_epoch * min(epochs[1], epochs[0] - (number - 1) * epochs[1]))
-        batches = make_batches(chat.tokenizer, teacher, pools, lengths, steps, settings.batch_size,
-                               f"{settings.seed}/{label}/{number}")
+        lessons = len(pools[0].conversations) * min(epochs[1], epochs[0] - (number - 1) * epochs[1])
+        batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
+                               f"{settings.seed}/{label}/{number}", lessons)
         given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
         rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
         log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
@@ -1955,7 +1963,8 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
                    exam: Exam, native: int, settings: Settings) -> None:
     """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
-    run_pass(source, folder, teacher, pools, [short_window(native, settings)], (settings.epochs_1, 2), 1e-3,
+    run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
+             (settings.epochs_1, 4), 1e-3,
              exam._replace(lengths=()), lambda s: s.identity >= settings.target_identity and s.old_identity == 0,
              own.standard, settings, "passo 1")
 
@@ -1998,14 +2007,14 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
 
 
 def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], self_answers: list[dict],
-                own: SelfText, exam: Exam, settings: Settings) -> None:
+                own: SelfText, exam: Exam, native: int, settings: Settings) -> None:
     """Pass 2: self-dialogues of one to many turns up to the window, from lessons, self-answers and everyday turns."""
     used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers
                    if r["kind"] == kind and not r["rejected"]] for kind in ("identity", "everyday")}
     pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
-    run_pass(source, folder, teacher, pools, lengths, (settings.epochs_2, 3), 6e-4,
+    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), (settings.epochs_2, 3), 6e-4,
              exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
@@ -2250,8 +2259,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     State: full training has float32 weights, gradients and two moments, 16 bytes each (and a copy to compute with on
     a GPU); LoRA has the weights as they are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
     Activations: what a layer keeps for the way back is about 16 values of the hidden size and 5 of the MLP's per
-    token, half as much again under LoRA; with checkpointing that is a layer at a time (two more under LoRA) and one
-    hidden state for each. The factors are fits to tests/bench_memory.py, which shows how near they are on a CPU.
+    token; with checkpointing that is a layer at a time, and one hidden state for each. The factors are fits to
+    tests/bench_memory.py, which shows how near they are; the C library's allocator wastes more than that of a GPU.
     """
     text = config.get_text_config()
     hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
@@ -2261,13 +2270,14 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     else:
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
-    rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
-    tokens, chunk = rows * settings.window, chunk_rows(text.vocab_size)
-    layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), settings.method != "full"
-    kept = (1.5 if lora else 1) * layers * layer
-    if settings.gradient_checkpointing:
-        kept = (3.5 if lora else 1) * layer + layers * half * tokens * hidden
-    return int(state + kept + 3 * 4 * min(tokens, chunk) * text.vocab_size + 2e8)
+    tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
+    chunk = chunk_rows(text.vocab_size)
+    layer, logits = half * tokens * (16 * hidden + 5 * mlp_size(text)), 3 * 4 * min(tokens, chunk) * text.vocab_size
+    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if settings.method == "full" else (1.5, 3.5)
+    kept = all_layers * layers * layer + logits
+    if settings.gradient_checkpointing:  # the logits are gone before the first layer is made again
+        kept = layers * half * tokens * hidden + (max if gpu else sum)((again * layer, logits))
+    return int(state + kept + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
@@ -2341,8 +2351,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
     # One round of each pass (2 and 3 epochs at shares of 0.4 and 0.3 of all text) and the healing.
     tokens = lessons * cost / len(inputs.rows) * (2 / 0.4 + 3 / 0.3)
     if settings.rope_factor != 1:
-        mean_window = (3 * short_window(native, settings) + settings.window) / 4
-        tokens += settings.heal_steps * settings.batch_size * mean_window
+        tokens += settings.heal_steps * step_tokens(native, settings)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
     with torch.inference_mode():
@@ -2442,7 +2451,8 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
-    lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
+    rng, asked = random.Random(f"{settings.seed}/lessons"), own.identity_questions
+    lessons += answer_from_rows(rng.sample(asked, min(OWN_QUESTIONS, len(asked))), inputs.rows, own.standard, settings)
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, lessons, own, validation, native, settings)))
     scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1")
@@ -2454,8 +2464,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
     firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
-        learnt, partial, teacher, lessons, load_json(collected), own, validation,
-        settings)))
+        learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
 
     say("6/6 Salvando, carregando de novo e medindo a pasta salva")
 

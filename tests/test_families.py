@@ -266,7 +266,7 @@ class Job:
         return folder, log, before, copied(chat.model)
 
     def batches(self, pools, lengths, steps):
-        return tool.make_batches(self.native.tokenizer, self.teacher, pools, lengths, steps, 2, "seed")
+        return tool.make_batches(self.native.tokenizer, self.teacher, pools, lengths, steps, 2 * max(lengths), "seed")
 
     @cached_property
     def taught(self):
@@ -790,7 +790,7 @@ def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_o
     chat = tool.load_chat(folder, settings)
     teacher = tool.record_teacher(chat, FACTS, NATIVE)
     pools = [tool.Pool([turn.messages() for turn in LESSONS], 1.0, True)]
-    batches = tool.make_batches(chat.tokenizer, teacher, pools, [24, 48], 32, 2, "seed")
+    batches = tool.make_batches(chat.tokenizer, teacher, pools, [24, 48], 32, 96, "seed")
     tool.train(chat, batches, teacher, 1e-2, 0.1, settings, "passo 1", tmp_path / "training")
     tool.save_model(chat, tmp_path / "novo", folder)
     model, tokenizer = (kind.from_pretrained(tmp_path / "novo") for kind in (AutoModelForCausalLM, AutoTokenizer))

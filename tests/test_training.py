@@ -30,7 +30,8 @@ def teacher(demo_chat):
 
 
 def batches_of(tokenizer, pools, lengths=(64,), steps=6, size=3, seed="s", teacher=EMPTY):
-    return tool.make_batches(tokenizer, teacher, pools, list(lengths), steps, size, seed)
+    """Batches of `size` windows of the longest length, or as many shorter ones as hold the same number of tokens."""
+    return tool.make_batches(tokenizer, teacher, pools, list(lengths), steps, size * max(lengths), seed)
 
 
 def conversations(count, words=1):
@@ -175,13 +176,31 @@ def test_what_the_base_wrote_and_said_is_read_back_from_the_disk_as_it_was(teach
 def test_batches_have_the_asked_number_and_size_and_windows_of_the_asked_length(demo_tokenizer):
     pools = [tool.Pool(conversations(30), 0.5, True), tool.Pool(conversations(30, words=3), 0.5, False)]
     batches = batches_of(demo_tokenizer, pools, lengths=(40, 120), steps=12, size=3)
-    assert len(batches) == 12 and {len(batch) for batch in batches} == {3}
+    assert len(batches) == 12
     longest = [max(len(window["input_ids"]) for window in batch) for batch in batches]
     assert all(n <= 120 for n in longest) and any(n <= 40 for n in longest) and any(n > 80 for n in longest)
     for batch in batches:  # the windows of a batch are filled up to the same length, so that little is padding
         lengths = [len(window["input_ids"]) for window in batch]
         assert max(lengths) - min(lengths) < 40
         assert all(len(window[key]) == len(window["input_ids"]) for window in batch for key in ("labels", "targets"))
+
+
+def test_a_step_has_as_many_tokens_of_short_windows_as_of_long_ones(demo_tokenizer):
+    pool = tool.Pool(conversations(30), 1.0, True)
+    batches = batches_of(demo_tokenizer, [pool], lengths=(60, 120, 240), steps=20, size=2)
+    longest = {len(batch): max(len(window["input_ids"]) for window in batch) for batch in batches}
+    assert longest.keys() == {2, 4, 8} and longest[8] <= 60 and longest[4] <= 120 and longest[2] > 200
+    tokens = [sum(len(window["input_ids"]) for window in batch) for batch in batches]
+    assert 0.75 * 480 < min(tokens) and max(tokens) <= 480
+    assert [len(b) for b in tool.make_batches(demo_tokenizer, EMPTY, [pool], [240], 2, 100, "s")] == [1, 1]
+
+
+def test_a_window_is_filled_with_what_still_fits_when_the_next_conversation_does_not(demo_tokenizer):
+    short, long = conversations(12), conversations(12, words=12)
+    cost, much = (len(tool.encode(demo_tokenizer, c[0]).input_ids) for c in (short, long))
+    pools = [tool.Pool(short, 0.5, True), tool.Pool(long, 0.5, True)]
+    for batch in batches_of(demo_tokenizer, pools, lengths=(2 * much,), steps=20):
+        assert all(len(window["input_ids"]) > 2 * much - cost - 8 for window in batch), (much, cost)
 
 
 def test_a_conversation_longer_than_the_window_still_makes_a_window_of_its_own(demo_tokenizer):
@@ -435,9 +454,9 @@ def run_pass(monkeypatch, demo_chat, tmp_path):
         monkeypatch.setattr(tool, "save_stage", save)
         monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
         pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
-        tool.run_pass(source="fonte", folder=tmp_path, teacher=EMPTY, pools=pools, lengths=[64], epochs=epochs,
-                      rate_at_1m=1e-3, exam=None, met=lambda scores: scores.identity >= 0.95, standard=None,
-                      settings=small_settings("--batch-size", 4, *flags), label=label)
+        tool.run_pass(source="fonte", folder=tmp_path, teacher=EMPTY, pools=pools, lengths=[64], tokens=256,
+                      epochs=epochs, rate_at_1m=1e-3, exam=None, met=lambda scores: scores.identity >= 0.95,
+                      standard=None, settings=small_settings("--batch-size", 4, *flags), label=label)
         return trained
 
     return call
