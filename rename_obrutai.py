@@ -206,6 +206,7 @@ def say(text: str = "") -> None:
 
 class InputError(Exception):
     """A mistake that the user can mend: shown in Portuguese, exit status 2, no traceback."""
+    advice = "\nCorrija e confira tudo, sem treinar, com: python rename_obrutai.py --check"
 
 
 # ---- Settings ---------------------------------------------------------------------------------------------
@@ -441,6 +442,18 @@ def did_you_mean(path: Path) -> str:
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
+def models_near(missing: Path) -> str:
+    """Advice on a base that is not there: up to five models around it, here, and in the cache of the Hub."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    around = next(p for p in missing.parents if p.is_dir())
+    found = dict.fromkeys(str(path.parent) for folder in (around, Path.cwd())
+                          for pattern in ("config.json", "*/config.json") for path in sorted(folder.glob(pattern)))
+    cached = Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json")
+    found |= dict.fromkeys(path.parts[-4][8:].replace("--", "/") for path in cached)
+    return "\n  ".join([" Modelos que achei por perto:" * bool(found), *list(found)[:5]]) + "\n"
+
+
 def read_messages(record: object) -> list[dict]:
     """Any accepted shape of row as messages; a question alone stays without an answer.
 
@@ -616,8 +629,8 @@ def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
     original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Confira MODEL_PATH "
-                         "(--model-path).")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)}{models_near(base)}Confira "
+                         "MODEL_PATH (--model-path).")
     gguf = base.suffix.lower() == ".gguf" or (base.is_dir() and any(base.glob("*.gguf")))
     if gguf and not any(base.glob("*.safetensors")):
         raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {original}")
@@ -2382,6 +2395,9 @@ def opened(work: Path, settings: Settings):
                     discard(folder)
             wait()
             yield work
+    except InputError as error:
+        error.advice = ""  # the settings were in order: it came up in the work
+        raise
     except Timeout:
         raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
                          "(--output-dir).") from None
@@ -2497,6 +2513,8 @@ def run(settings: Settings) -> int:
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
     say(f"Modelo base: {folder}")
+    if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
+        say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA, ou MODEL_PATH no começo do script.")
     say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
     for warning in inputs.warnings[:5]:
         say(f"  Atenção: {warning}.")
@@ -2575,7 +2593,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
         if RANK == 0:
-            print(f"Erro: {error}", file=sys.stderr)
+            print(f"Erro: {error}{error.advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
