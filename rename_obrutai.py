@@ -36,6 +36,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher, get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -1726,7 +1727,15 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         raise KeyboardInterrupt
     check_finite(trainer.state.global_step)
     chat.model.eval()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return mean_losses(trainer.state.log_history, 40)
+
+
+def mean_losses(log: list[dict], count: int) -> list[dict]:
+    """A log in up to `count` equal parts: the last step and the mean loss of each."""
+    log = [entry for entry in log if "loss" in entry]
+    size = math.ceil(len(log) / count) or 1
+    parts = [log[i:i + size] for i in range(0, len(log), size)]
+    return [{"step": part[-1]["step"], "loss": sum(entry["loss"] for entry in part) / len(part)} for part in parts]
 
 
 @contextlib.contextmanager
@@ -2089,10 +2098,76 @@ def markdown_table(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
+def draw_report(report: dict, path: Path) -> None:
+    """The picture of the model card: before and after, the losses, and both along the conversation."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    # Colours of Okabe and Ito, which everybody can tell apart.
+    before = "antes", "#E69F00", report["scores"]["before"]
+    after = "depois", "#0072B2", report["scores"]["pass_2"]
+    with matplotlib.rc_context({"axes.titleweight": "bold", "axes.grid": True, "axes.axisbelow": True, "grid.color":
+                                "#e0e0e0", "legend.frameon": False, "lines.linewidth": 2, "lines.markersize": 5}):
+        figure = Figure(figsize=(8, 6.6), dpi=150, layout="constrained", facecolor="white")
+        bars, losses, lengths = figure.subplot_mosaic([["bars", "losses"], ["lengths", "lengths"]]).values()
+        for shift, (when, colour, scores) in ((-0.2, before), (0.2, after)):
+            values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
+            drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
+            bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
+        bars.set_xticks(range(4), ["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
+        bars.set(title="Perguntas feitas sozinhas", ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
+        at = 0
+        for name, label, colour in (("healing", "cura", "#009E73"), ("pass_1", "passo 1", "#D55E00"),
+                                    ("pass_2", "passo 2", "#CC79A7")):
+            log = [{"step": 0}, *report["losses"].get(name, [])]
+            gains = (b["step"] - a["step"] * (a["step"] < b["step"]) for a, b in zip(log, log[1:]))  # by round
+            _, *steps = accumulate(gains, initial=at)
+            at = steps[-1] if steps else at
+            losses.plot(steps, [entry["loss"] for entry in log[1:]], color=colour, label=label)
+        losses.set(title="Perda no treino", xlabel="etapa", yscale="log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace(".", ",")))
+        losses.minorticks_off()
+        for key, label, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
+            for when, colour, scores in (before, after):
+                lengths.plot(*zip(*((entry["tokens"], entry[key]) for entry in scores["by_length"])), style,
+                             color=colour, label=f"{label}, {when}")
+        if (native := report["context"]["native"]) <= after[2]["by_length"][-1]["tokens"]:
+            lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
+        lengths.set(title="Perguntas feitas depois de uma conversa", xlabel="tokens de conversa antes da pergunta",
+                    ylim=(-0.04, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
+        for panel in (bars, losses, lengths):
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+            if panel is not losses:
+                panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+        figure.savefig(path)
+
+
+def card_head(base: Path, rows: list[Row]):
+    """The metadata of the model card; of origin and licence what the base's folder tells of itself."""
+    from huggingface_hub import ModelCardData, metadata_load
+
+    facts = read_json(base / "config.json")
+    with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
+        facts |= metadata_load(base / "README.md") or {}
+    cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots", str(base))
+    names = ("/".join(cached.groups()) if cached else "", facts.get("_name_or_path"), facts.get("base_model"))
+    origin = next((n for n in names if isinstance(n, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", n)), None)
+    licence = {key: facts.get(key) for key in ("license", "license_name", "license_link") if facts.get("license")}
+    if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
+        licence["license_link"] = f"https://huggingface.co/{origin}/blob/main/{licence['license_link']}"
+    spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
+    return ModelCardData(base_model=origin, language=[code for code, _ in spoken.most_common()], **licence,
+                         library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
+
+
 def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
                  scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
-    """report.json (all that is known about the run), self_answers.jsonl and the model card README.md."""
+    """report.json (all that is known about the run), report.png, self_answers.jsonl and the model card README.md."""
     from importlib.metadata import version
+
+    from huggingface_hub import ModelCard
 
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: [
@@ -2102,7 +2177,9 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
     seconds["6-result"] = round(time.monotonic() - began, 1)
-    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds, "settings": asdict(settings),
+    paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
+    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
+              "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
               "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate",
                                                           "datasets")},
@@ -2111,6 +2188,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "losses": {name: log for name, log in losses.items() if log}}
     self_answers = load_json(work / "4-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
+    draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
     (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
     pairs = [[old["question"], old["answer"], new["answer"]]
@@ -2119,16 +2197,21 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     used = reasons.pop("", 0)
     rejected = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "nenhuma"
     verdict = f"**Metas não atingidas: {', '.join(missed)}.**" if missed else "Todas as metas foram atingidas."
-    (folder / "README.md").write_text(f"""---
-language: [pt, en, es]
-library_name: transformers
-pipeline_tag: text-generation
-tags: [trl, sft, identity]
+    head, slug = card_head(Path(settings.model_path), inputs.rows), re.sub(r"[^a-z0-9]+", "-", plain(settings.name))
+    licence = "" if head.license else ("\n\nA pasta do modelo base não diz a licença dele: confira qual é antes de "
+                                       "publicar, e escreva-a no começo deste arquivo (`license: ...`).")
+    changed = ", ".join(f"`{name.upper()} = {getattr(settings, name)!r}`" for name in " ".join(USES.values()).split()
+                        if getattr(settings, name) != getattr(Settings, name))
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    ModelCard(f"""---
+{head}
 ---
 # {escaped(settings.name)}
 
 Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.base_name)} com rename_obrutai.py: identidade
-nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}
+nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}{licence}
+
+![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
 
 ## Antes e depois, em números
 
@@ -2148,11 +2231,27 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 </details>
 
+## Como usar
+
+Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+print(chat([{{"role": "user", "content": "Quem é você?"}}])[0]["generated_text"][-1]["content"])
+```
+
+Com o Ollama, na pasta do modelo: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
+
+Para publicar esta pasta como está, dentro dela, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
+
 ## Como foi feito
 
-{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}. Semente {settings.seed}, fator de
-RoPE {settings.rope_factor:g}. Ajustes, versões e números: `report.json`. Respostas: `self_answers.jsonl`.
-""", encoding="utf-8")
+{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}.
+Ajustes diferentes dos padrões: {changed or "nenhum"}.
+Versões: {versions}. Tudo em números: `report.json`. As respostas escritas para treinar: `self_answers.jsonl`.
+""").save(folder / "README.md")
 
 
 def publish(result: Path, settings: Settings) -> None:
@@ -2224,7 +2323,7 @@ def local_folder(settings: Settings) -> Path:
         return Path(settings.model_path)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
