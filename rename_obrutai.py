@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -97,6 +98,7 @@ TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at mos
 # Run
 SEED = 0  # same seed, same machine: same result
 CHECKPOINT_MINUTES = 5.0  # training time that a power cut may cost; 0 saves at every step
+REPORT_TO = "none"  # "tensorboard", "trackio" or "wandb" shows the losses there as well, if that package is installed
 
 # ---- Words and questions ----------------------------------------------------------------------------------
 
@@ -183,6 +185,7 @@ CHATML = (
 )
 
 METHODS = ("auto", "full", "lora", "qlora")
+REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
@@ -199,10 +202,13 @@ WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(text: str = "") -> None:
-    """Print, once for all processes."""
-    if RANK == 0:
+def say(text: str = "", verdict: bool = False) -> None:
+    """Print, once for all processes; with --quiet only the verdict."""
+    if RANK == 0 and (verdict or not say.quiet):
         print(text, flush=True)
+
+
+say.quiet = False
 
 
 class InputError(Exception):
@@ -255,7 +261,9 @@ class Settings:
     target_leak: float = setting(TARGET_LEAK, "meta: máximo de outras respostas com o nome novo", 0, 1)
     seed: int = setting(SEED, "semente do acaso: mesma semente, mesmo resultado", 0, 2**32 - 1)
     checkpoint_minutes: float = setting(CHECKPOINT_MINUTES, "de quantos em quantos minutos o treino é guardado")
+    report_to: str = setting(REPORT_TO, "onde mais mostrar as perdas: none, tensorboard, trackio ou wandb")
     check: bool = setting(False, "só confere tudo e mostra o plano, sem treinar")
+    quiet: bool = setting(False, "só mostra o veredito e os erros")
     restart: bool = setting(False, "joga fora as etapas guardadas e recomeça do zero")
 
 
@@ -332,8 +340,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
-    if values["method"] not in METHODS:
-        raise InputError(f"METHOD vale '{values['method']}', mas precisa ser um destes: {', '.join(METHODS)}.")
+    for name, known in (("method", METHODS), ("report_to", REPORTERS)):
+        if values[name] not in known:
+            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
     for name in ("name", "author"):
         if plain(values[name]) in map(plain, values["old_names"].split(",")):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES: um nome novo não pode ser um "
@@ -733,6 +742,8 @@ USES = {
     "4-self-answers": "",
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
+# What part of a run each takes, in percent, exams included, as measured with the demo model.
+SHARES = {"1-self-text": 10, "2-healed": 28, "3-pass-1": 14, "4-self-answers": 1, "5-pass-2": 44, "6-result": 3}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -1229,13 +1240,20 @@ def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def progress(total: int, label: str):
+    """A progress bar on a terminal; in a log file, with --quiet, without a label or in other processes none."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
+                dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
+
+
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed: int | None = None) -> list[Answer]:
     """One answer per prompt, in their order; greedy, or sampled at temperature 1 when a seed is given.
 
     Batched by tokens, sorted by length, padded on the left; `label` names the progress bar.
     """
     import torch
-    from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=sample_seed is not None, top_k=0,
@@ -1255,7 +1273,7 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
     answers: list[Answer] = [Answer("", False)] * len(prompts)
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     own_config, chat.model.generation_config = chat.model.generation_config, config
-    with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or RANK > 0 or None, leave=False) as bar:
+    with progress(len(prompts), label) as bar:
         notes = []
         for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
                                                     chat.generation_tokens)):
@@ -1672,12 +1690,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         saved = time.monotonic()
 
         def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" in logs:
+            if "loss" in logs and state.global_step % quarter == 0:
                 left = (time.monotonic() - began) / (state.global_step - first) * (state.max_steps - state.global_step)
-                loss = f"{logs['loss']:.3f}".replace(".", ",")
+                loss = f"{mean_losses(state.log_history[-quarter:], 1)[0]['loss']:.3f}".replace(".", ",")
+                bar.clear()
                 say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
 
         def on_step_end(self, args, state, control, **kwargs):
+            bar.update(state.global_step - bar.n)
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
             due, stop = agreed((due, bool(asked)))
             # The last step too: what follows, saving and measuring, may be broken off as well.
@@ -1698,12 +1718,15 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
                     (old / "complete.json").unlink(missing_ok=True)
                     shutil.rmtree(old, ignore_errors=True)
 
+    run, work = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p), work_folder(settings)
+    os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / run), WANDB_DIR=str(work))
     arguments = SFTConfig(
-        output_dir=str(folder), save_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=str(folder), save_strategy="no", disable_tqdm=True,
+        report_to=settings.report_to, project=settings.name, run_name=run, logging_steps=1,
         per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
-        logging_steps=max(1, len(batches) // 4), logging_nan_inf_filter=False, seed=settings.seed,
+        logging_nan_inf_filter=False, seed=settings.seed,
         gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
         fp16=gpu_dtype() == torch.float16,
@@ -1720,9 +1743,13 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     first = complete[-1] if complete else 0
     if complete:
         say(f"    continuando da etapa {first}, a última guardada")
-    began = time.monotonic()
-    with patient_interrupts() as asked:
+    else:  # curves of other settings
+        shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
+    began, quarter = time.monotonic(), max(1, len(batches) // 4)
+    with patient_interrupts() as asked, progress(len(batches), label) as bar:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
+    if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
+        sys.modules["wandb"].finish()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check_finite(trainer.state.global_step)
@@ -2281,23 +2308,23 @@ def conclude(settings: Settings) -> int:
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
     say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
-        "O antes e depois completo está no README.md de lá.")
+        "O antes e depois completo está no README.md de lá.", verdict=True)
     kept = folder_size(work)
     if kept:
         say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
             "refeito. Pode apagar essa pasta quando quiser.")
     missed = after.misses(settings)
     if not missed:
-        say("Todas as metas foram atingidas.")
+        say("Todas as metas foram atingidas.", verdict=True)
         return 0
     tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
             "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo, com respostas "
                                  "que não o repitam, e aumente EPOCHS_2",
             "retenção": "aumente NUM_SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
             "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
-    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):")
+    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):", verdict=True)
     for name in missed:
-        say(f"  - {name}: {tips[name]}.")
+        say(f"  - {name}: {tips[name]}.", verdict=True)
     return 3
 
 
@@ -2311,9 +2338,11 @@ def quiet_libraries(settings: Settings) -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
 
@@ -2507,9 +2536,19 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
     out of `bases`, so that nobody else keeps it in memory."""
     base = bases.pop() if bases else None
+    left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
+    began, made, current, since = time.monotonic(), 0, 0, 0.0
 
     def begin(title: str, name: str) -> None:
-        say(title + " (já pronto)" * has_key(work / name / "key.json", keys[name]))
+        nonlocal made, current, since
+        now, ready = time.monotonic(), has_key(work / name / "key.json", keys[name])
+        if current:  # what is left takes as long for its share as what this run has made
+            made += current
+            rest = clock((now - began) / made * sum(left.values()))
+            say(f"  Pronto em {clock(now - since)}; para o modelo ficar pronto faltam uns {rest}.")
+        current, since = 0 if ready else left[name], now
+        del left[name]
+        say(title + " (já pronto)" * ready)
 
     def listen(partial: Path) -> None:
         own = write_self_text(base._replace(notes=partial), settings, inputs)
@@ -2572,8 +2611,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         learnt, partial, teacher, lessons, load_json(collected), own, validation,
         settings)))
 
-    say("6/6 Salvando, carregando de novo e medindo a pasta salva")
-
     def finish(partial: Path) -> None:
         result, began = partial / "model", time.monotonic()
         if RANK == 0:
@@ -2596,12 +2633,18 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
         discard(work / "6-result")  # its model was moved to an output that is there no more
+    begin("6/6 Salvando, carregando de novo e medindo a pasta salva", "6-result")
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
 
 
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
+    from importlib.util import find_spec
+
     quiet_libraries(settings)
+    if settings.report_to != "none" and not find_spec(settings.report_to):
+        raise InputError(f"REPORT_TO = '{settings.report_to}' precisa de um pacote que não está instalado: "
+                         f"pip install {settings.report_to}")
     try:
         inputs = check_inputs(settings)
         folder = local_folder(settings)
@@ -2635,7 +2678,7 @@ def run(settings: Settings) -> int:
         check_logits(bases[0])
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
-        say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
+        say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
     with opened(work, settings):
@@ -2676,10 +2719,11 @@ def main(argv: list[str] | None = None) -> int:
     """0 all targets met, 2 user mistake, 3 saved but a target was missed, 130 stopped; a bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     settings = None
     try:
         settings = parse_settings(argv)
+        say.quiet = settings.quiet
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         while True:
             try:
@@ -2698,7 +2742,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         kept = bool(settings) and work_folder(settings).exists()
         say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas "
-            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."))
+            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."),
+            verdict=True)
         return 130
     except Exception as error:
         if not re.search("no space left|quota exceeded|os error 112|inline_container|failed writing", causes(error)):
