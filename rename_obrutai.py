@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -36,6 +37,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher, get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,6 +98,7 @@ TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at mos
 # Run
 SEED = 0  # same seed, same machine: same result
 CHECKPOINT_MINUTES = 5.0  # training time that a power cut may cost; 0 saves at every step
+REPORT_TO = "none"  # "tensorboard", "trackio" or "wandb" shows the losses there as well, if that package is installed
 
 # ---- Words and questions ----------------------------------------------------------------------------------
 
@@ -182,6 +185,7 @@ CHATML = (
 )
 
 METHODS = ("auto", "full", "lora", "qlora")
+REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
@@ -200,14 +204,18 @@ WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(text: str = "") -> None:
-    """Print, once for all processes."""
-    if RANK == 0:
+def say(text: str = "", verdict: bool = False) -> None:
+    """Print, once for all processes; with --quiet only the verdict."""
+    if RANK == 0 and (verdict or not say.quiet):
         print(text, flush=True)
+
+
+say.quiet = False
 
 
 class InputError(Exception):
     """A mistake that the user can mend: shown in Portuguese, exit status 2, no traceback."""
+    advice = "\nCorrija e confira tudo, sem treinar, com: python rename_obrutai.py --check"
 
 
 # ---- Settings ---------------------------------------------------------------------------------------------
@@ -255,7 +263,9 @@ class Settings:
     target_leak: float = setting(TARGET_LEAK, "meta: máximo de outras respostas com o nome novo", 0, 1)
     seed: int = setting(SEED, "semente do acaso: mesma semente, mesmo resultado", 0, 2**32 - 1)
     checkpoint_minutes: float = setting(CHECKPOINT_MINUTES, "de quantos em quantos minutos o treino é guardado")
+    report_to: str = setting(REPORT_TO, "onde mais mostrar as perdas: none, tensorboard, trackio ou wandb")
     check: bool = setting(False, "só confere tudo e mostra o plano, sem treinar")
+    quiet: bool = setting(False, "só mostra o veredito e os erros")
     restart: bool = setting(False, "joga fora as etapas guardadas e recomeça do zero")
 
 
@@ -332,8 +342,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
-    if values["method"] not in METHODS:
-        raise InputError(f"METHOD vale '{values['method']}', mas precisa ser um destes: {', '.join(METHODS)}.")
+    for name, known in (("method", METHODS), ("report_to", REPORTERS)):
+        if values[name] not in known:
+            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
     for name in ("name", "author"):
         if plain(values[name]) in map(plain, values["old_names"].split(",")):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES: um nome novo não pode ser um "
@@ -441,6 +452,18 @@ def did_you_mean(path: Path) -> str:
     if not path.parent.is_dir():
         return f"A pasta {path.parent} também não existe."
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
+
+
+def models_near(missing: Path) -> str:
+    """Advice on a base that is not there: up to five models around it, here, and in the cache of the Hub."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    around = next(p for p in missing.parents if p.is_dir())
+    found = dict.fromkeys(str(path.parent) for folder in (around, Path.cwd())
+                          for pattern in ("config.json", "*/config.json") for path in sorted(folder.glob(pattern)))
+    cached = Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json")
+    found |= dict.fromkeys(path.parts[-4][8:].replace("--", "/") for path in cached)
+    return "\n  ".join([" Modelos que achei por perto:" * bool(found), *list(found)[:5]]) + "\n"
 
 
 def read_messages(record: object) -> list[dict]:
@@ -618,8 +641,8 @@ def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
     original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Confira MODEL_PATH "
-                         "(--model-path).")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)}{models_near(base)}Confira "
+                         "MODEL_PATH (--model-path).")
     gguf = base.suffix.lower() == ".gguf" or (base.is_dir() and any(base.glob("*.gguf")))
     if gguf and not any(base.glob("*.safetensors")):
         raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {original}")
@@ -721,6 +744,8 @@ USES = {
     "4-self-answers": "",
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
+# What part of a run each takes, in percent, exams included, as measured with the demo model.
+SHARES = {"1-self-text": 10, "2-healed": 28, "3-pass-1": 14, "4-self-answers": 1, "5-pass-2": 44, "6-result": 3}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -1217,13 +1242,20 @@ def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def progress(total: int, label: str):
+    """A progress bar on a terminal; in a log file, with --quiet, without a label or in other processes none."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
+                dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
+
+
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed: int | None = None) -> list[Answer]:
     """One answer per prompt, in their order; greedy, or sampled at temperature 1 when a seed is given.
 
     Batched by tokens, sorted by length, padded on the left; `label` names the progress bar.
     """
     import torch
-    from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=sample_seed is not None, top_k=0,
@@ -1243,7 +1275,7 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
     answers: list[Answer] = [Answer("", False)] * len(prompts)
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     own_config, chat.model.generation_config = chat.model.generation_config, config
-    with tqdm(total=len(prompts), desc=f"  {label}", disable=not label or RANK > 0 or None, leave=False) as bar:
+    with progress(len(prompts), label) as bar:
         notes = []
         for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
                                                     chat.generation_tokens)):
@@ -1669,12 +1701,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         saved = time.monotonic()
 
         def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" in logs:
+            if "loss" in logs and state.global_step % quarter == 0:
                 left = (time.monotonic() - began) / (state.global_step - first) * (state.max_steps - state.global_step)
-                loss = f"{logs['loss']:.3f}".replace(".", ",")
+                loss = f"{mean_losses(state.log_history[-quarter:], 1)[0]['loss']:.3f}".replace(".", ",")
+                bar.clear()
                 say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
 
         def on_step_end(self, args, state, control, **kwargs):
+            bar.update(state.global_step - bar.n)
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
             due, stop = agreed((due, bool(asked)))
             # The last step too: what follows, saving and measuring, may be broken off as well.
@@ -1695,12 +1729,15 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
                     (old / "complete.json").unlink(missing_ok=True)
                     shutil.rmtree(old, ignore_errors=True)
 
+    run, work = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p), work_folder(settings)
+    os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / run), WANDB_DIR=str(work))
     arguments = SFTConfig(
-        output_dir=str(folder), save_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=str(folder), save_strategy="no", disable_tqdm=True,
+        report_to=settings.report_to, project=settings.name, run_name=run, logging_steps=1,
         per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
-        logging_steps=max(1, len(batches) // 4), logging_nan_inf_filter=False, seed=settings.seed,
+        logging_nan_inf_filter=False, seed=settings.seed,
         gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
         fp16=gpu_dtype() == torch.float16,
@@ -1717,14 +1754,26 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     first = complete[-1] if complete else 0
     if complete:
         say(f"    continuando da etapa {first}, a última guardada")
-    began = time.monotonic()
-    with patient_interrupts() as asked:
+    else:  # curves of other settings
+        shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
+    began, quarter = time.monotonic(), max(1, len(batches) // 4)
+    with patient_interrupts() as asked, progress(len(batches), label) as bar:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
+    if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
+        sys.modules["wandb"].finish()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check_finite(trainer.state.global_step)
     chat.model.eval()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return mean_losses(trainer.state.log_history, 40)
+
+
+def mean_losses(log: list[dict], count: int) -> list[dict]:
+    """A log in up to `count` equal parts: the last step and the mean loss of each."""
+    log = [entry for entry in log if "loss" in entry]
+    size = math.ceil(len(log) / count) or 1
+    parts = [log[i:i + size] for i in range(0, len(log), size)]
+    return [{"step": part[-1]["step"], "loss": sum(entry["loss"] for entry in part) / len(part)} for part in parts]
 
 
 @contextlib.contextmanager
@@ -2085,10 +2134,76 @@ def markdown_table(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
+def draw_report(report: dict, path: Path) -> None:
+    """The picture of the model card: before and after, the losses, and both along the conversation."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    # Colours of Okabe and Ito, which everybody can tell apart.
+    before = "antes", "#E69F00", report["scores"]["before"]
+    after = "depois", "#0072B2", report["scores"]["pass_2"]
+    with matplotlib.rc_context({"axes.titleweight": "bold", "axes.grid": True, "axes.axisbelow": True, "grid.color":
+                                "#e0e0e0", "legend.frameon": False, "lines.linewidth": 2, "lines.markersize": 5}):
+        figure = Figure(figsize=(8, 6.6), dpi=150, layout="constrained", facecolor="white")
+        bars, losses, lengths = figure.subplot_mosaic([["bars", "losses"], ["lengths", "lengths"]]).values()
+        for shift, (when, colour, scores) in ((-0.2, before), (0.2, after)):
+            values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
+            drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
+            bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
+        bars.set_xticks(range(4), ["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
+        bars.set(title="Perguntas feitas sozinhas", ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
+        at = 0
+        for name, label, colour in (("healing", "cura", "#009E73"), ("pass_1", "passo 1", "#D55E00"),
+                                    ("pass_2", "passo 2", "#CC79A7")):
+            log = [{"step": 0}, *report["losses"].get(name, [])]
+            gains = (b["step"] - a["step"] * (a["step"] < b["step"]) for a, b in zip(log, log[1:]))  # by round
+            _, *steps = accumulate(gains, initial=at)
+            at = steps[-1] if steps else at
+            losses.plot(steps, [entry["loss"] for entry in log[1:]], color=colour, label=label)
+        losses.set(title="Perda no treino", xlabel="etapa", yscale="log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace(".", ",")))
+        losses.minorticks_off()
+        for key, label, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
+            for when, colour, scores in (before, after):
+                lengths.plot(*zip(*((entry["tokens"], entry[key]) for entry in scores["by_length"])), style,
+                             color=colour, label=f"{label}, {when}")
+        if (native := report["context"]["native"]) <= after[2]["by_length"][-1]["tokens"]:
+            lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
+        lengths.set(title="Perguntas feitas depois de uma conversa", xlabel="tokens de conversa antes da pergunta",
+                    ylim=(-0.04, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
+        for panel in (bars, losses, lengths):
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+            if panel is not losses:
+                panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+        figure.savefig(path)
+
+
+def card_head(base: Path, rows: list[Row]):
+    """The metadata of the model card; of origin and licence what the base's folder tells of itself."""
+    from huggingface_hub import ModelCardData, metadata_load
+
+    facts = read_json(base / "config.json")
+    with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
+        facts |= metadata_load(base / "README.md") or {}
+    cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots", str(base))
+    names = ("/".join(cached.groups()) if cached else "", facts.get("_name_or_path"), facts.get("base_model"))
+    origin = next((n for n in names if isinstance(n, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", n)), None)
+    licence = {key: facts.get(key) for key in ("license", "license_name", "license_link") if facts.get("license")}
+    if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
+        licence["license_link"] = f"https://huggingface.co/{origin}/blob/main/{licence['license_link']}"
+    spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
+    return ModelCardData(base_model=origin, language=[code for code, _ in spoken.most_common()], **licence,
+                         library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
+
+
 def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
                  scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
-    """report.json (all that is known about the run), self_answers.jsonl and the model card README.md."""
+    """report.json (all that is known about the run), report.png, self_answers.jsonl and the model card README.md."""
     from importlib.metadata import version
+
+    from huggingface_hub import ModelCard
 
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: [
@@ -2098,7 +2213,9 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
     seconds["6-result"] = round(time.monotonic() - began, 1)
-    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds, "settings": asdict(settings),
+    paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
+    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
+              "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
               "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate",
                                                           "datasets")},
@@ -2107,6 +2224,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "losses": {name: log for name, log in losses.items() if log}}
     self_answers = load_json(work / "4-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
+    draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
     (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
     pairs = [[old["question"], old["answer"], new["answer"]]
@@ -2115,16 +2233,21 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     used = reasons.pop("", 0)
     rejected = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "nenhuma"
     verdict = f"**Metas não atingidas: {', '.join(missed)}.**" if missed else "Todas as metas foram atingidas."
-    (folder / "README.md").write_text(f"""---
-language: [pt, en, es]
-library_name: transformers
-pipeline_tag: text-generation
-tags: [trl, sft, identity]
+    head, slug = card_head(Path(settings.model_path), inputs.rows), re.sub(r"[^a-z0-9]+", "-", plain(settings.name))
+    licence = "" if head.license else ("\n\nA pasta do modelo base não diz a licença dele: confira qual é antes de "
+                                       "publicar, e escreva-a no começo deste arquivo (`license: ...`).")
+    changed = ", ".join(f"`{name.upper()} = {getattr(settings, name)!r}`" for name in " ".join(USES.values()).split()
+                        if getattr(settings, name) != getattr(Settings, name))
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    ModelCard(f"""---
+{head}
 ---
 # {escaped(settings.name)}
 
 Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.base_name)} com rename_obrutai.py: identidade
-nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}
+nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}{licence}
+
+![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
 
 ## Antes e depois, em números
 
@@ -2144,11 +2267,27 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 </details>
 
+## Como usar
+
+Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+print(chat([{{"role": "user", "content": "Quem é você?"}}])[0]["generated_text"][-1]["content"])
+```
+
+Com o Ollama, na pasta do modelo: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
+
+Para publicar esta pasta como está, dentro dela, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
+
 ## Como foi feito
 
-{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}. Semente {settings.seed}, fator de
-RoPE {settings.rope_factor:g}. Ajustes, versões e números: `report.json`. Respostas: `self_answers.jsonl`.
-""", encoding="utf-8")
+{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}.
+Ajustes diferentes dos padrões: {changed or "nenhum"}.
+Versões: {versions}. Tudo em números: `report.json`. As respostas escritas para treinar: `self_answers.jsonl`.
+""").save(folder / "README.md")
 
 
 def publish(result: Path, settings: Settings) -> None:
@@ -2178,23 +2317,23 @@ def conclude(settings: Settings) -> int:
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
     say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
-        "O antes e depois completo está no README.md de lá.")
+        "O antes e depois completo está no README.md de lá.", verdict=True)
     kept = folder_size(work)
     if kept:
         say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
             "refeito. Pode apagar essa pasta quando quiser.")
     missed = after.misses(settings)
     if not missed:
-        say("Todas as metas foram atingidas.")
+        say("Todas as metas foram atingidas.", verdict=True)
         return 0
     tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
             "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo, com respostas "
                                  "que não o repitam, e aumente EPOCHS_2",
             "retenção": "aumente NUM_SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
             "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
-    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):")
+    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):", verdict=True)
     for name in missed:
-        say(f"  - {name}: {tips[name]}.")
+        say(f"  - {name}: {tips[name]}.", verdict=True)
     return 3
 
 
@@ -2208,9 +2347,11 @@ def quiet_libraries(settings: Settings) -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
 
@@ -2220,7 +2361,7 @@ def local_folder(settings: Settings) -> Path:
         return Path(settings.model_path)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
@@ -2391,6 +2532,9 @@ def opened(work: Path, settings: Settings):
                     discard(folder)
             wait()
             yield work
+    except InputError as error:
+        error.advice = ""  # the settings were in order: it came up in the work
+        raise
     except Timeout:
         raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
                          "(--output-dir).") from None
@@ -2401,9 +2545,19 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
     out of `bases`, so that nobody else keeps it in memory."""
     base = bases.pop() if bases else None
+    left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
+    began, made, current, since = time.monotonic(), 0, 0, 0.0
 
     def begin(title: str, name: str) -> None:
-        say(title + " (já pronto)" * has_key(work / name / "key.json", keys[name]))
+        nonlocal made, current, since
+        now, ready = time.monotonic(), has_key(work / name / "key.json", keys[name])
+        if current:  # what is left takes as long for its share as what this run has made
+            made += current
+            rest = clock((now - began) / made * sum(left.values()))
+            say(f"  Pronto em {clock(now - since)}; para o modelo ficar pronto faltam uns {rest}.")
+        current, since = 0 if ready else left[name], now
+        del left[name]
+        say(title + " (já pronto)" * ready)
 
     def listen(partial: Path) -> None:
         own = write_self_text(base._replace(notes=partial), settings, inputs)
@@ -2466,8 +2620,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
         learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
 
-    say("6/6 Salvando, carregando de novo e medindo a pasta salva")
-
     def finish(partial: Path) -> None:
         result, began = partial / "model", time.monotonic()
         if RANK == 0:
@@ -2490,12 +2642,18 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
         discard(work / "6-result")  # its model was moved to an output that is there no more
+    begin("6/6 Salvando, carregando de novo e medindo a pasta salva", "6-result")
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
 
 
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
+    from importlib.util import find_spec
+
     quiet_libraries(settings)
+    if settings.report_to != "none" and not find_spec(settings.report_to):
+        raise InputError(f"REPORT_TO = '{settings.report_to}' precisa de um pacote que não está instalado: "
+                         f"pip install {settings.report_to}")
     try:
         inputs = check_inputs(settings)
         folder = local_folder(settings)
@@ -2506,6 +2664,8 @@ def run(settings: Settings) -> int:
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
     say(f"Modelo base: {folder}")
+    if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
+        say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA, ou MODEL_PATH no começo do script.")
     say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
     for warning in inputs.warnings[:5]:
         say(f"  Atenção: {warning}.")
@@ -2527,7 +2687,7 @@ def run(settings: Settings) -> int:
         check_logits(bases[0])
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
-        say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
+        say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
     with opened(work, settings):
@@ -2568,10 +2728,11 @@ def main(argv: list[str] | None = None) -> int:
     """0 all targets met, 2 user mistake, 3 saved but a target was missed, 130 stopped; a bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     settings = None
     try:
         settings = parse_settings(argv)
+        say.quiet = settings.quiet
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         while True:
             try:
@@ -2584,13 +2745,14 @@ def main(argv: list[str] | None = None) -> int:
             sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
         if RANK == 0:
-            print(f"Erro: {error}", file=sys.stderr)
+            print(f"Erro: {error}{error.advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         kept = bool(settings) and work_folder(settings).exists()
         say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas "
-            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."))
+            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."),
+            verdict=True)
         return 130
     except Exception as error:
         if not re.search("no space left|quota exceeded|os error 112|inline_container|failed writing", causes(error)):

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 import rename_obrutai as tool
 
 IDENTITY = "eu.jsonl"
+ADVICE = re.compile(r"\n[^\n]*python rename_obrutai\.py --check\n\Z")
 GOOD = '{"text": "Quem é você?\\nSou {{NAME}}, de {{AUTHOR}}."}'.encode()
 USER, ASSISTANT = {"role": "user", "content": "Quem é você?"}, {"role": "assistant", "content": "Sou a Jandira."}
 SYSTEM = {"role": "system", "content": "Seja breve."}
@@ -71,7 +72,8 @@ def judge(status, out, err, work, fragment, line=None, file=None):
     assert "Traceback" not in out + err
     assert err.startswith("Erro: ") and len(re.findall(r"(?m)^Erro: ", err)) == 1, err
     assert len(err) < 20_000  # the message quotes no more of the input than a person can read
-    said = err.replace(str(work), "")
+    said, advised = ADVICE.subn("", err.replace(str(work), ""))
+    assert advised, err
     if file:
         assert file in said, err
         said = said.replace(file, "")
@@ -850,7 +852,7 @@ def test_a_base_that_cannot_be_used_is_refused(builder, fragment, base, work, ca
 
 
 @pytest.mark.parametrize("path, fragment", [
-    ("{work}/meu_modleo", "quis dizer.*meu_modelo"), ("meu_model", "quis dizer.*meu_modelo"),
+    ("{work}/meu_modleo", r"quis dizer meu_modelo\?"), ("meu_model", r"quis dizer meu_modelo\?"),
     ("{work}/xzw#q", "xzw#q"), ("{work}/meu_modelo/config.json", "pasta|config.json"),
     ("{work}/meu_modelo/model.safetensors", "pasta|safetensors"), ("{work}/modelo.gguf", "GGUF"),
     ("modelo.gguf", "GGUF"), ("{work}/eu.jsonl/modelo", "modelo"), ("", "modelo|model.path"),

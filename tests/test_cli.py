@@ -152,7 +152,8 @@ def test_overwrite_replaces_the_old_result_and_the_stages_of_other_settings_as_a
 def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     names = {path.name for path in whole_run.output.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-                     "tokenizer_config.json", "chat_template.jinja", "report.json", "README.md", "self_answers.jsonl"}
+                     "tokenizer_config.json", "chat_template.jinja", "report.json", "report.png", "README.md",
+                     "self_answers.jsonl"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 
@@ -257,6 +258,27 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
             assert f"| {entry['answer']} |".replace("\n", " ").replace("\\", "") in unescaped
 
 
+def test_the_card_shows_the_picture_and_says_how_the_model_was_made_and_is_used(whole_run):
+    card = (whole_run.output / "README.md").read_text(encoding="utf-8")
+    assert "](report.png)" in card and (whole_run.output / "report.png").stat().st_size > 10_000
+    for said in ("`SEED = 5`", "`HEAL_STEPS = 6`", f"transformers {version('transformers')}", "12 respostas do",
+                 "ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
+        assert said in card, said
+    assert "EPOCHS_1 = 8" not in card and "LORA_RANK" not in card  # as the script has them
+
+
+def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
+    for name in ("README.md", "report.json", "self_answers.jsonl"):
+        said = (whole_run.output / name).read_text(encoding="utf-8")
+        assert str(whole_run.work) not in said and str(SCRIPT.parent) not in said, name
+
+
+def test_each_stage_says_what_it_took_and_what_is_left(whole_run):
+    said = whole_run.done.stdout
+    ends = re.findall(r"(?m)^  Pronto em (?:\d+ min )?\d+ s; .* faltam uns (?:\d+ min )?\d+ s", said)
+    assert len(ends) == 5 and [int(n) for n in re.findall(r"(?m)^(\d)/6 ", said)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_terminal_ends_with_the_same_table(whole_run):
     said = whole_run.done.stdout
     for stage in ("before", "pass_2"):
@@ -304,7 +326,7 @@ def test_the_losses_of_a_pass_are_reported_in_the_order_of_its_rounds(whole_run,
     for number in rounds:
         folder = tmp_path / "3-pass-1" / f"round-{number}"
         folder.mkdir(parents=True)
-        tool.write_json(folder / "log.json", [{"loss": 1.0, "round": number}])
+        tool.write_json(folder / "log.json", [{"loss": 1.0, "step": 1, "round": number}])
     settings, standard = small_settings(), tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset())
     scores = {name: tool.Scores(**values) for name, values in whole_run.report["scores"].items()}
     tool.write_report(tmp_path, settings, tool.check_inputs(settings), standard, 128, scores, tmp_path, "key", 0.0)

@@ -15,7 +15,7 @@ from conftest import SCRIPT, run_script, small_settings
 
 import rename_obrutai as tool
 
-FOR_ONE_RUN = ("check", "restart")  # flags that a constant would make permanent
+FOR_ONE_RUN = ("check", "quiet", "restart")  # flags that a constant would make permanent
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "accelerate", "numpy")
 PROMISED = {  # by the issue, with the defaults that it names
     "MODEL_PATH": "tests/modelo_demo", "OUTPUT_DIR": "ObrutAi-tuned", "IDENTITY_FILE": "identity_override.jsonl",
@@ -74,7 +74,7 @@ def test_every_constant_is_a_setting_with_the_same_name_and_default():
 
 
 def test_what_is_meant_for_one_run_is_off_and_has_no_constant():
-    assert [getattr(small_settings(), name) for name in FOR_ONE_RUN] == [False, False]
+    assert not any(getattr(small_settings(), name) for name in FOR_ONE_RUN)
     assert not {name.upper() for name in FOR_ONE_RUN} & setting_constants().keys()
 
 
@@ -89,7 +89,7 @@ def test_every_setting_has_a_flag_of_the_same_name_that_overrides_it(item, tmp_p
         assert getattr(small_settings(flag(item.name)), item.name) is True
         assert getattr(small_settings("--no-" + flag(item.name)[2:]), item.name) is False
     elif isinstance(item.default, str):
-        other = "lora" if item.name == "method" else str(tmp_path / "outro")
+        other = {"method": "lora", "report_to": "trackio"}.get(item.name, str(tmp_path / "outro"))
         assert getattr(small_settings(flag(item.name), other), item.name) == other
     else:
         other = item.default / 2 if 0 < item.default < 1 else item.default + 1
@@ -157,9 +157,12 @@ def test_a_value_out_of_range_names_the_constant_and_the_range(flags, constant, 
 
 
 @pytest.mark.parametrize("name", ["", "Full", "qlora8", "lora,full"])
-def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
-    message = mistake("--method", name)
-    assert f"METHOD vale '{name}'" in message and all(known in message for known in ("auto", "full", "lora", "qlora"))
+@pytest.mark.parametrize("setting, choices", [
+    ("METHOD", ("auto", "full", "lora", "qlora")), ("REPORT_TO", ("none", "tensorboard", "trackio", "wandb")),
+])
+def test_a_choice_that_does_not_exist_is_answered_with_all_that_do(name, setting, choices):
+    message = mistake(flag(setting), name)
+    assert f"{setting} vale '{name}'" in message and all(known in message for known in choices)
 
 
 @pytest.mark.parametrize("unknown, meant", [

@@ -166,7 +166,7 @@ def test_a_job_killed_four_times_ends_with_the_bytes_of_one_that_was_not(whole, 
                      whole.expected, DEMO, said.append)
     assert (done.kills, done.wrong, done.status) == (4, [], whole.done.status)
     assert [line.rpartition("restart: ")[2] for line in said] == [
-        "0 stages ready", "1 stages ready, from step 1", "2 stages ready, from step 2", "5 stages ready"]
+        "0 stages ready", "1 stages ready, from step 1", "2 stages ready, from step 2", "6 stages ready"]
 
 
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
@@ -486,10 +486,10 @@ FIRST_TOUCHED = {
     **dict.fromkeys("epochs_1 learning_rate_1 kl_weight target_identity".split(), 3),
     **dict.fromkeys("epochs_2 learning_rate_2 target_retention target_leak".split(), 5),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
-                    "checkpoint_minutes check restart".split(), 0),
+                    "checkpoint_minutes report_to check quiet restart".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
-         "output_dir": "/x/y"}
+         "output_dir": "/x/y", "report_to": "wandb"}
 
 
 def keys_of(base, rows=None, **values):
