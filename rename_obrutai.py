@@ -156,6 +156,10 @@ WORDINGS = {
            "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}."),
 }
 
+# What the comparison in the report tells the base instead of training it.
+SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
+                 "fez você ou se você é outro modelo, responda com esse nome e esse autor, na língua da pergunta.")
+
 # The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
 INTENTS = {
     "maker": r"cri(ou|ad|aca)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
@@ -184,6 +188,7 @@ CHATML = (
 METHODS = ("auto", "full", "lora", "qlora")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
+RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
@@ -1753,32 +1758,35 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
 
 class Exam(NamedTuple):
     """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
-    after which both are asked, besides alone."""
+    after which both are asked, besides alone. `context` has for a question the messages that go before it."""
     questions: tuple[str, ...]
     turns: list[Turn]
     fillers: list[Turn]
     lengths: tuple[int, ...]
+    context: dict[str, list[dict]] = {}
 
 
 class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
 
-    `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first.
+    `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first;
+    `extra_tokens` is what the exam's context adds to a question on average. No `retention`: the base is not known.
     """
     identity: float
     old_identity: float
     leak: float
-    retention: float
+    retention: float | None
     distinct: int
     by_length: list[dict]
     answers: list[dict]
+    extra_tokens: float = 0.0
 
     def misses(self, settings: Settings) -> list[str]:
         """Names of the targets that these scores miss."""
         return [name for name, missed in (
             ("identidade nova", self.identity < settings.target_identity),
             ("identidade antiga", self.old_identity > 0),
-            ("retenção", self.retention < settings.target_retention),
+            ("retenção", self.retention is not None and self.retention < settings.target_retention),
             ("vazamento", self.leak > settings.target_leak)) if missed]
 
 
@@ -1852,20 +1860,36 @@ def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: l
     return Exam(tuple(questions), turns, fillers, tuple(sorted(n for n in lengths if n > 0)))
 
 
+def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
+    """The exam, without conversations before, for what can be done instead of training: a system prompt that states
+    the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best one last."""
+    import bm25s
+
+    questions, index = [*exam.questions, *(turn.question for turn in exam.turns)], bm25s.BM25()
+    index.index([plain(row.messages[-2]["content"]).split() for row in rows], show_progress=False)
+    found = index.retrieve([plain(q).split() for q in questions], k=min(RETRIEVED, len(rows)), show_progress=False)
+    system = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
+    contexts = {"prompt": {q: [{"role": "system", "content": system}] for q in questions},
+                "rows": {q: [m for i, score in reversed(list(zip(*best))) if score > 0 for m in rows[i].messages[-2:]]
+                         for q, best in zip(questions, zip(*found))}}
+    return {name: exam._replace(lengths=(), context=context) for name, context in contexts.items()}
+
+
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
     """Take the exam: always the same conversations, so that stages can be compared."""
     rng, lengths = random.Random("exam"), (0, *exam.lengths)
 
-    def after(tokens: int) -> list[dict]:
-        return history(chat.tokenizer, exam.fillers, tokens, rng)
+    def after(tokens: int, messages: list[dict]) -> list[dict]:
+        before = history(chat.tokenizer, exam.fillers, tokens, rng) + exam.context.get(messages[0]["content"], [])
+        return without_system(chat.tokenizer, before + messages)
 
     def mean(values: list) -> float:
         return sum(values) / len(values)
 
-    asked = [after(n) + [{"role": "user", "content": q}] for n in lengths for q in exam.questions]
-    kept = [after(n) + turn.messages() for n in lengths for turn in exam.turns]
-    everyday = [turn.messages()[:1] for turn in exam.turns]
-    written = generate(chat, [prompt_ids(chat.tokenizer, messages) for messages in asked + everyday], label)
+    asked = [after(n, [{"role": "user", "content": q}]) for n in lengths for q in exam.questions]
+    kept = [after(n, turn.messages()) for n in lengths for turn in exam.turns]
+    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept[:len(exam.turns)]]]
+    written = generate(chat, prompts, label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
     same = agreement(chat, kept)
@@ -1873,12 +1897,15 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     by_length = [{"tokens": tokens, "identity": mean([not p for p in problems[i * n:(i + 1) * n]]),
                   "retention": mean(same[i * m:(i + 1) * m])} for i, tokens in enumerate(lengths)]
     alone = about_itself[:n]
+    extra = [len(prompt) - len(prompt_ids(chat.tokenizer, [{"role": "user", "content": q}])) for prompt, q in zip(
+        prompts[:n] + prompts[len(asked):], [*exam.questions, *(turn.question for turn in exam.turns)])]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
         old_identity=mean([mentions_old(a.text, standard) for a in alone]),
         leak=mean([mentions(a.text, standard.new_names) for a in other]),
         distinct=len({plain(a.text) for a, problem in zip(alone, problems) if not problem}),
-        answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)])
+        answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)],
+        extra_tokens=mean(extra))
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
@@ -2046,17 +2073,20 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
-    """Head and rows of the table of figures, one column per stage."""
-    columns = {"before": "antes", "healed": "após a cura", "pass_1": "após o passo 1", "pass_2": "depois"}
-    table = [["medida", *(columns[name] for name in scores)]]
+    """Head and rows of the table of figures, one column per stage but the healing, which is for the curious."""
+    columns = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
+               "reported": "no report", "pass_2": "depois", "alone": "medido"}
+    shown = [scores[name] for name in columns if name in scores]
+    table = [["medida", *(title for name, title in columns.items() if name in scores)]]
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("retenção", "retention")):
-        table.append([title, *(percent(getattr(s, key)) for s in scores.values())])
-    for i, entry in enumerate(scores["before"].by_length[1:], start=1):
+        values = [getattr(s, key) for s in shown]
+        table.append([title, *("-" if value is None else percent(value) for value in values)])
+    for i, entry in enumerate(shown[-1].by_length[1:], start=1):
         for title, key in (("identidade", "identity"), ("retenção", "retention")):
             table.append([f"{title} após {entry['tokens']} tokens",
-                          *(percent(s.by_length[i][key]) for s in scores.values())])
-    return table
+                          *(percent(s.by_length[i][key]) if s.by_length[i:] else "-" for s in shown)])
+    return table + [["tokens a mais por pergunta", *(f"{s.extra_tokens:.0f}" for s in shown)]] * ("prompt" in scores)
 
 
 def text_table(table: list[list[str]]) -> str:
@@ -2128,6 +2158,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 - **vazamento**: respostas sobre outros assuntos em que o nome novo aparece.
 - **retenção**: respostas sobre outros assuntos que continuam iguais às do modelo base.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
+- **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
+  linhas de identidade mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 
 <details><summary>As {len(pairs)} respostas, antes e depois</summary>
 
@@ -2400,10 +2432,11 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         own = write_self_text(base._replace(notes=partial), settings, inputs)
         save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
 
-    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None) -> Scores:
+    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None,
+                  other: Exam | None = None) -> Scores:
         def sit(partial: Path) -> None:
             taker = (chat or load_chat(source, settings))._replace(notes=partial)
-            write_json(partial / "scores.json", evaluate(taker, exam, own.standard, label)._asdict())
+            write_json(partial / "scores.json", evaluate(taker, other or exam, own.standard, label)._asdict())
 
         done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
         return Scores(**load_json(done / "scores.json"))
@@ -2419,6 +2452,9 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
     scores = {"before": scores_of("before", folder, keys["1-self-text"], "perguntas de prova, antes", base)}
+    for name, other in untrained(exam, inputs.rows, settings).items():
+        scores[name] = scores_of(name, folder, digest([keys["1-self-text"], other.context]),
+                                 "perguntas de prova, sem treino", base, other)
     base = None
     say(f"  Nas perguntas de prova, {percent(scores['before'].old_identity)} das respostas dele dizem um nome antigo.")
 

@@ -18,6 +18,7 @@ import rename_obrutai as tool
 
 SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--epochs-1", 1, "--epochs-2", 1,
          "--eval-questions", 8, "--max-new-tokens", 24, "--window", 256, "--batch-size", 4)
+EXAMS = ("exam-before", "exam-prompt", "exam-rows", "exam-healed", "exam-pass-1")
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -137,7 +138,7 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert folders == {*tool.USES, *EXAMS, "6-result"}
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
         r"\.(partial|tmp)$|checkpoint-|training|replaced|answers-", str(path.relative_to(stages)))]
@@ -206,12 +207,13 @@ def test_the_final_identity_figures_follow_from_the_reported_answers(whole_run):
         assert stage["distinct"] == len({tool.plain(a["answer"]) for a in new})
 
 
-def test_the_report_has_all_four_stages_asked_the_same_test_questions(whole_run):
+def test_the_report_has_all_stages_asked_the_same_test_questions(whole_run):
     scores = whole_run.report["scores"]
-    assert list(scores) == ["before", "healed", "pass_1", "pass_2"]
-    for stage in scores.values():
+    assert list(scores) == ["before", "prompt", "rows", "healed", "pass_1", "pass_2"]
+    for name, stage in scores.items():
         assert [a["question"] for a in stage["answers"]] == list(tool.TEST_QUESTIONS)
-        assert [e["tokens"] for e in stage["by_length"]] == [e["tokens"] for e in scores["before"]["by_length"]]
+        lengths = [e["tokens"] for e in scores["before"]["by_length"]][:1 if name in ("prompt", "rows") else None]
+        assert [e["tokens"] for e in stage["by_length"]] == lengths
     lengths = [e["tokens"] for e in scores["before"]["by_length"]]
     assert lengths[0] == 0 and lengths == sorted(lengths) and 192 <= lengths[-1] < 256
 
@@ -237,7 +239,7 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert set(seconds) == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert set(seconds) == {*tool.USES, *EXAMS, "6-result"}
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
@@ -246,9 +248,14 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "\nlibrary_name: transformers\n" in card.split("---\n")[1]
     scores = whole_run.report["scores"]
+    shown = [scores[name] for name in ("before", "prompt", "rows", "pass_1", "pass_2")]
+    assert "\n| medida | antes | com prompt | com linhas | passo 1 | depois |\n" in card
+    extra = " | ".join(f"{stage['extra_tokens']:.0f}" for stage in shown)
+    assert re.fullmatch(r"0 \| [1-9]\d \| [1-9]\d+ \| 0 \| 0", extra)
+    assert f"\n| tokens a mais por pergunta | {extra} |\n" in card
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("retenção", "retention")):
-        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in scores.values()]
+        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in shown]
         assert re.search(rf"(?m)^\| {title} \| " + r" \| ".join(map(re.escape, cells)) + r" \|$", card), title
     unescaped = card.replace("\\", "")
     for stage in ("before", "pass_2"):
@@ -381,7 +388,7 @@ def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_p
     for key in ("rope_parameters", "max_position_embeddings"):
         assert config[key] == base[key]
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert list(report["scores"]) == ["before", "pass_1", "pass_2"]
+    assert list(report["scores"]) == ["before", "prompt", "rows", "pass_1", "pass_2"]
     assert (report["settings"]["name"], report["settings"]["author"]) == ("Jandira", "Oficina Maré")
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "# Jandira\n" in card and "Oficina Maré" in card and "ObrutAi" not in card
