@@ -289,6 +289,76 @@ def test_self_answers_say_which_were_used_and_why_others_were_not(whole_run):
     assert not questions & {tool.plain(record["question"]) for record in records}
 
 
+@pytest.fixture
+def published(whole_run, tmp_path):
+    """A copy of the result, as somebody who downloads it has it: another folder, no stages beside it."""
+    return shutil.copytree(whole_run.output, tmp_path / "publicado")
+
+
+def evaluated(folder, capsys, *flags):
+    """`--evaluate` in this process: exit status and what it said."""
+    handler = signal.getsignal(signal.SIGTERM)
+    status = tool.main(["--evaluate", "--model-path", str(folder), *map(str, flags)])
+    signal.signal(signal.SIGTERM, handler)
+    return status, capsys.readouterr()
+
+
+def test_a_published_result_is_measured_with_the_figures_of_its_report_and_nothing_is_written(
+        whole_run, published, tmp_path, capsys):
+    before = contents(tmp_path)
+    status, said = evaluated(published, capsys, "--name", "Outro", "--identity-file", "nada", "--window", 300)
+    assert status == whole_run.done.returncode and "Erro" not in said.err
+    assert "números iguais aos do report.json" in said.out and contents(tmp_path) == before
+    shown = whole_run.done.stdout
+    table = shown[shown.index("  medida "):].split("\nModelo salvo")[0]
+    assert table in said.out and "tokens a mais por pergunta" in table
+    assert shown[shown.index("\n  Qual nome deram a você?"):].split("\n  medida")[0] in said.out
+    assert all(name in said.out.splitlines()[-1] for name in whole_run.report["missed"])
+
+
+def test_a_published_report_that_says_more_than_the_model_does_is_contradicted(published, capsys, monkeypatch):
+    report = json.loads((published / "report.json").read_text(encoding="utf-8"))
+    honest = tool.Scores(**report["scores"]["pass_2"])._replace(identity=0.25, old_identity=0.5)
+    report["scores"]["pass_2"].update(identity=1.0, old_identity=0.0, retention=1.0, leak=0.0)
+    (published / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    monkeypatch.setattr(tool, "evaluate", lambda *_: honest)
+    status, said = evaluated(published, capsys)
+    assert status == 3 and "números diferentes dos do report.json" in said.out
+    assert re.search(r"(?m)^  medida .* no report  depois$", said.out)
+    assert re.search(r"(?m)^  identidade nova .* 100% +25%$", said.out)
+    assert re.search(r"(?m)^Metas não atingidas: identidade nova, identidade antiga", said.out)
+
+
+@pytest.mark.parametrize("name, text", [("exam.json", "{"), ("exam.json", "[]"), ("exam.json", '{"questions": []}'),
+                                        ("report.json", "{}"), ("report.json", None)])
+def test_a_published_result_with_a_damaged_exam_or_report_is_refused(name, text, published, capsys):
+    (published / name).unlink()
+    if text is not None:
+        (published / name).write_text(text, encoding="utf-8")
+    status, said = evaluated(published, capsys)
+    assert status == 2 and "exam.json" in said.err and "Traceback" not in said.err
+
+
+def test_of_a_model_of_others_identity_and_leak_are_measured_and_retention_is_not(tmp_path, capsys):
+    rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
+    (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    before, base = contents(tmp_path), contents(DEMO)
+    status, said = evaluated(DEMO, capsys, "--identity-file", tmp_path / "linhas.jsonl", "--max-new-tokens", 24)
+    assert status == 3 and "não dá para medir a retenção" in said.out
+    figures = [line.split() for line in said.out[said.out.index("  medida"):].splitlines()[:5]]
+    assert [line[-1] for line in figures] == ["medido", "0%", "100%", "0%", "-"]
+    assert said.out.endswith("Metas não atingidas: identidade nova, identidade antiga.\n")
+    assert contents(tmp_path) == before and contents(DEMO) == base
+
+
+def test_the_own_words_of_a_model_of_others_do_not_make_its_answers_sound(demo_chat, monkeypatch):
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer("ObrutAi xarope banana", True)])
+    inputs = tool.check_inputs(small_settings())
+    for trusted, problem in ((True, ""), (False, "palavras sem sentido")):
+        _, standard = tool.who_it_is(demo_chat, small_settings(), inputs, trusted)
+        assert tool.judge(tool.Answer("ObrutAi xarope banana", True), standard) == problem
+
+
 def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run):
     before = contents(whole_run.work)
     done = run_script("--output-dir", "novo", *SMALL, cwd=whole_run.work)

@@ -486,7 +486,7 @@ FIRST_TOUCHED = {
     **dict.fromkeys("epochs_1 learning_rate_1 kl_weight target_identity".split(), 3),
     **dict.fromkeys("epochs_2 learning_rate_2 target_retention target_leak".split(), 5),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
-                    "checkpoint_minutes check restart".split(), 0),
+                    "checkpoint_minutes check restart chat evaluate".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
          "output_dir": "/x/y"}
