@@ -94,14 +94,16 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave_and_the_end_of_the_input_leaves(
     assert said.out.endswith("\n")
 
 
-def test_the_oldest_turns_are_dropped_with_a_note_when_the_context_is_full(converse):
+def test_the_oldest_turns_are_dropped_with_a_note_when_the_context_is_full(converse, demo_tokenizer):
     lines = [f"Pergunta de número {i} sobre a capital da França" for i in range(6)]
     said = converse(*lines, flags=("--max-new-tokens", 64))
     assert said.status == 0 and said.notes.count("esqueci o começo da conversa") >= 1
     asked = [[i for i in range(6) if f"número {i} " in prompt] for prompt in said.prompts]
     assert all(turns[-1] == i for i, turns in enumerate(asked)) and asked[5][0] > 0
     assert all(turns == list(range(turns[0], turns[-1] + 1)) for turns in asked)
-    assert len(asked[5]) > 1  # no more is dropped than needed
+    for first, last in [(turns[0], turns[-1]) for turns in asked if turns[0]]:  # no more is dropped than needed
+        longer = [text for line in lines[first - 1:last + 1] for text in (line, "resposta")][:-1]
+        assert len(demo_tokenizer(rendered(*longer), add_special_tokens=False)["input_ids"]) > 128 - 64
 
 
 def test_a_question_that_does_not_fit_at_all_is_refused_and_the_conversation_stays(converse):
