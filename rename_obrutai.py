@@ -12,6 +12,7 @@ Exemplo com o seu modelo:
 No fim, a pasta de saída tem o modelo pronto (safetensors, tokenizer e chat template), um README.md com o
 antes e o depois, o report.json com todos os números e as respostas que o modelo escreveu para treinar.
 Se a execução parar no meio, rode o mesmo comando de novo: ela continua de onde estava.
+Com o modelo pronto, converse com ele: python rename_obrutai.py --chat
 """
 
 from __future__ import annotations
@@ -159,6 +160,10 @@ WORDINGS = {
            "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}."),
 }
 
+# What the comparison in the report tells the base instead of training it.
+SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
+                 "fez você ou se você é outro modelo, responda com esse nome e esse autor, na língua da pergunta.")
+
 # The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
 INTENTS = {
     "maker": r"cri(ou|ad|aca)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
@@ -188,6 +193,7 @@ METHODS = ("auto", "full", "lora", "qlora")
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
+RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 OWN_QUESTIONS = 300  # identity questions of the base that the passes answer; more teach nothing new
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation
@@ -267,6 +273,8 @@ class Settings:
     check: bool = setting(False, "só confere tudo e mostra o plano, sem treinar")
     quiet: bool = setting(False, "só mostra o veredito e os erros")
     restart: bool = setting(False, "joga fora as etapas guardadas e recomeça do zero")
+    chat: bool = setting(False, "conversa no terminal com o modelo de OUTPUT_DIR, ou com o de --model-path")
+    evaluate: bool = setting(False, "mede o modelo de OUTPUT_DIR, ou o de --model-path, sem treinar")
 
 
 KINDS = {"str": str, "bool": bool, "int": int, "float": float}
@@ -339,6 +347,10 @@ def parse_settings(argv: list[str] | None) -> Settings:
         on_hub = (name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
                   and not path.parent.exists())
         values[name] = values[name] if on_hub else str(path)
+    if values["chat"] + values["evaluate"] + values["check"] > 1:
+        raise InputError("use uma destas opções por vez: --chat, --evaluate, --check.")
+    if (values["chat"] or values["evaluate"]) and given["model_path"] is None:
+        values["model_path"] = values["output_dir"]  # the result, not the base of the constant
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
@@ -1388,6 +1400,22 @@ def write_questions(base: Chat, starts: list[str], label: str, seed: int) -> lis
             if end.ended and len(end.text.split()) <= QUESTION_WORDS]
 
 
+def who_it_is(chat: Chat, settings: Settings, inputs: Inputs, trusted: bool) -> tuple[tuple[str, ...], Standard]:
+    """Ask the model who it is: the names under which it goes, and what identity answers are judged by. The words of a
+    `trusted` one are sound."""
+    rows = [row.messages for row in inputs.rows]
+    about_itself = [a.text for a in ask(chat, [*inputs.validation, *(row[-2]["content"] for row in rows)],
+                                        "perguntando quem ele é")]
+    ours = " ".join([settings.name, settings.author, *(row[-1]["content"] for row in rows)])
+    old_names = find_old_names(about_itself, ours, settings)
+    known = [*inputs.validation, *about_itself * trusted, *EVERYDAY_QUESTIONS, settings.name, settings.author,
+             inputs.base_name, *(m["content"] for row in rows for m in row),
+             *(text for wordings in WORDINGS.values() for text in wordings)]
+    also_old = tuple(name for name in KNOWN_NAMES if not mentions(ours, (name,)))
+    return old_names, Standard((settings.name, settings.author), (*old_names, *also_old), inputs.base_name,
+                               frozenset(plain(" ".join(known)).split()))
+
+
 def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
     """Let the base write questions and answer them; its own answers tell which of them are about its identity.
 
@@ -1395,9 +1423,7 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
     """
     rng = random.Random(f"{settings.seed}/self-text")
     row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    about_itself = [a.text for a in ask(base, [*inputs.validation, *row_questions], "perguntando quem ele é")]
-    ours = " ".join([settings.name, settings.author, *(row.messages[-1]["content"] for row in inputs.rows)])
-    old_names = find_old_names(about_itself, ours, settings)
+    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
     taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
     identity: list[str] = []
 
@@ -1430,12 +1456,6 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
     if len(firm) < n or len(rest) < n:
         raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis às perguntas que ele mesmo "
                          "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
-    known = [*inputs.validation, *about_itself, *EVERYDAY_QUESTIONS, settings.name, settings.author, inputs.base_name,
-             *(m["content"] for row in inputs.rows for m in row.messages),
-             *(text for wordings in WORDINGS.values() for text in wordings)]
-    also_old = tuple(name for name in KNOWN_NAMES if not mentions(ours, (name,)))
-    standard = Standard((settings.name, settings.author), (*old_names, *also_old), inputs.base_name,
-                        frozenset(plain(" ".join(known)).split()))
     say(f"  Ele escreveu {len(everyday) + len(close)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
     say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
     return SelfText(standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
@@ -1813,32 +1833,35 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
 
 class Exam(NamedTuple):
     """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
-    after which both are asked, besides alone."""
+    after which both are asked, besides alone. `context` has for a question the messages that go before it."""
     questions: tuple[str, ...]
     turns: list[Turn]
     fillers: list[Turn]
     lengths: tuple[int, ...]
+    context: dict[str, list[dict]] = {}
 
 
 class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
 
-    `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first.
+    `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first;
+    `extra_tokens` is what the exam's context adds to a question on average. No `retention`: the base is not known.
     """
     identity: float
     old_identity: float
     leak: float
-    retention: float
+    retention: float | None
     distinct: int
     by_length: list[dict]
     answers: list[dict]
+    extra_tokens: float = 0.0
 
     def misses(self, settings: Settings) -> list[str]:
         """Names of the targets that these scores miss."""
         return [name for name, missed in (
             ("identidade nova", self.identity < settings.target_identity),
             ("identidade antiga", self.old_identity > 0),
-            ("retenção", self.retention < settings.target_retention),
+            ("retenção", self.retention is not None and self.retention < settings.target_retention),
             ("vazamento", self.leak > settings.target_leak)) if missed]
 
 
@@ -1912,33 +1935,52 @@ def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: l
     return Exam(tuple(questions), turns, fillers, tuple(sorted(n for n in lengths if n > 0)))
 
 
+def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
+    """The exam, without conversations before, for what can be done instead of training: a system prompt that states
+    the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best one last."""
+    import bm25s
+
+    questions, index = [*exam.questions, *(turn.question for turn in exam.turns)], bm25s.BM25()
+    index.index([plain(row.messages[-2]["content"]).split() for row in rows], show_progress=False)
+    found = index.retrieve([plain(q).split() for q in questions], k=min(RETRIEVED, len(rows)), show_progress=False)
+    system = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
+    contexts = {"prompt": {q: [{"role": "system", "content": system}] for q in questions},
+                "rows": {q: [m for i, score in reversed(list(zip(*best))) if score > 0 for m in rows[i].messages[-2:]]
+                         for q, best in zip(questions, zip(*found))}}
+    return {name: exam._replace(lengths=(), context=context) for name, context in contexts.items()}
+
+
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
     """Take the exam: always the same conversations, so that stages can be compared."""
     rng, lengths = random.Random("exam"), (0, *exam.lengths)
 
-    def after(tokens: int) -> list[dict]:
-        return history(chat.tokenizer, exam.fillers, tokens, rng)
+    def after(tokens: int, messages: list[dict]) -> list[dict]:
+        before = history(chat.tokenizer, exam.fillers, tokens, rng) + exam.context.get(messages[0]["content"], [])
+        return without_system(chat.tokenizer, before + messages)
 
     def mean(values: list) -> float:
         return sum(values) / len(values)
 
-    asked = [after(n) + [{"role": "user", "content": q}] for n in lengths for q in exam.questions]
+    asked = [after(n, [{"role": "user", "content": q}]) for n in lengths for q in exam.questions]
     # After a conversation a question costs as much as twenty alone, so fewer have to do.
-    kept = [[after(n) + turn.messages() for turn in exam.turns[:None if n == 0 else LONG_TURNS]] for n in lengths]
-    everyday = [turn.messages()[:1] for turn in exam.turns]
-    written = generate(chat, [prompt_ids(chat.tokenizer, messages) for messages in asked + everyday], label)
+    kept = [[after(n, turn.messages()) for turn in exam.turns[:None if n == 0 else LONG_TURNS]] for n in lengths]
+    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept[0]]]
+    written = generate(chat, prompts, label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
     same, n = iter(agreement(chat, [conversation for group in kept for conversation in group])), len(exam.questions)
     by_length = [{"tokens": tokens, "identity": mean([not p for p in problems[i * n:(i + 1) * n]]),
                   "retention": mean([next(same) for _ in kept[i]])} for i, tokens in enumerate(lengths)]
     alone = about_itself[:n]
+    extra = [len(prompt) - len(prompt_ids(chat.tokenizer, [{"role": "user", "content": q}])) for prompt, q in zip(
+        prompts[:n] + prompts[len(asked):], [*exam.questions, *(turn.question for turn in exam.turns)])]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
         old_identity=mean([mentions_old(a.text, standard) for a in alone]),
         leak=mean([mentions(a.text, standard.new_names) for a in other]),
         distinct=len({plain(a.text) for a, problem in zip(alone, problems) if not problem}),
-        answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)])
+        answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)],
+        extra_tokens=mean(extra))
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
@@ -2104,17 +2146,20 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
-    """Head and rows of the table of figures, one column per stage."""
-    columns = {"before": "antes", "healed": "após a cura", "pass_1": "após o passo 1", "pass_2": "depois"}
-    table = [["medida", *(columns[name] for name in scores)]]
+    """Head and rows of the table of figures, one column per stage but the healing, which is for the curious."""
+    columns = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
+               "reported": "no report", "pass_2": "depois", "alone": "medido"}
+    shown = [scores[name] for name in columns if name in scores]
+    table = [["medida", *(title for name, title in columns.items() if name in scores)]]
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("retenção", "retention")):
-        table.append([title, *(percent(getattr(s, key)) for s in scores.values())])
-    for i, entry in enumerate(scores["before"].by_length[1:], start=1):
+        values = [getattr(s, key) for s in shown]
+        table.append([title, *("-" if value is None else percent(value) for value in values)])
+    for i, entry in enumerate(shown[-1].by_length[1:], start=1):
         for title, key in (("identidade", "identity"), ("retenção", "retention")):
             table.append([f"{title} após {entry['tokens']} tokens",
-                          *(percent(s.by_length[i][key]) for s in scores.values())])
-    return table
+                          *(percent(s.by_length[i][key]) if s.by_length[i:] else "-" for s in shown)])
+    return table + [["tokens a mais por pergunta", *(f"{s.extra_tokens:.0f}" for s in shown)]] * ("prompt" in scores)
 
 
 def text_table(table: list[list[str]]) -> str:
@@ -2260,6 +2305,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 - **vazamento**: respostas sobre outros assuntos em que o nome novo aparece.
 - **retenção**: respostas sobre outros assuntos que continuam iguais às do modelo base.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
+- **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
+  linhas de identidade mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 
 <details><summary>As {len(pairs)} respostas, antes e depois</summary>
 
@@ -2306,16 +2353,22 @@ def publish(result: Path, settings: Settings) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def conclude(settings: Settings) -> int:
-    """Show the result; exit status 0 when every target is met, 3 when one is missed."""
-    report = load_json(Path(settings.output_dir) / "report.json")
-    scores = {name: Scores(**values) for name, values in report["scores"].items()}
-    after, work = scores["pass_2"], work_folder(settings)
+def show_scores(scores: dict[str, Scores]) -> Scores:
+    """Say some answers, before and after if both are known, and all figures; the last scores."""
+    *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
     say()
-    for old, new in list(zip(scores["before"].answers, after.answers))[::6]:
-        say(f"  {old['question']}\n    antes:  {old['answer']}\n    depois: {new['answer']}")
+    for i, new in list(enumerate(after.answers))[::6]:
+        say(f"  {new['question']}" + "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
+            + f"\n    {'depois:' if before else 'resposta:'} {new['answer']}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
+    return after
+
+
+def conclude(settings: Settings) -> int:
+    """Show the result; exit status 0 when every target is met, 3 when one is missed."""
+    report, work = load_json(Path(settings.output_dir) / "report.json"), work_folder(settings)
+    after = show_scores({name: Scores(**values) for name, values in report["scores"].items()})
     say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
         "O antes e depois completo está no README.md de lá.", verdict=True)
     kept = folder_size(work)
@@ -2563,10 +2616,11 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         own = write_self_text(base._replace(notes=partial), settings, inputs)
         save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
 
-    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None) -> Scores:
+    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None,
+                  other: Exam | None = None) -> Scores:
         def sit(partial: Path) -> None:
             taker = (chat or load_chat(source, settings))._replace(notes=partial)
-            write_json(partial / "scores.json", evaluate(taker, exam, own.standard, label)._asdict())
+            write_json(partial / "scores.json", evaluate(taker, other or exam, own.standard, label)._asdict())
 
         done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
         return Scores(**load_json(done / "scores.json"))
@@ -2582,6 +2636,9 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
     scores = {"before": scores_of("before", folder, keys["1-self-text"], "perguntas de prova, antes", base)}
+    for name, other in untrained(exam, inputs.rows, settings).items():
+        scores[name] = scores_of(name, folder, digest([keys["1-self-text"], other.context]),
+                                 "perguntas de prova, sem treino", base, other)
     base = None
     say(f"  Nas perguntas de prova, {percent(scores['before'].old_identity)} das respostas dele dizem um nome antigo.")
 
@@ -2637,6 +2694,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         saved = load_chat(result, plain_weights)._replace(notes=partial)
         scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
         if RANK == 0:
+            write_json(result / "exam.json", exam._asdict())
             write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
                          began)
 
@@ -2646,11 +2704,142 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
 
 
+# ---- A model that is ready --------------------------------------------------------------------------------
+
+def ready_folder(settings: Settings) -> Path:
+    """The model to talk to or to measure: the one of --model-path if that was given, else the result."""
+    if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
+        raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
+                         "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
+    try:
+        folder = local_folder(settings)
+        check_base(folder)
+    except OSError as error:
+        raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
+    return folder
+
+
+def examine(settings: Settings, folder: Path) -> int:
+    """The report for a model that is there already; exit status 0 when every target is met, 3 when one is missed.
+
+    A result of this script takes the exam that it took when it was made, and its report knows its base. Of any other
+    model only identity and leak can be measured.
+    """
+    inputs = None if (folder / "exam.json").is_file() else check_inputs(settings)
+    join_processes()
+    say(f"Medindo {folder}")
+    if inputs:
+        say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção, que o compara com o "
+            "modelo base.")
+        chat, turns = load_chat(folder, settings), [Turn(question, "") for question in EVERYDAY_QUESTIONS]
+        _, standard = who_it_is(chat, settings, inputs, trusted=False)
+        after = evaluate(chat, Exam(inputs.test, turns, turns, ()), standard, "perguntas de prova")
+        scores = {"alone": after._replace(retention=None)}
+    else:
+        with blaming(f"o report.json ou o exam.json de {folder}"):
+            report, exam = load_json(folder / "report.json"), Exam(**load_json(folder / "exam.json"))
+            exam = exam._replace(turns=[Turn(*t) for t in exam.turns], fillers=[Turn(*t) for t in exam.fillers])
+            made, scores = report["settings"], {name: Scores(**values) for name, values in report["scores"].items()}
+            standard = Standard((made["name"], made["author"]), tuple(report["old_names"]), report["base"],
+                                frozenset(report["vocabulary"]))
+            same = {"method": made["method"].replace("q", ""), "max_new_tokens": made["max_new_tokens"],
+                    "gradient_accumulation": max(made["gradient_accumulation"], settings.gradient_accumulation)}
+        after = evaluate(load_chat(folder, replace(settings, **same)), exam, standard, "perguntas de prova")
+        differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
+        say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
+        scores = {**scores, **differs, "pass_2": after}
+    missed = show_scores(scores).misses(settings)
+    say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.")
+    return 3 if missed else 0
+
+
+def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
+    """Print an answer while it is written, which Ctrl-C stops; its text, and whether the model ended it by itself."""
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    said, tokens = [], torch.tensor([ids], device=chat.model.device)
+
+    class Voice(TextStreamer):
+        def put(self, value):
+            if value.numel() > 1 or value.item() not in chat.stops:  # not every stop is a special token
+                super().put(value)
+
+        def on_finalized_text(self, text, stream_end=False):
+            said.append(text if any(said) else text.lstrip())
+            print(said[-1], end="", flush=True)
+
+    chat.model.generation_config = GenerationConfig(eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
+    with torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
+        tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit,
+                                     streamer=Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    print(flush=True)
+    return "".join(said).strip(), tokens.shape[1] > len(ids) and tokens[0, -1].item() in chat.stops
+
+
+def talk(settings: Settings, folder: Path) -> int:
+    """A conversation in the terminal; when its context is full, the oldest turns are forgotten. From a pipe each line
+    is a question, and only answers go to stdout."""
+    person, colour = sys.stdin.isatty(), sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
+        import readline  # noqa: F401
+    if colour and os.name == "nt":
+        os.system("")  # switches on the colours of older consoles
+    bold, dim, normal = ("\033[1m", "\033[2m", "\033[0m") if colour else ("", "", "")
+    chat, name = load_chat(folder, settings), Path(settings.model_path).name
+    context = context_of(chat.model.config)
+    limit = context - min(settings.max_new_tokens, context // 2)  # of a prompt, so that there is room for an answer
+    commands = "/sistema TEXTO diz a ele como ser, /limpar recomeça, /ajuda mostra isto, /sair sai; Ctrl-C cala."
+    for number in [signal.SIGTERM] + [signal.SIGINT] * (not person):  # these end the program as they end any other
+        signal.signal(number, signal.SIG_DFL)
+
+    def note(text: str) -> None:
+        print(f"{dim}{text}{normal}", file=sys.stderr, flush=True)
+
+    if person:
+        note(f"Conversa com {name}. {commands}")
+    system, turns = [], []
+    while True:
+        try:
+            line = input("Você: " if person else "").strip("\ufeff \t\r")
+        except EOFError:
+            print(end="\n" * person)
+            return 0
+        except KeyboardInterrupt:
+            note("\nPara sair, escreva /sair.")
+            continue
+        command, _, text = line.partition(" ")
+        if command == "/sair":
+            return 0
+        if command in ("/limpar", "/sistema"):
+            turns, system = [], system if command == "/limpar" else [{"role": "system", "content": text}] * bool(text)
+            note("Conversa nova.")
+        elif command.startswith("/"):
+            note(commands)
+        if not line or command.startswith("/"):
+            continue
+        heard = [*turns, {"role": "user", "content": line}]
+        while heard and len(ids := prompt_ids(chat.tokenizer, without_system(chat.tokenizer, system + heard))) > limit:
+            heard = heard[2:]
+        if not heard:
+            note(f"Isso não cabe no contexto dele, de {context} tokens.")
+            continue
+        if len(heard) <= len(turns):
+            note(f"O contexto dele, de {context} tokens, encheu: esqueci o começo da conversa.")
+        print(f"{bold}{name}:{normal} " * person, end="", flush=True)
+        answer, ended = speak(chat, ids, min(context - len(ids), 2048))
+        if not ended:
+            note("(parou aqui)")
+        turns = [*heard, {"role": "assistant", "content": answer}] if answer else heard[:-1]
+
+
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
     from importlib.util import find_spec
 
     quiet_libraries(settings)
+    if settings.chat or settings.evaluate:
+        return (talk if settings.chat else examine)(settings, ready_folder(settings))
     if settings.report_to != "none" and not find_spec(settings.report_to):
         raise InputError(f"REPORT_TO = '{settings.report_to}' precisa de um pacote que não está instalado: "
                          f"pip install {settings.report_to}")
@@ -2708,6 +2897,8 @@ def causes(error: BaseException) -> str:
 def with_less_memory(settings: Settings) -> dict:
     """What to change after memory ran out: each step in twice as many parts, then checkpointing; `InputError` when
     both are used up. The plan in the work folder knows what was tried."""
+    if settings.chat:
+        raise InputError("faltou memória para conversar com este modelo. Feche outros programas e tente de novo.")
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
     if planned.is_file():
@@ -2726,7 +2917,7 @@ def with_less_memory(settings: Settings) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """0 all targets met, 2 user mistake, 3 saved but a target was missed, 130 stopped; a bug keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     settings = None
@@ -2749,7 +2940,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        kept = bool(settings) and work_folder(settings).exists()
+        trained = settings and not (settings.chat or settings.evaluate)
+        kept = trained and work_folder(settings).exists()
         say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas "
             f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."),
             verdict=True)

@@ -48,6 +48,8 @@ lock
 1-self-text.partial/teacher.safetensors
 1-self-text
 exam-before.partial/answers-*
+exam-prompt.partial/answers-*
+exam-rows
 2-healed.partial/training/checkpoint-*
 2-healed.partial/training/checkpoint-*/optimizer.pt
 2-healed.partial/training/checkpoint-*/complete.json

@@ -18,6 +18,7 @@ import rename_obrutai as tool
 
 SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--epochs-1", 1, "--epochs-2", 1,
          "--eval-questions", 8, "--max-new-tokens", 24, "--window", 256, "--batch-size", 4)
+EXAMS = ("exam-before", "exam-prompt", "exam-rows", "exam-healed", "exam-pass-1")
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -137,7 +138,7 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert folders == {*tool.USES, *EXAMS, "6-result"}
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
         r"\.(partial|tmp)$|checkpoint-|training|replaced|answers-", str(path.relative_to(stages)))]
@@ -207,12 +208,13 @@ def test_the_final_identity_figures_follow_from_the_reported_answers(whole_run):
         assert stage["distinct"] == len({tool.plain(a["answer"]) for a in new})
 
 
-def test_the_report_has_all_four_stages_asked_the_same_test_questions(whole_run):
+def test_the_report_has_all_stages_asked_the_same_test_questions(whole_run):
     scores = whole_run.report["scores"]
-    assert list(scores) == ["before", "healed", "pass_1", "pass_2"]
-    for stage in scores.values():
+    assert list(scores) == ["before", "prompt", "rows", "healed", "pass_1", "pass_2"]
+    for name, stage in scores.items():
         assert [a["question"] for a in stage["answers"]] == list(tool.TEST_QUESTIONS)
-        assert [e["tokens"] for e in stage["by_length"]] == [e["tokens"] for e in scores["before"]["by_length"]]
+        lengths = [e["tokens"] for e in scores["before"]["by_length"]][:1 if name in ("prompt", "rows") else None]
+        assert [e["tokens"] for e in stage["by_length"]] == lengths
     lengths = [e["tokens"] for e in scores["before"]["by_length"]]
     assert lengths[0] == 0 and lengths == sorted(lengths) and 192 <= lengths[-1] < 256
 
@@ -238,7 +240,7 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert set(seconds) == {*tool.USES, "exam-before", "exam-healed", "exam-pass-1", "6-result"}
+    assert set(seconds) == {*tool.USES, *EXAMS, "6-result"}
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
@@ -247,9 +249,14 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "\nlibrary_name: transformers\n" in card.split("---\n")[1]
     scores = whole_run.report["scores"]
+    shown = [scores[name] for name in ("before", "prompt", "rows", "pass_1", "pass_2")]
+    assert "\n| medida | antes | com prompt | com linhas | passo 1 | depois |\n" in card
+    extra = " | ".join(f"{stage['extra_tokens']:.0f}" for stage in shown)
+    assert re.fullmatch(r"0 \| [1-9]\d \| [1-9]\d+ \| 0 \| 0", extra)
+    assert f"\n| tokens a mais por pergunta | {extra} |\n" in card
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("retenção", "retention")):
-        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in scores.values()]
+        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in shown]
         assert re.search(rf"(?m)^\| {title} \| " + r" \| ".join(map(re.escape, cells)) + r" \|$", card), title
     unescaped = card.replace("\\", "")
     for stage in ("before", "pass_2"):
@@ -302,6 +309,76 @@ def test_self_answers_say_which_were_used_and_why_others_were_not(whole_run):
         assert ours is (record["kind"] == "identity") and "Lumi" not in record["answer"]
     questions = {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
     assert not questions & {tool.plain(record["question"]) for record in records}
+
+
+@pytest.fixture
+def published(whole_run, tmp_path):
+    """A copy of the result, as somebody who downloads it has it: another folder, no stages beside it."""
+    return shutil.copytree(whole_run.output, tmp_path / "publicado")
+
+
+def evaluated(folder, capsys, *flags):
+    """`--evaluate` in this process: exit status and what it said."""
+    handler = signal.getsignal(signal.SIGTERM)
+    status = tool.main(["--evaluate", "--model-path", str(folder), *map(str, flags)])
+    signal.signal(signal.SIGTERM, handler)
+    return status, capsys.readouterr()
+
+
+def test_a_published_result_is_measured_with_the_figures_of_its_report_and_nothing_is_written(
+        whole_run, published, tmp_path, capsys):
+    before = contents(tmp_path)
+    status, said = evaluated(published, capsys, "--name", "Outro", "--identity-file", "nada", "--window", 300)
+    assert status == whole_run.done.returncode and "Erro" not in said.err
+    assert "números iguais aos do report.json" in said.out and contents(tmp_path) == before
+    shown = whole_run.done.stdout
+    table = shown[shown.index("  medida "):].split("\nModelo salvo")[0]
+    assert table in said.out and "tokens a mais por pergunta" in table
+    assert shown[shown.index("\n  Qual nome deram a você?"):].split("\n  medida")[0] in said.out
+    assert all(name in said.out.splitlines()[-1] for name in whole_run.report["missed"])
+
+
+def test_a_published_report_that_says_more_than_the_model_does_is_contradicted(published, capsys, monkeypatch):
+    report = json.loads((published / "report.json").read_text(encoding="utf-8"))
+    honest = tool.Scores(**report["scores"]["pass_2"])._replace(identity=0.25, old_identity=0.5)
+    report["scores"]["pass_2"].update(identity=1.0, old_identity=0.0, retention=1.0, leak=0.0)
+    (published / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    monkeypatch.setattr(tool, "evaluate", lambda *_: honest)
+    status, said = evaluated(published, capsys)
+    assert status == 3 and "números diferentes dos do report.json" in said.out
+    assert re.search(r"(?m)^  medida .* no report  depois$", said.out)
+    assert re.search(r"(?m)^  identidade nova .* 100% +25%$", said.out)
+    assert re.search(r"(?m)^Metas não atingidas: identidade nova, identidade antiga", said.out)
+
+
+@pytest.mark.parametrize("name, text", [("exam.json", "{"), ("exam.json", "[]"), ("exam.json", '{"questions": []}'),
+                                        ("report.json", "{}"), ("report.json", None)])
+def test_a_published_result_with_a_damaged_exam_or_report_is_refused(name, text, published, capsys):
+    (published / name).unlink()
+    if text is not None:
+        (published / name).write_text(text, encoding="utf-8")
+    status, said = evaluated(published, capsys)
+    assert status == 2 and "exam.json" in said.err and "Traceback" not in said.err
+
+
+def test_of_a_model_of_others_identity_and_leak_are_measured_and_retention_is_not(tmp_path, capsys):
+    rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
+    (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    before, base = contents(tmp_path), contents(DEMO)
+    status, said = evaluated(DEMO, capsys, "--identity-file", tmp_path / "linhas.jsonl", "--max-new-tokens", 24)
+    assert status == 3 and "não dá para medir a retenção" in said.out
+    figures = [line.split() for line in said.out[said.out.index("  medida"):].splitlines()[:5]]
+    assert [line[-1] for line in figures] == ["medido", "0%", "100%", "0%", "-"]
+    assert said.out.endswith("Metas não atingidas: identidade nova, identidade antiga.\n")
+    assert contents(tmp_path) == before and contents(DEMO) == base
+
+
+def test_the_own_words_of_a_model_of_others_do_not_make_its_answers_sound(demo_chat, monkeypatch):
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer("ObrutAi xarope banana", True)])
+    inputs = tool.check_inputs(small_settings())
+    for trusted, problem in ((True, ""), (False, "palavras sem sentido")):
+        _, standard = tool.who_it_is(demo_chat, small_settings(), inputs, trusted)
+        assert tool.judge(tool.Answer("ObrutAi xarope banana", True), standard) == problem
 
 
 def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run):
@@ -403,7 +480,7 @@ def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_p
     for key in ("rope_parameters", "max_position_embeddings"):
         assert config[key] == base[key]
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert list(report["scores"]) == ["before", "pass_1", "pass_2"]
+    assert list(report["scores"]) == ["before", "prompt", "rows", "pass_1", "pass_2"]
     assert (report["settings"]["name"], report["settings"]["author"]) == ("Jandira", "Oficina Maré")
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "# Jandira\n" in card and "Oficina Maré" in card and "ObrutAi" not in card

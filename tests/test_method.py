@@ -810,7 +810,7 @@ def planned(guest, free, tmp_path):
     return plan
 
 
-TIGHT, PLENTY = 0.3 * GB, 100 * GB  # for the demo: only in several parts, and anything
+TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only in several parts, and anything
 
 
 def test_the_choice_is_written_down_and_used_again_though_other_memory_is_free(planned):
@@ -976,7 +976,7 @@ def test_the_adapter_lies_beside_the_result_with_the_scaled_configuration(lora_r
     again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
     assert (again - plain).abs().max() < 0.3  # the saved one is rounded to bfloat16
     with both.disable_adapter():
-        assert (logits(both).log_softmax(-1) - plain).abs().max() > 1
+        assert (logits(both).log_softmax(-1) - plain).abs().max() > 0.6
 
 
 class Reached(Exception):

@@ -15,7 +15,7 @@ from conftest import SCRIPT, run_script, small_settings
 
 import rename_obrutai as tool
 
-FOR_ONE_RUN = ("check", "quiet", "restart")  # flags that a constant would make permanent
+FOR_ONE_RUN = ("check", "quiet", "restart", "chat", "evaluate")  # flags that a constant would make permanent
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "accelerate", "numpy")
 PROMISED = {  # by the issue, with the defaults that it names
     "MODEL_PATH": "tests/modelo_demo", "OUTPUT_DIR": "ObrutAi-tuned", "IDENTITY_FILE": "identity_override.jsonl",
@@ -74,7 +74,7 @@ def test_every_constant_is_a_setting_with_the_same_name_and_default():
 
 
 def test_what_is_meant_for_one_run_is_off_and_has_no_constant():
-    assert not any(getattr(small_settings(), name) for name in FOR_ONE_RUN)
+    assert [getattr(small_settings(), name) for name in FOR_ONE_RUN] == [False] * 5
     assert not {name.upper() for name in FOR_ONE_RUN} & setting_constants().keys()
 
 

@@ -33,8 +33,8 @@ import rename_obrutai as tool
 
 FLAGS = ("--method full --num-self-text 16 --num-self-answers 4 --heal-steps 3 --epochs-1 3 --epochs-2 1 "
          "--eval-questions 4 --max-new-tokens 12 --window 160 --batch-size 4").split()
-STAGES = ("1-self-text", "exam-before", "2-healed", "exam-healed", "3-pass-1", "exam-pass-1", "4-self-answers",
-          "5-pass-2", "6-result")
+STAGES = ("1-self-text", "exam-before", "exam-prompt", "exam-rows", "2-healed", "exam-healed", "3-pass-1",
+          "exam-pass-1", "4-self-answers", "5-pass-2", "6-result")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 BASE_BEFORE = contents(DEMO)
@@ -486,7 +486,7 @@ FIRST_TOUCHED = {
     **dict.fromkeys("epochs_1 learning_rate_1 kl_weight target_identity".split(), 3),
     **dict.fromkeys("epochs_2 learning_rate_2 target_retention target_leak".split(), 5),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
-                    "checkpoint_minutes report_to check quiet restart".split(), 0),
+                    "checkpoint_minutes report_to check quiet restart chat evaluate".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
          "output_dir": "/x/y", "report_to": "wandb"}
@@ -592,7 +592,7 @@ def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole
 
 def test_more_epochs_in_pass_2_make_only_it_and_what_follows_again(until):
     folder = until("6-result")
-    kept = [folder / WORK / name for name in STAGES[:7]]
+    kept = [folder / WORK / name for name in STAGES[:9]]
     before = [untouched(stage) for stage in kept]
     weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
     done = job(folder, "--epochs-2", 2, "--overwrite")
@@ -642,7 +642,7 @@ def test_restart_throws_the_stages_away(until, monkeypatch):
     found = []
     monkeypatch.setattr(tool, "run_stages", lambda *_: found.extend(
         path.name for path in (folder / WORK).iterdir() if path.is_dir()) or (_ for _ in ()).throw(KeyboardInterrupt))
-    assert job(folder).status == 130 and set(found) == set(STAGES[:7])
+    assert job(folder).status == 130 and set(found) == set(STAGES[:9])
     found.clear()
     assert job(folder, "--restart").status == 130 and not found
 
@@ -786,13 +786,13 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
     faults = [  # what fails, where, with which flags, and how many stages are whole then
         ((tool, "write_json", FULL, holds("answers-")), (), 0),
         ((tool, "write_json", FULL, holds("1-self-text.partial/key.json")), (), 0),
-        ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 2),
+        ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 4),
         ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
-          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 4),
-        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 4),
+          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 6),
+        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 6),
         ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 7),
-        ((tool, "write_json", FULL, holds("report.json")), (), 8),
+          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 9),
+        ((tool, "write_json", FULL, holds("report.json")), (), 10),
     ]
     for fault, flags, ready in faults:
         before = {name: untouched(tmp_path / WORK / name) for name in finished_stages(tmp_path)}
@@ -917,7 +917,7 @@ def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, mon
     little_memory(monkeypatch, lambda model, ids: not model.training)
     done = job(folder)
     assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
-    assert finished_stages(folder) == set(STAGES[:7])
+    assert finished_stages(folder) == set(STAGES[:9])
 
 
 @pytest.mark.parametrize("error", [
@@ -961,7 +961,7 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
         patch.setattr(LlamaModel, "forward", fail_late)
         done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
-    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:7])
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:9])
     assert "continuando da etapa 3" in job(folder).out and fingerprint(folder) == whole.expected
 
 
@@ -969,7 +969,7 @@ def test_a_loss_that_explodes_names_step_and_rate(until):
     folder = until("4-self-answers")
     done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
     assert done.status == 2 and re.search(r"explodiu na etapa \d+ ", done.err) and "--learning-rate-2" in done.err
-    assert finished_stages(folder) == set(STAGES[:7]) and not (folder / OUTPUT).exists()
+    assert finished_stages(folder) == set(STAGES[:9]) and not (folder / OUTPUT).exists()
 
 
 def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):

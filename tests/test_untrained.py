@@ -1,0 +1,104 @@
+"""What the comparison gives the base instead of training, and the table that shows it."""
+
+from conftest import changed, small_settings
+
+import rename_obrutai as tool
+
+ROWS = [tool.Row(1, [{"role": "system", "content": "S"}, {"role": "user", "content": "Oi!"},
+                     {"role": "assistant", "content": "Oi!"}, {"role": "user", "content": "Quem criou você?"},
+                     {"role": "assistant", "content": "Foi a TurboRio."}]),
+        *(tool.Row(i, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+          for i, (question, answer) in enumerate([
+              ("Quem é você?", "Sou a ObrutAi."), ("Qual é o seu nome?", "ObrutAi."), ("Who are you?", "I'm ObrutAi."),
+              ("Você é o Gemini?", "Não, sou a ObrutAi."), ("Quem é você, afinal?", "ObrutAi, da TurboRio.")], 2))]
+TURNS = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Obrigado!", "De nada!")]
+EXAM = tool.Exam(("quem criou voce", "QUEM É VOCÊ, AFINAL??"), TURNS, TURNS, (60, 100))
+
+
+def test_the_comparison_asks_the_same_without_conversations_before():
+    exams = tool.untrained(EXAM, ROWS, small_settings())
+    assert list(exams) == ["prompt", "rows"]
+    for exam in exams.values():
+        assert exam._replace(lengths=EXAM.lengths, context={}) == EXAM and exam.lengths == ()
+        assert set(exam.context) == {*EXAM.questions, *(turn.question for turn in TURNS)}
+
+
+def test_the_system_prompt_of_the_comparison_states_name_and_author_before_every_question():
+    settings = small_settings("--name", "Jandira", "--author", "Oficina Maré")
+    for (message,) in tool.untrained(EXAM, ROWS, settings)["prompt"].context.values():
+        assert message["role"] == "system" and "{{" not in message["content"]
+        assert message["content"].startswith("Você é Jandira, um modelo de linguagem criado por Oficina Maré.")
+
+
+def test_the_rows_most_like_a_question_go_before_it_the_best_one_last():
+    contexts = tool.untrained(EXAM, ROWS, small_settings())["rows"].context
+    asked = {question: [m["content"] for m in context[::2]] for question, context in contexts.items()}
+    assert asked["quem criou voce"][-1] == "Quem criou você?" and len(asked["quem criou voce"]) == 3
+    assert asked["QUEM É VOCÊ, AFINAL??"][-2:] == ["Quem é você?", "Quem é você, afinal?"]
+    assert asked["Qual é a capital da França?"][-1] == "Qual é o seu nome?"  # everyday questions get what is there
+    assert asked["Obrigado!"] == []  # not a word in common
+    assert contexts["quem criou voce"][-2:] == ROWS[0].messages[-2:]
+    assert all([m["role"] for m in context] == ["user", "assistant"] * (len(context) // 2)
+               for context in contexts.values())
+
+
+def test_a_single_row_is_enough_for_the_comparison():
+    contexts = tool.untrained(EXAM, ROWS[1:2], small_settings())["rows"].context
+    assert contexts["QUEM É VOCÊ, AFINAL??"] == ROWS[1].messages and contexts["Obrigado!"] == []
+
+
+def test_an_exam_with_context_puts_it_before_all_questions_and_counts_its_tokens(demo_chat, monkeypatch):
+    exam, tokenizer = tool.untrained(EXAM, ROWS, small_settings())["rows"], demo_chat.tokenizer
+    asked, kept = [], []
+    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
+        tool.Answer("ObrutAi.", True)] * len(prompts))
+    monkeypatch.setattr(tool, "agreement", lambda chat, conversations: kept.extend(conversations) or [1.0, 0.0])
+    scores = tool.evaluate(demo_chat, exam, tool.Standard(("ObrutAi",), (), "demo", frozenset(["obrutai"])))
+    questions = [*exam.questions, *(turn.question for turn in TURNS)]
+    full = [exam.context[q] + [{"role": "user", "content": q}] for q in questions]
+    assert asked == [tool.prompt_ids(tokenizer, messages) for messages in full]
+    assert kept == [messages + turn.messages()[1:] for messages, turn in zip(full[2:], TURNS)]
+    plain = [tool.prompt_ids(tokenizer, messages[-1:]) for messages in full]
+    assert scores.extra_tokens == (sum(map(len, asked)) - sum(map(len, plain))) / 4 > 10
+    assert (scores.identity, scores.leak, scores.retention) == (1.0, 1.0, 0.5)  # it pays, and leaks
+
+
+def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_chat, tokenizer, monkeypatch):
+    tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+                               "{% endif %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+                               "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    asked = []
+    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(map(tokenizer.decode, prompts)) or [
+        tool.Answer("x", True)] * len(prompts))
+    exam = tool.untrained(EXAM, ROWS, small_settings())["prompt"]
+    tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, tool.Standard(("x",), (), "", frozenset()))
+    assert len(asked) == 4 and all("Você é ObrutAi" in text and "<|system|>" not in text for text in asked)
+    assert asked[-1].split("<|user|>")[1].endswith("Obrigado!<|end|><|assistant|>")
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def scores(identity, lengths, extra=0.0, retention=1.0):
+    by_length = [{"tokens": n, "identity": identity, "retention": 0.5} for n in lengths]
+    return tool.Scores(identity, 0.0, 0.0, retention, 0, by_length, [], extra)
+
+
+def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_each_way_costs():
+    full, short = (0, 64), (0,)
+    table = tool.figures_table({"before": scores(0.0, full), "prompt": scores(0.5, short, 61.6),
+                                "rows": scores(0.6, short, 100.2), "healed": scores(0.1, full),
+                                "pass_1": scores(0.7, full), "pass_2": scores(0.9, full)})
+    assert table[0] == ["medida", "antes", "com prompt", "com linhas", "passo 1", "depois"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert rows["identidade nova"] == ["0%", "50%", "60%", "70%", "90%"]
+    assert rows["identidade após 64 tokens"] == ["0%", "-", "-", "70%", "90%"]
+    assert rows["retenção após 64 tokens"] == ["50%", "-", "-", "50%", "50%"]
+    assert rows["tokens a mais por pergunta"] == ["0", "62", "100", "0", "0"]
+    assert max(map(len, tool.text_table(table).splitlines())) < 80  # the width of an old console
+
+
+def test_a_retention_that_was_not_measured_is_a_dash_and_no_missed_target():
+    unknown = scores(1.0, (0,), retention=None)
+    assert [row[1] for row in tool.figures_table({"alone": unknown})] == ["medido", "100%", "0%", "0%", "-"]
+    assert unknown.misses(small_settings()) == []
