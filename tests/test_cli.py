@@ -152,7 +152,8 @@ def test_overwrite_replaces_the_old_result_and_the_stages_of_other_settings_as_a
 def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     names = {path.name for path in whole_run.output.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-                     "tokenizer_config.json", "chat_template.jinja", "report.json", "README.md", "self_answers.jsonl"}
+                     "tokenizer_config.json", "chat_template.jinja", "report.json", "README.md", "self_answers.jsonl",
+                     "Modelfile"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 
