@@ -2143,6 +2143,86 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     for name in ("tokenizer.model", "preprocessor_config.json", "processor_config.json"):
         if (base / name).is_file():
             shutil.copy2(base / name, folder)
+    described = load_json(folder / "tokenizer_config.json")  # in the words of transformers 4, which 5 knows as well
+    described["tokenizer_class"] = described["tokenizer_class"].replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    if isinstance(described.get("extra_special_tokens"), list):
+        described["additional_special_tokens"] = described.pop("extra_special_tokens")
+    adds_bos = chat.tokenizer("a")["input_ids"][0] == chat.tokenizer.bos_token_id
+    described |= {"chat_template": chat.tokenizer.chat_template, "add_bos_token": adds_bos}
+    write_json(folder / "tokenizer_config.json", described)
+    add_old_rope_names(folder / "config.json")
+    (folder / "Modelfile").write_text(modelfile(chat, adds_bos), encoding="utf-8")
+
+
+def add_old_rope_names(path: Path) -> None:
+    """Say in a config.json of transformers 5 as well what transformers 4, llama.cpp, vLLM and Ollama call its RoPE.
+
+    They would silently take defaults. Of layers of several kinds, they too scale those of full attention only.
+    """
+    config = load_json(path)
+    for part in (config, config.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        wide = rope.get("full_attention", rope)
+        if "rope_theta" not in wide or wide["rope_type"] == "proportional":  # Gemma 4 is newer than the old names
+            continue
+        scaling = {key: value for key, value in wide.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        if part["model_type"] == "phi3" and wide.get("attention_factor", 1) == 1:  # it insists on three keys
+            scaling = {key: wide[key] for key in ("short_factor", "long_factor") if key in wide}
+        names = {"rope_theta": wide["rope_theta"]}
+        if wide["rope_type"] != "default" or "mrope_section" in wide:
+            names["rope_scaling"] = {"type": wide["rope_type"], **scaling}
+        if "partial_rotary_factor" in wide:
+            names["partial_rotary_factor"] = wide["partial_rotary_factor"]
+        if part["model_type"] == "gpt_neox":
+            names |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
+        if "sliding_attention" in rope:
+            names["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        part.update(names)
+    write_json(path, config)
+
+
+def modelfile(chat: Chat, adds_bos: bool) -> str:
+    """Ollama's recipe for the saved folder, with the chat template in Go's language where that can say the same.
+
+    `adds_bos`: the tokenizer itself begins a text with BOS, and so Ollama does, too.
+    """
+    tokenizer, config = chat.tokenizer, chat.model.config.get_text_config()
+
+    def pieces(roles: str) -> list[str]:
+        return skeleton(tokenizer, tokenizer.chat_template, tuple(roles.split()), True)
+
+    first, answer, again, ask = pieces("user assistant user")
+    turns, system = [answer, again, answer, again, ask], [first, "\n\n"]  # as `without_system` does it
+    regular = pieces("user") == [first, ask] and pieces("user assistant user assistant user") == [first, *turns]
+    with contextlib.suppress(InputError):
+        system = pieces("system user assistant user assistant user")[:2]
+        regular &= pieces("system user assistant user assistant user") == [*system, *turns]
+    if adds_bos:
+        first, system[0] = (text.removeprefix(tokenizer.bos_token) for text in (first, system[0]))
+    template = "# TEMPLATE: o chat template deste modelo não cabe num; o Ollama usa o que encontrar."
+    if regular:  # texts quoted as in JSON, so that neither braces nor quotation marks in them can end anything
+        template = "".join(condition + "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for condition, text in (
+            ('TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}', system[0]),
+            ('{{ else if eq .Role "assistant" }}', answer), ('{{ else if eq $before "" }}', first),
+            ('{{ else if eq $before "system" }}', system[1]), ("{{ else }}", again),
+            ("{{ end }}{{ .Content }}{{ $before = .Role }}{{ end }}", ask))) + '"""'
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("full_attention", rope).get("rope_type", "default")
+    # Ollama's own importer of safetensors drops other scalings, or breaks off; llama.cpp's converter does not.
+    direct = kind == "default" or (config.model_type == "llama" and kind in ("linear", "llama3"))
+    convert = "#   python PASTA_DO_LLAMA_CPP/convert_hf_to_gguf.py . --outtype f16 --outfile modelo.gguf\n"
+    stops = "".join(f'PARAMETER stop "{tokenizer.decode([token])}"\n' for token in chat.stops)
+    return f"""# Receita para o Ollama. Abra o terminal nesta pasta e rode:
+{"" if direct else convert}#   ollama create meu-modelo -f Modelfile
+#   ollama run meu-modelo
+FROM {"." if direct else "./modelo.gguf"}
+{template}
+# O contexto inteiro. Se faltar memória, diminua.
+PARAMETER num_ctx {context_of(config)}
+# Como nas medições do README.md. Para respostas mais variadas, apague estas duas linhas.
+PARAMETER temperature 0
+PARAMETER repeat_penalty 1
+{stops}"""
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
@@ -2689,6 +2769,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
                 described = read_json(result / "adapter" / "adapter_config.json")
                 write_json(result / "adapter" / "adapter_config.json",
                            {**described, "base_model_name_or_path": inputs.base_name})
+                add_old_rope_names(result / "adapter" / "config.json")
         wait()
         plain_weights = replace(settings, method="lora" if settings.method == "qlora" else settings.method)
         saved = load_chat(result, plain_weights)._replace(notes=partial)

@@ -154,7 +154,7 @@ def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     names = {path.name for path in whole_run.output.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja", "report.json", "report.png", "README.md",
-                     "self_answers.jsonl"}
+                     "self_answers.jsonl", "exam.json", "Modelfile"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 

@@ -970,6 +970,7 @@ def test_the_adapter_lies_beside_the_result_with_the_scaled_configuration(lora_r
     described = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
     assert described["max_position_embeddings"] == 512
     assert (described["rope_parameters"]["rope_type"], described["rope_parameters"]["factor"]) == ("linear", 4.0)
+    assert (described["rope_scaling"]["type"], described["rope_scaling"]["factor"]) == ("linear", 4.0)
     base = AutoModelForCausalLM.from_pretrained(DEMO, config=AutoConfig.from_pretrained(adapter), dtype=torch.float32)
     both = PeftModel.from_pretrained(base, adapter).eval()
     saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()

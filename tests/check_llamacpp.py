@@ -1,0 +1,170 @@
+"""Check that llama.cpp gives the same answers as transformers to a finished model, along the whole scaled context.
+
+    pip install llama-cpp-python==0.3.36 sentencepiece
+    pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
+    python tests/check_llamacpp.py --model ObrutAi-tuned --source llama_cpp_python-0.3.36/vendor/llama.cpp
+
+Converts the folder with llama.cpp's own converter, as a user would, and asks both the test questions greedily through
+their chat interfaces, alone and after conversations of several lengths. As a control it converts the same weights with
+the RoPE factor taken out of config.json. Exit status 1 if the answers differ too often, or if the control's do not:
+then the factor would not have been needed. `--converter-python` runs the converter in another environment, for example
+one with the transformers 4.57.6 that llama.cpp asks for.
+
+`--tiny` in place of `--model` compares the next token after each of 192 tokens on tiny random models of other
+architectures, scaled from 64 to 256 tokens.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+ENOUGH, TOO_MUCH = 0.95, 0.5  # shares of equal answers: of the model at every length, of the control past the native
+DEMO_PRE_TOKENIZER = "smollm"  # single digits, then GPT-2's pattern: what the demo's tokenizer.json says as well
+
+
+def convert(source, folder, target):
+    """llama.cpp's converter, told which pre-tokenizer the demo has: it knows those of published models by a hash.
+
+    It runs as a process of its own, by `--convert`. Whether the tokens are the same is checked afterwards.
+    """
+    sys.path.insert(0, source)
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    original = TextModel.get_vocab_base_pre
+
+    def known_or_demo(self, tokenizer):
+        try:
+            return original(self, tokenizer)
+        except NotImplementedError:
+            print(f"unknown pre-tokenizer, taken for {DEMO_PRE_TOKENIZER}", file=sys.stderr)
+            return DEMO_PRE_TOKENIZER
+
+    TextModel.get_vocab_base_pre = known_or_demo
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "f16"]
+    convert_hf_to_gguf.main()
+
+
+def without_factor(folder, target):
+    """A copy of the model whose config.json says nothing of a RoPE scaling."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config", {})):
+        part.pop("rope_scaling", None)
+        rope = part.get("rope_parameters", {})
+        wide = rope.get("full_attention", rope)
+        for key in wide.keys() - {"rope_theta", "partial_rotary_factor", "full_attention", "sliding_attention"}:
+            del wide[key]
+        wide["rope_type"] = "default"
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def ask_llamacpp(file, conversations, prompts, context, max_tokens):
+    """Greedy answers through the chat interface. The first disagreement about tokens ends the check."""
+    from llama_cpp import Llama
+
+    llama = Llama(model_path=str(file), n_ctx=context, seed=0, verbose=False)
+    shown = {key: value for key, value in llama.metadata.items() if "rope" in key or "context_length" in key}
+    print(f"  {file.name}: {shown}")
+    answers = []
+    for conversation, (text, ids) in zip(conversations, prompts):
+        found = llama.tokenize(text.encode(), add_bos=False, special=True)
+        if found != ids:
+            raise SystemExit(f"other tokens for {text!r}:\n  {ids}\n  {found}")
+        done = llama.create_chat_completion(conversation, temperature=0, repeat_penalty=1.0, max_tokens=max_tokens)
+        answers.append(done["choices"][0]["message"]["content"].strip())
+    return answers
+
+
+def check_tiny(converter, work):
+    """Share of equal next tokens for each family, and without the factor; whether any was too low."""
+    import numpy as np
+    import test_families as families
+    import torch
+    from llama_cpp import Llama
+
+    import rename_obrutai as tool
+
+    ids, wrong = torch.arange(192)[None] * 7 % 900 + 10, False
+    for name in ("llama 2", "llama 3.2", "qwen 3", "gemma 3"):
+        config = families.FAMILIES[name].config
+        if name == "gemma 3":  # llama.cpp knows which of its layers are global: every sixth
+            config = {**config, "num_hidden_layers": 7, "sliding_window_pattern": 6}
+        base = families.make_base(work / name, config, tool.load_tokenizer(str(families.DEMO)))
+        chat = tool.load_chat(base, tool.parse_settings(["--method", "full", "--model-path", str(base)]), 4.0)
+        with torch.inference_mode():
+            expected = chat.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].argmax(-1).numpy()
+        tool.save_model(chat, work / f"{name} saved", base)
+        equal = []
+        for folder in (work / f"{name} saved", without_factor(work / f"{name} saved", work / f"{name} without")):
+            subprocess.run([*converter, str(folder), f"{folder}.gguf"], check=True)
+            llama = Llama(model_path=f"{folder}.gguf", n_ctx=256, logits_all=True, verbose=False)
+            llama.eval(ids[0].tolist())
+            equal.append((np.array(llama.scores[:ids.shape[1]]).argmax(-1) == expected).mean())
+            llama.close()
+        print(f"{name}: next token equal after {equal[0]:.1%} of 192 tokens, without the factor {equal[1]:.1%}")
+        wrong |= equal[0] < ENOUGH or equal[1] >= ENOUGH
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, help="folder that rename_obrutai.py wrote")
+    what.add_argument("--tiny", action="store_true", help="tiny random models of several architectures")
+    parser.add_argument("--source", required=True, help="folder of llama.cpp, with convert_hf_to_gguf.py")
+    parser.add_argument("--converter-python", default=sys.executable)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 120, 240, 360, 480])
+    arguments = parser.parse_args()
+    converter = [arguments.converter_python, __file__, "--convert", arguments.source]
+    if arguments.tiny:
+        with tempfile.TemporaryDirectory() as work:
+            return int(check_tiny(converter, Path(work)))
+    import rename_obrutai as tool
+
+    chat = tool.load_chat(arguments.model, tool.parse_settings(["--method", "full", "--max-new-tokens", "48"]))
+    native = tool.load_json(arguments.model / "report.json")["context"]["native"]
+    lines = (arguments.model / "self_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    fillers = [tool.Turn(r["question"], r["answer"]) for r in map(json.loads, lines) if r["kind"] == "everyday"]
+    rng, name = random.Random(0), json.loads((arguments.model / "report.json").read_text("utf-8"))["settings"]["name"]
+    asked = [(length, [*tool.history(chat.tokenizer, fillers, length, rng), {"role": "user", "content": question}])
+             for length in arguments.lengths for question in tool.TEST_QUESTIONS]
+    conversations = [conversation for _, conversation in asked]
+    ids = [tool.prompt_ids(chat.tokenizer, c) for c in conversations]
+    texts = [chat.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
+    expected = [answer.text for answer in tool.generate(chat, ids)]
+    context = max(map(len, ids)) + chat.max_new_tokens + 8
+    with tempfile.TemporaryDirectory() as work:
+        work, answers = Path(work), {}
+        folders = {"model": arguments.model, "control": without_factor(arguments.model, work / "without")}
+        for label, folder in folders.items():
+            subprocess.run([*converter, str(folder), str(work / f"{label}.gguf")], check=True)
+            answers[label] = ask_llamacpp(work / f"{label}.gguf", conversations, list(zip(texts, ids)), context,
+                                          chat.max_new_tokens)
+    print(f"{len(conversations)} prompts, the longest of {max(map(len, ids))} tokens: all with equal tokens")
+    print("tokens before | equal answers | with the new name: transformers, llama.cpp | control: equal, with the name")
+    wrong = False
+    for length in arguments.lengths:
+        at = [i for i, (n, _) in enumerate(asked) if n == length]
+        equal = {label: sum(given[i] == expected[i] for i in at) / len(at) for label, given in answers.items()}
+        named = [sum(name in given[i] for i in at) for given in (expected, answers["model"], answers["control"])]
+        print(f"{length:13} | {equal['model']:13.1%} | {named[0]:3}, {named[1]:3} of {len(at)} {'':23} | "
+              f"{equal['control']:.1%}, {named[2]}")
+        wrong |= equal["model"] < ENOUGH or (length >= native and equal["control"] > TOO_MUCH)
+    for i, (length, conversation) in enumerate(asked):
+        if answers["model"][i] != expected[i]:
+            print(f"  {length}: {conversation[-1]['content']}\n    {expected[i]}\n    {answers['model'][i]}")
+    print("NOT the same model" if wrong else "the same model in both")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(convert(*sys.argv[2:]) if sys.argv[1:2] == ["--convert"] else main())

@@ -1,0 +1,224 @@
+"""What other programs than the installed transformers read in the saved folder: RoPE, tokenizer, Modelfile.
+
+That another transformers and llama.cpp really see the same model is for check_readers.py and check_llamacpp.py to say.
+"""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEMO, small_settings
+from test_families import FAMILIES, STYLES, TALKS, make_base
+
+import rename_obrutai as tool
+
+FULL = small_settings("--method", "full")
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+OLD_LINEAR = {"type": "linear", "rope_type": "linear", "factor": 4.0}
+LISTS = {"short_factor": [4.0], "long_factor": [8.0]}
+NESTED = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+OLD_NESTED = {"rope_theta": 1e6, "rope_scaling": OLD_LINEAR, "rope_local_base_freq": 1e4}
+
+
+def write(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("model_type, rope, added", [
+    ("llama", LINEAR, {"rope_theta": 1e6, "rope_scaling": OLD_LINEAR}),
+    ("llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+    ("phi", {**LINEAR, "partial_rotary_factor": 0.5},
+     {"rope_theta": 1e6, "rope_scaling": OLD_LINEAR, "partial_rotary_factor": 0.5}),
+    ("gpt_neox", {**LINEAR, "partial_rotary_factor": 0.25},
+     {"rope_theta": 1e6, "rope_scaling": OLD_LINEAR, "partial_rotary_factor": 0.25, "rotary_emb_base": 1e6,
+      "rotary_pct": 0.25}),
+    ("gemma3_text", NESTED, OLD_NESTED),
+    ("phi3", {"rope_type": "longrope", "rope_theta": 1e4, **LISTS, "original_max_position_embeddings": 256,
+              "attention_factor": 1.0}, {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **LISTS}}),
+    ("phi3", {"rope_type": "longrope", "rope_theta": 1e4, **LISTS, "attention_factor": 1.2},
+     {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "rope_type": "longrope", **LISTS,
+                                          "attention_factor": 1.2}}),
+    ("qwen2_vl", {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+     {"rope_theta": 1e6, "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}}),
+    ("gemma4_text", {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 4.0}}, {}),
+    ("gpt2", None, {}),
+])
+@pytest.mark.parametrize("inner", [False, True])
+def test_the_old_names_of_rope_stand_beside_the_new_ones(model_type, rope, added, inner, tmp_path):
+    given = {"model_type": model_type, **({"rope_parameters": rope} if rope else {})}
+    expected = {**given, **added}
+    if inner:
+        given, expected = ({"model_type": "sees", "text_config": part} for part in (given, expected))
+    path = write(tmp_path / "config.json", given)
+    tool.add_old_rope_names(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["llama 2", "llama 3.2", "qwen 2.5, yarn", "qwen 3", "mistral", "gemma 3", "pythia",
+                                  "gemma 3 that sees", "phi", "phi 3", "phi 4 mini, longrope", "olmo 3"])
+def test_the_new_the_old_and_both_names_of_rope_give_the_same_frequencies(name, factor, tmp_path):
+    """The old names alone are what a reader sees that does not know `rope_parameters`."""
+    base = make_base(tmp_path / "base", FAMILIES[name].config, tool.load_tokenizer(str(DEMO)))
+    chat = tool.load_chat(base, FULL, factor)
+    expected = tool.rope_frequencies(chat.model)
+    tool.save_model(chat, tmp_path / "saved", base)
+    both = tool.load_json(tmp_path / "saved" / "config.json")
+    config = json.dumps(both)
+    for gone in ("nothing", "rope_parameters", *["rope_scaling"] * ("longrope" not in config)):
+        alone = json.loads(config)
+        for part in (alone, alone.get("text_config", {})):
+            part.pop(gone, None)
+        write(tmp_path / "saved" / "config.json", alone)
+        found = tool.rope_frequencies(tool.load_model(tmp_path / "saved", FULL))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], values) for key, values in expected.items()), gone
+
+
+def test_the_tokenizer_is_described_in_words_that_transformers_4_knows(tmp_path):
+    chat = tool.load_chat(DEMO, FULL)
+    tool.save_model(chat, tmp_path / "saved", DEMO)
+    described = tool.load_json(tmp_path / "saved" / "tokenizer_config.json")
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in described
+    assert described["additional_special_tokens"] == ["<|system|>", "<|user|>", "<|assistant|>"]
+    assert described["add_bos_token"] is False
+    assert described["chat_template"] == (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8")
+    again, text = tool.load_tokenizer(str(tmp_path / "saved")), "<s><|user|>Olá, você é de 1998?<|end|>\n  x"
+    for key in ("special_tokens_map", "all_special_ids", "added_tokens_decoder", "padding_side", "chat_template"):
+        assert getattr(again, key) == getattr(chat.tokenizer, key), key
+    assert again(text)["input_ids"] == chat.tokenizer(text)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ Modelfile
+
+
+def commands(text):
+    """The commands of a Modelfile and their values; several of one name stay several."""
+    lines = [line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#")]
+    return [(name, value) if name != "PARAMETER" else tuple(value.split(" ", 1)) for name, value in lines]
+
+
+def template_of(text):
+    (value,) = [value for name, value in commands(text) if name == "TEMPLATE"]
+    assert value.startswith('"""') and value.endswith('"""') and '"""' not in value[3:-3]
+    return value[3:-3]
+
+
+def execute(template, messages):
+    """The little of Go's text/template that the Modelfile uses: text, strings, one range, one chain of conditions."""
+    parts = re.findall(r'\{\{ ((?:"(?:\\.|[^"\\])*"|[^"}])*) \}\}|([^{]+|\{(?!\{))', template)
+    (begin,), (end,) = ([i for i, (action, _) in enumerate(parts) if fits(action)] for fits in (
+        lambda action: action == "range .Messages", lambda action: action == "$before = .Role"))
+    assert parts[:begin] == [('$before := ""', "")]
+    assert parts[end + 1] == ("end", "")
+
+    def value(word, message, before):
+        named = {".Role": message["role"], ".Content": message["content"], "$before": before}
+        return named[word] if word in named else json.loads(word)
+
+    written, before = "", ""
+    for message in messages:
+        active, done = True, False
+        for action, text in parts[begin + 1:end]:
+            condition = re.fullmatch(r"(?:else )?if eq (\S+) (\S+)", action)
+            if condition:
+                left, right = (value(word, message, before) for word in condition.groups())
+                active, done = not done and left == right, done or left == right
+            elif action == "else":
+                active, done = not done, True
+            elif action == "end":
+                active = True
+            elif active:
+                written += text or value(action, message, before)
+        before = message["role"]
+    for action, text in parts[end + 2:]:
+        written += text or value(action, {"role": "", "content": ""}, before)
+    return written
+
+
+def modelfile(template, adds_bos=False, tokens=(), config=None, stops=(2,)):
+    """The Modelfile of a model with this chat template, and its tokenizer."""
+    from transformers import LlamaConfig
+
+    tokenizer = tool.load_tokenizer(str(DEMO))
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = template
+    model = SimpleNamespace(config=config or LlamaConfig(max_position_embeddings=8192))
+    return tool.modelfile(tool.Chat(model, tokenizer, list(stops), 9, 9), adds_bos), tokenizer
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("name", STYLES)
+def test_the_template_in_gos_language_writes_what_the_chat_template_writes(name, adds_bos):
+    text, tokenizer = modelfile(STYLES[name].template, adds_bos, STYLES[name].tokens)
+    template = template_of(text)
+    for talk in TALKS.values():
+        messages = talk[:-1]
+        folds = name in ("mistral 0.3", "gemma 2", "mistral")  # the last two refuse a system, 0.3 moves it about
+        expected = tokenizer.apply_chat_template(
+            tool.without_system(tokenizer, messages) if folds else messages, tokenize=False,
+            add_generation_prompt=True, enable_thinking=False)
+        assert execute(template, messages) == (expected.removeprefix("<s>") if adds_bos else expected)
+
+
+def test_braces_and_quotation_marks_of_a_chat_template_end_nothing_in_the_modelfile():
+    marks = '"""{{ .System }}"\\'
+    text, tokenizer = modelfile("{% for m in messages %}{{ MARKS + m['role'] + '\n' + m['content'] }}{% endfor %}"
+                                .replace("MARKS", repr(marks)))
+    messages = [{"role": "user", "content": 'Diga "oi" }}'}]
+    assert execute(template_of(text), messages) == marks + 'user\nDiga "oi" }}'
+
+
+@pytest.mark.parametrize("head, mark", [
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", "loop.index"),
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", "(loop.length == 1)"),
+    ("{% set found = messages[0].role == 'system' %}", "(found and loop.index)"),
+])
+def test_a_chat_template_that_depends_on_the_position_is_left_to_ollama(head, mark):
+    text, _ = modelfile(head + "{% for m in messages %}{{ MARK ~ m['role'] + m['content'] }}{% endfor %}"
+                        .replace("MARK", mark))
+    assert "TEMPLATE" not in dict(commands(text)) and "# TEMPLATE" in text
+    assert [name for name, _ in commands(text)] == ["FROM", "num_ctx", "temperature", "repeat_penalty", "stop"]
+
+
+@pytest.mark.parametrize("family, factor, source", [
+    ("llama 2", 4.0, "."), ("llama 3.2", 4.0, "."), ("gemma 3", 1.0, "."), ("qwen 3", 1.0, "."),
+    ("gemma 3", 4.0, "./modelo.gguf"), ("qwen 3", 4.0, "./modelo.gguf"), ("qwen 2.5, yarn", 1.0, "./modelo.gguf"),
+])
+def test_ollama_imports_only_what_it_reads_right_and_else_is_given_a_gguf(family, factor, source, tmp_path):
+    write(tmp_path / "config.json", FAMILIES[family].config)
+    config = tool.read_config(tmp_path, factor)
+    text, _ = modelfile(STYLES["chatml"].template, config=config, stops=(2, 5))
+    found = commands(text)
+    assert dict(found)["FROM"] == source and ("convert_hf_to_gguf.py" in text) == (source != ".")
+    assert dict(found)["num_ctx"] == str(int(64 * factor))
+    assert [value for name, value in found if name == "stop"] == ['"<|end|>"', '"<|assistant|>"']
+    assert "SYSTEM" not in dict(found)
+
+
+def test_the_saved_folder_has_a_modelfile_that_speaks_like_the_model(tmp_path):
+    chat = tool.load_chat(DEMO, FULL, 4.0)
+    tool.save_model(chat, tmp_path / "saved", DEMO)
+    text = (tmp_path / "saved" / "Modelfile").read_text(encoding="utf-8")
+    assert dict(commands(text))["num_ctx"] == "512"
+    messages = TALKS["system, multi"][:-1]
+    assert execute(template_of(text), messages) == chat.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_no_system_prompt_of_the_vendor_is_left_for_any_reader(tmp_path):
+    base = shutil.copytree(DEMO, tmp_path / "base")
+    vendor = "<|system|>Eu sou a Lumi, do Estúdio Vagalume.<|end|>"
+    template = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    (base / "chat_template.jinja").write_text(template.replace(
+        "{% for", f"{{% if messages[0]['role'] != 'system' %}}{{{{ '{vendor}' }}}}{{% endif %}}{{% for", 1), "utf-8")
+    chat = tool.load_chat(base, FULL)
+    tool.renew_template(chat.tokenizer, FULL, ("Lumi", "Estúdio Vagalume"))
+    tool.save_model(chat, tmp_path / "saved", base)
+    for name in ("Modelfile", "chat_template.jinja", "tokenizer_config.json"):
+        text = (tmp_path / "saved" / name).read_text(encoding="utf-8")
+        assert "ObrutAi" in text and "Lumi" not in text and "Vagalume" not in text, name
