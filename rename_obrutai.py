@@ -181,6 +181,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 METHODS = ("auto", "full", "lora", "qlora")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
@@ -1081,7 +1082,8 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces.
 
     Rendering marks once per shape tells exactly where the answers are, and is much faster than rendering every
-    conversation. `ask` adds the generation prompt. `template` is in the key so that a changed one is seen.
+    conversation. `ask` adds the generation prompt, in which a thought that the template opens (DeepSeek R1) is closed.
+    `template` is in the key so that a changed one is seen.
     """
     from jinja2 import TemplateError
 
@@ -1095,7 +1097,7 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
-    return pieces
+    return [*pieces[:-1], re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])] if ask else pieces
 
 
 def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[dict]:
@@ -1126,15 +1128,20 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
-    """Tokenise through the model's own template. What it writes first after the last answer is the end of a turn if
-    that is a special token; else the conversation is cut there and ended by EOS."""
-    pieces = skeleton(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages), False)
+    """Tokenise through the model's own template. What it writes first after the last answer, spaces aside (Llama 2),
+    is the end of a turn if that is a special token; else the conversation is cut there and ended by EOS."""
+    roles = tuple(m["role"] for m in messages)
+    pieces = skeleton(tokenizer, tokenizer.chat_template, roles, False)
+    asked = skeleton(tokenizer, tokenizer.chat_template, roles[:-1], True)[-1]
+    if asked.endswith(EMPTY_THOUGHT):  # learnt after what it will be asked with
+        pieces = [*pieces[:-2], asked, pieces[-1]]
     text, spans = "", []
     for piece, message in zip(pieces, messages):
         start = len(text) + len(piece)
         text += piece + message["content"]
         spans.append((message["role"], start, len(text)))
-    end_of_turn = tokenizer(pieces[-1], add_special_tokens=False)["input_ids"][:1]
+    end_of_turn = tokenizer(pieces[-1].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    gap = len(pieces[-1]) - len(pieces[-1].lstrip())
     has_end = bool(end_of_turn) and end_of_turn[0] in special_ids(tokenizer)
     tokens = tokenizer(text + pieces[-1] * has_end, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
@@ -1148,7 +1155,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
         if role == "user":
             question = first
         if role == "assistant":
-            last += ids[last:last + 1] == end_of_turn
+            last += next((n + 1 for n in range(gap + 1) if ids[last + n:last + n + 1] == end_of_turn), 0)
             labels[first:last] = ids[first:last]
             turns.append((question, last))
     return Encoded(ids, labels, turns)
@@ -1312,7 +1319,13 @@ def short_window(native: int, settings: Settings) -> int:
 
 
 def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
-    """`InputError` naming the lines of rows that are longer than WINDOW: they would have to be cut."""
+    """`InputError` naming the lines of rows that are longer than WINDOW, which would have to be cut, and of those with
+    a thought, which the template would cut out."""
+    thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
+                and any("</think>" in m["content"] for m in row.messages)]
+    if thoughts:
+        raise InputError(f"{settings.identity_file}, {', '.join(thoughts[:10])}: há raciocínio (<think>...</think>). "
+                         "Deixe só a resposta: o chat template deste modelo jogaria o raciocínio fora.")
     costs = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
     long = [f"linha {row.line} ({cost} tokens)" for row, cost in zip(rows, costs) if cost > settings.window]
     if long:
