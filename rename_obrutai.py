@@ -191,6 +191,7 @@ MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (cha
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
+NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
@@ -637,7 +638,7 @@ def check_base(base: Path) -> int:
     quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if quantized:
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
-                         "e assim não dá para treinar. Baixe a versão original do modelo (bf16, fp16 ou fp32).")
+                         "e assim não dá para treinar. Baixe uma versão em bf16, fp16 ou fp32.")
     shards = sorted(base.glob("*.safetensors"))
     if not shards and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
         raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
@@ -836,8 +837,9 @@ def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) 
     family's larger models ship it and llama.cpp reads it. An existing scaling is composed with: the factor of
     `linear`, `llama3`, `yarn` and `proportional` is multiplied, which for all but the first stretches the slow
     frequencies and leaves the fast ones, as those scalings were trained; so are the lists of `longrope`.
-    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has. Raises `InputError`
-    for a model without RoPE and for any other scaling.
+    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has; so are DeepSeek's
+    `mscale`s, which count times the factor's logarithm. Raises `InputError` for a model without RoPE and for any
+    other scaling.
     """
     hint = "Use --rope-factor 1 (ROPE_FACTOR = 1) para renomear sem aumentar o contexto."
     if not rope:
@@ -847,9 +849,12 @@ def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) 
     kind = rope.get("rope_type", "default")
     if kind in ("default", "linear"):
         return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1) * factor}
-    if kind in ("llama3", "yarn", "proportional") and not rope.get("mscale_all_dim"):
+    if kind in ("llama3", "yarn", "proportional"):
+        old = float(rope.get("factor") or 1)
         pinned = {"attention_factor": attention_factor} if kind == "yarn" else {}
-        return {**rope, "factor": float(rope.get("factor") or 1) * factor, **pinned}
+        pinned |= {key: rope[key] * math.log(old) / math.log(old * factor) for key in ("mscale", "mscale_all_dim")
+                   if rope.get(key)}
+        return {**rope, "factor": old * factor, **pinned}
     if kind == "longrope":
         lists = {key: [value * factor for value in rope[key]] for key in ("short_factor", "long_factor")}
         original = int(rope["original_max_position_embeddings"] * factor)
@@ -870,6 +875,9 @@ def blaming(what: str):
     except Exception as error:
         if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
             raise
+        if package := re.search(r"pip install ([\w-]+)", isinstance(error, ImportError) * str(error)):
+            raise InputError(f"{what}: para ler isto, o transformers precisa do pacote {package[1]}. Instale-o (pip "
+                             f"install {package[1]}) e rode de novo.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{what} está estragado ou incompleto: o transformers não consegue carregá-lo ({reason}). "
                          "Baixe o modelo de novo.") from error
@@ -878,7 +886,7 @@ def blaming(what: str):
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
     """The model's configuration with RoPE and context scaled; `InputError` for one that transformers cannot use
     without running the model's own Python code."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     described = read_json(Path(folder) / "config.json")
@@ -889,18 +897,24 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
                          "transformers já conhece, ou atualize: pip install -U transformers")
     with blaming(f"o config.json de {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(f"o modelo {folder} (model_type: {config.model_type}) também vê imagens ou ouve, e ainda "
+                             "não sei renomear modelos desse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
         text_config = config.get_text_config()
         native = context_of(config)
         if rope_factor != 1:
-            # Falcon has the parameters even where it uses ALiBi instead.
-            rope = None if getattr(text_config, "alibi", False) else getattr(text_config, "rope_parameters", None)
+            # Falcon and Granite have the parameters even where they use ALiBi, or nothing, instead.
+            unused = (getattr(text_config, "alibi", False)
+                      or getattr(text_config, "position_embedding_type", None) == "nope")
+            rope = None if unused else getattr(text_config, "rope_parameters", None)
             layer = "full_attention" if "full_attention" in (rope or {}) else None
             kind = ((rope or {}).get(layer) or rope or {}).get("rope_type", "default")
-            if config.model_type == "phi3" and kind == "default":  # its own check knows no linear: the same as lists
+            if config.model_type in ("phi3", "phimoe") and kind == "default":  # they know no linear: the same as lists
                 head = text_config.hidden_size // text_config.num_attention_heads
-                pairs = int(head * rope["partial_rotary_factor"]) // 2
+                pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
                 rope = {**rope, "rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [1.0] * pairs,
                         "original_max_position_embeddings": native}
+                rope |= {"short_mscale": 1.0, "long_mscale": 1.0} if config.model_type == "phimoe" else {}
             attention = 1.0
             if kind in ("yarn", "longrope"):
                 attention = ROPE_INIT_FUNCTIONS[kind](text_config, "cpu", layer_type=layer)[1]
@@ -977,7 +991,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     elif adapt and settings.method != "full":
         torch.manual_seed(settings.seed)
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
-                                                 target_modules="all-linear", exclude_modules=f".*({NOT_TEXT}).*",
+                                                 target_modules="all-linear", exclude_modules=f".*({NOT_LORA}).*",
                                                  task_type="CAUSAL_LM"))
     return (model.merge_and_unload() if merge and adapted else model).eval()
 
@@ -991,7 +1005,9 @@ def last_hidden(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str
     """Output of the decoder, (rows, tokens, hidden): logits of all tokens would take more memory than the rest of the
     model where the vocabulary is large. `model` may be a wrapper of `inner`, as DDP is."""
     kept = []
-    hook = inner.get_decoder().register_forward_hook(lambda module, given, output: kept.append(output[0]))
+    decoder = inner.get_decoder()
+    decoder = inner.model if decoder is inner else decoder  # Llama 4
+    hook = decoder.register_forward_hook(lambda module, given, output: kept.append(output[0]))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
@@ -1082,8 +1098,9 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces.
 
     Rendering marks once per shape tells exactly where the answers are, and is much faster than rendering every
-    conversation. `ask` adds the generation prompt, in which a thought that the template opens (DeepSeek R1) is closed.
-    `template` is in the key so that a changed one is seen.
+    conversation. `ask` adds the generation prompt, up to where the answer itself begins: a thought that the template
+    opens (DeepSeek R1) is closed, and what it writes before answers (gpt-oss: a channel) follows. `template` is in the
+    key so that a changed one is seen.
     """
     from jinja2 import TemplateError
 
@@ -1097,7 +1114,11 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
-    return [*pieces[:-1], re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])] if ask else pieces
+    if ask:
+        pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
+        before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
+        pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
+    return pieces
 
 
 def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[dict]:
@@ -2529,6 +2550,8 @@ def run(settings: Settings) -> int:
     if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
+        if bases[0].model.config.model_type != config.model_type:  # Llama 4
+            say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
