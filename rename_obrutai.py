@@ -2334,6 +2334,7 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                     return tried, needed
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
+                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * (settings.method == "full")
                      + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
 
 
@@ -2384,6 +2385,8 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
             began = time.monotonic()
             last_hidden(base.model, base.model, {"input_ids": ids}).sum().item()
             pace = 3 * (time.monotonic() - began) / ids.numel()  # the way back is twice the work
+    if base.model.config.model_type != read_config(settings.model_path).model_type:  # Llama 4
+        say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
     size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
         "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
@@ -2550,8 +2553,6 @@ def run(settings: Settings) -> int:
     if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
-        if bases[0].model.config.model_type != config.model_type:  # Llama 4
-            say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.")
@@ -2574,10 +2575,10 @@ def causes(error: BaseException) -> str:
 
 def with_less_memory(settings: Settings) -> dict:
     """What to change after memory ran out: each step in twice as many parts, then checkpointing; `InputError` when
-    both are used up. The plan in the work folder knows what was tried."""
+    both are used up. The plan in the work folder, if it is of these settings, knows what was tried."""
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
-    if planned.is_file():
+    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-healed"]):
         used |= load_json(planned)["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
     if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch

@@ -699,6 +699,15 @@ def test_a_model_that_no_method_makes_fit_is_refused_with_what_to_do(gpu, bitsan
     assert not re.search(r"[a-z]+ing\b", message)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "auto"])
+def test_full_training_that_does_not_fit_is_refused_with_the_method_that_takes_less(method, free, monkeypatch):
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+    free(20 * GB, True, True)
+    with pytest.raises(tool.InputError) as error:
+        tool.choose_method(None, 1, small_settings("--method", method))
+    assert ("--method lora" in str(error.value)) is (method == "full")
+
+
 def test_what_a_refused_model_needs_at_least_is_told_and_is_more_than_what_is_free(free, monkeypatch):
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     free(20.45 * GB / 0.9, True, True)
@@ -866,6 +875,22 @@ def test_each_time_that_memory_runs_out_the_next_try_takes_less_until_nothing_is
     assert done.status == 2 and "--window" in done.err and "Traceback" not in done.err
     said = re.findall(r"em (\d+) partes|(GRADIENT_CHECKPOINTING)", done.out)
     assert [int(parts or before) for (parts, _), (before, _) in zip(said, expected)] == [n for n, _ in expected[1:]]
+
+
+@pytest.mark.parametrize("flags, parts", [((), 16), (("--heal-steps", 77), 2)])
+def test_only_a_plan_of_the_same_settings_tells_what_was_tried_before_memory_ran_out(flags, parts, planned, guest,
+                                                                                     tmp_path):
+    assert planned(TIGHT, "--batch-size", 16).settings.gradient_accumulation == 8
+
+    tries = []
+
+    def run_out(folder, settings):
+        tries.append(settings.gradient_accumulation)
+        raise RuntimeError("CUDA out of memory.")
+
+    guest.setattr(tool, "fit_settings", run_out)
+    assert call("--output-dir", tmp_path / "novo", "--batch-size", 16, *flags).status == 2
+    assert tries[:2] == [1, parts]
 
 
 def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(tmp_path):
