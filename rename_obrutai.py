@@ -182,7 +182,7 @@ CHATML = (
 )
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-METHODS = ("auto", "full", "lora", "qlora")
+METHODS = ("auto", "full", "full8", "lora", "qlora")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
@@ -230,7 +230,8 @@ class Settings:
     author: str = setting(AUTHOR, "quem faz o modelo, no lugar de {{AUTHOR}}")
     base_name: str = setting(BASE_NAME, "nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta")
     old_names: str = setting(OLD_NAMES, "nomes antigos, separados por vírgula; vazio = descobertos sozinhos")
-    method: str = setting(METHOD, "auto, full (todos os pesos), lora ou qlora; auto escolhe o que cabe na memória")
+    method: str = setting(METHOD, "auto, full (todos os pesos), full8 (o mesmo, otimizador de 8 bits), lora ou qlora; "
+                         "auto escolhe o que cabe na memória")
     lora_rank: int = setting(LORA_RANK, "tamanho do adaptador dos métodos lora e qlora", 1, 4096)
     rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
     window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
@@ -700,7 +701,7 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
     `weights` and `adapter` count parameters of the model and of LoRA's additions, in float32: three stages are kept,
     one is being written, and there are two checkpoints of weights and two moments.
     """
-    trained = weights if settings.method == "full" else adapter
+    trained = weights if "full" in settings.method else adapter
     needed, work = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, work_folder(settings)
     kept = folder_size(work)
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
@@ -732,10 +733,11 @@ def work_folder(settings: Settings) -> Path:
 def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]:
     """A key for each stage, and one for the exams, that changes exactly if something changes that it depends on.
 
-    Weight files count by name, size and time of change, all other files of the base by content.
+    Weight files count by name, size and time of change, all other files of the base by content. A base in 4 bits is
+    another base.
     """
     values, chain, keys = asdict(settings), "", {}
-    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation]
+    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora"]
     facts += [EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
@@ -961,17 +963,18 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     config = read_config(folder, rope_factor)
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = settings.model_path if adapted else folder
-    options = {"dtype": torch.float32 if settings.method == "full" else gpu_dtype()}
+    options = {"dtype": torch.float32 if "full" in settings.method else gpu_dtype()}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                                             bnb_4bit_use_double_quant=True,
                                                             bnb_4bit_compute_dtype=gpu_dtype())
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     with blaming(f"o modelo {weights} (config.json e pesos)"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
+    vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
     if loading["missing_keys"]:
         raise InputError(f"faltam pesos no modelo {weights} (por exemplo {sorted(loading['missing_keys'])[0]}); "
                          "baixe-o de novo.")
@@ -988,7 +991,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
         model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
     if adapted:
         model = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    elif adapt and settings.method != "full":
+    elif adapt and "full" not in settings.method:
         torch.manual_seed(settings.seed)
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
                                                  target_modules="all-linear", exclude_modules=f".*({NOT_LORA}).*",
@@ -1605,7 +1608,8 @@ def automatic_rate(model, rate_at_1m: float) -> float:
     at every size, since what a step changes then depends on the rank and not on the width
     (https://thinkingmachines.ai/blog/lora/).
     """
-    millions = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name) / 1e6
+    shapes = [getattr(p, "quant_state", p).shape for name, p in model.named_parameters() if "lora_" not in name]
+    millions = sum(map(math.prod, shapes)) / 1e6  # weights in 4 bits are packed, and know the shape that they had
     return rate_at_1m * (millions**-0.5 if model is whole(model) else 0.5 * millions**-0.125)
 
 
@@ -1727,12 +1731,15 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
         fp16=gpu_dtype() == torch.float16,
+        optim="paged_adamw_8bit" if settings.method == "full8" else "adamw_torch_fused",
     )
     # One example is one part of a ready batch: its windows were chosen to have the same length.
     trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
                       train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]}),
                       callbacks=[Keeper()])
     trainer.remove_callback(PrinterCallback)
+    for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     text_config = whole(chat.model).config.get_text_config()
     if getattr(text_config, "output_router_logits", False):  # the trainer asks experts for what generation stumbles on
         text_config.output_router_logits = False
@@ -2281,8 +2288,9 @@ def mlp_size(text: PretrainedConfig) -> int:
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, gpu: bool) -> int:
     """Bytes that training takes at its peak, for `weights` parameters.
 
-    State: full training has float32 weights, gradients and two moments, 16 bytes each (and a copy to compute with on
-    a GPU); LoRA has the weights as they are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
+    State: full training has float32 weights, gradients and two moments, 16 bytes each, or 10 where the moments are in
+    8 bits, which those of the embeddings never are (and a copy to compute with on a GPU); LoRA has the weights as they
+    are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
     Activations: what a layer keeps for the way back is about 16 values of the hidden size and 5 of the MLP's per
     token, half as much again under LoRA; with checkpointing that is a layer at a time (two more under LoRA) and one
     hidden state for each. The factors are fits to tests/bench_memory.py, which shows how near they are on a CPU.
@@ -2290,14 +2298,14 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     text = config.get_text_config()
     hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
     embedded = text.vocab_size * hidden
-    if settings.method == "full":
-        state = (16 + 2 * gpu) * weights
+    if "full" in settings.method:
+        state = (16 + 2 * gpu) * weights - 6 * (weights - embedded) * (settings.method == "full8")
     else:
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     tokens, chunk = rows * settings.window, chunk_rows(text.vocab_size)
-    layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), settings.method != "full"
+    layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), "full" not in settings.method
     kept = (1.5 if lora else 1) * layers * layer
     if settings.gradient_checkpointing:
         kept = (3.5 if lora else 1) * layer + layers * half * tokens * hidden
@@ -2306,7 +2314,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
     """Settings that fit into the free memory, and the estimate in bytes: full training if it can be made to fit, else
-    LoRA, else QLoRA, each with steps in as few parts as possible, else all of them with a smaller WINDOW."""
+    the same with moments in 8 bits, else LoRA, else QLoRA, each with steps in as few parts as possible, else all of
+    them with a smaller WINDOW."""
     from importlib.util import find_spec
 
     import psutil
@@ -2314,11 +2323,12 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
 
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
-    four_bits = gpu and find_spec("bitsandbytes") is not None
-    if settings.method == "qlora" and not four_bits:
-        raise InputError("METHOD = 'qlora' precisa de uma placa NVIDIA e do bitsandbytes (pip install bitsandbytes). "
-                         "Use METHOD = 'auto' ou 'lora'.")
-    methods = METHODS[1:3 + four_bits] if settings.method == "auto" else (settings.method,)
+    four_bits = find_spec("bitsandbytes") is not None
+    if settings.method in ("full8", "qlora") and not four_bits:
+        raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes). Use "
+                         "METHOD = 'auto' ou 'lora'.")
+    automatic = METHODS[1:] if gpu and four_bits else ("full", "lora")
+    methods = automatic if settings.method == "auto" else (settings.method,)
     splits, least = [settings.gradient_accumulation], math.inf
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
@@ -2334,7 +2344,7 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                     return tried, needed
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
-                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * (settings.method == "full")
+                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * ("full" in settings.method)
                      + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
 
 
@@ -2389,7 +2399,8 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
         say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
     size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
-        "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
+        "full": "treino de todos os pesos", "full8": "treino de todos os pesos, com otimizador de 8 bits",
+        "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
         "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
     split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
     say(f"  {size} milhões de parâmetros. Método: {how}, {device}{split}.\n"
