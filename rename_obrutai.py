@@ -198,6 +198,8 @@ WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# With `accelerate launch --use_fsdp` each trains a piece of the weights, which transformers cuts, not accelerate.
+SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and PROCESSES > 1
 
 
 def say(text: str = "") -> None:
@@ -945,13 +947,13 @@ def context_of(config: PretrainedConfig) -> int:
 
 
 def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
-               merge: bool = False) -> PreTrainedModel | PeftModel:
+               merge: bool = False, train: bool = False) -> PreTrainedModel | PeftModel:
     """Load a model with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
 
     `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
-    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in. Full training keeps
-    weights in float32, where small updates are not rounded away (compute is `gpu_dtype`); under LoRA they stay as the
-    machine computes, or in 4 bits.
+    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in, `train` only this
+    process's piece of them where FSDP is asked for. Full training keeps weights in float32, where small updates are
+    not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits.
 
     The configuration is changed before the model is built, because the frequencies are computed at that moment; a
     later change would only reach the saved file. Raises `InputError` for weights that are missing or not finite.
@@ -971,6 +973,10 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
                                                             bnb_4bit_use_double_quant=True,
                                                             bnb_4bit_compute_dtype=gpu_dtype())
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    if SHARDED and train:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=PROCESSES)
     with blaming(f"o modelo {weights} (config.json e pesos)"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
@@ -987,7 +993,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
         model.generation_config.validate(strict=True)
     except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
         model.generation_config.do_sample = True
-    if "device_map" not in options:
+    if not options.keys() & {"device_map", "distributed_config"}:
         model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
     if adapted:
         model = PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -1211,10 +1217,10 @@ class Answer(NamedTuple):
 
 
 def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
-              merge: bool = False) -> Chat:
+              merge: bool = False, train: bool = False) -> Chat:
     """Model and tokenizer of a folder, as `load_model` takes it. Answers end at the template's end of turn, the
     tokenizer's EOS, or what the model's own generation_config lists."""
-    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge), load_tokenizer(str(folder))
+    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge, train), load_tokenizer(str(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
         raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
@@ -1705,7 +1711,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
             due, stop = agreed((due, bool(asked)))
             # The last step too: what follows, saving and measuring, may be broken off as well.
-            control.should_save = stop or due or state.global_step == state.max_steps
+            control.should_save = not SHARDED and (stop or due or state.global_step == state.max_steps)
             control.should_training_stop |= stop
 
         def on_save(self, args, state, control, **kwargs):
@@ -1743,7 +1749,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     text_config = whole(chat.model).config.get_text_config()
     if getattr(text_config, "output_router_logits", False):  # the trainer asks experts for what generation stumbles on
         text_config.output_router_logits = False
-    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")))
+    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")
+                             if not SHARDED))  # the Trainer cannot go on with pieces: such a training begins anew
     first = complete[-1] if complete else 0
     if complete:
         say(f"    continuando da etapa {first}, a última guardada")
@@ -1960,7 +1967,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
     rounds = math.ceil(epochs[0] / epochs[1])
 
     def one_round(number: int, partial: Path) -> None:
-        chat = load_chat(source, settings)
+        chat = load_chat(source, settings, train=True)
         costs = [len(encode(chat.tokenizer, c).input_ids) for c in pools[0].conversations]
         per_window = sum(max(1.0, length * len(costs) / sum(costs)) for length in lengths) / len(lengths)
         per_epoch = len(costs) / (per_window * settings.batch_size * pools[0].share)
@@ -1971,6 +1978,9 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
         rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
         log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
         save_stage(chat, partial, log)
+        if SHARDED:  # to talk to, it has to be whole
+            wait()
+            chat = load_chat(partial, settings)
         write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
 
     for number in range(1, rounds + 1):
@@ -2056,12 +2066,15 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
 
 def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, exactly as they are, and the log of the training."""
-    if RANK:
+    if RANK and not SHARDED:  # pieces are put together by all processes
         return
     if chat.model is whole(chat.model):
-        chat.model.save_pretrained(folder)
+        chat.model.save_pretrained(folder, is_main_process=RANK == 0)
     else:
-        chat.model.save_pretrained(folder, save_embedding_layers=False)
+        chat.model.save_pretrained(folder, save_embedding_layers=False, is_main_process=RANK == 0)
+    if RANK:
+        return
+    if chat.model is not whole(chat.model):
         whole(chat.model).config.save_pretrained(folder)
         whole(chat.model).generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
@@ -2303,6 +2316,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     else:
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
+    if SHARDED:  # in pieces, and whole only to be talked to
+        state = max(state / PROCESSES, 4 * weights)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     tokens, chunk = rows * settings.window, chunk_rows(text.vocab_size)
     layer, lora = half * tokens * (16 * hidden + 5 * mlp_size(text)), "full" not in settings.method
@@ -2323,10 +2338,10 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
 
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
-    four_bits = find_spec("bitsandbytes") is not None
+    four_bits = find_spec("bitsandbytes") is not None and not SHARDED
     if settings.method in ("full8", "qlora") and not four_bits:
-        raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes). Use "
-                         "METHOD = 'auto' ou 'lora'.")
+        raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes) e não "
+                         "funciona com FSDP. Use METHOD = 'auto' ou 'lora'.")
     automatic = METHODS[1:] if gpu and four_bits else ("full", "lora")
     methods = automatic if settings.method == "auto" else (settings.method,)
     splits, least = [settings.gradient_accumulation], math.inf
@@ -2474,7 +2489,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
           f"x{settings.rope_factor:g}) e cura", "2-healed")
 
     def rebuild(partial: Path) -> None:
-        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True), []
+        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
         renew_template(chat.tokenizer, settings, old_names)
         if settings.rope_factor == 1:
             say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
@@ -2530,6 +2545,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
         discard(work / "6-result")  # its model was moved to an output that is there no more
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
+    wait()
 
 
 def run(settings: Settings) -> int:
