@@ -189,7 +189,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-METHODS = ("auto", "full", "lora", "qlora")
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+METHODS = ("auto", "full", "full8", "lora", "qlora")
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
@@ -202,12 +203,15 @@ MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (cha
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
+NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# With `accelerate launch --use_fsdp` each trains a piece of the weights, which transformers cuts, not accelerate.
+SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and PROCESSES > 1
 
 
 def say(text: str = "", verdict: bool = False) -> None:
@@ -244,7 +248,8 @@ class Settings:
     author: str = setting(AUTHOR, "quem faz o modelo, no lugar de {{AUTHOR}}")
     base_name: str = setting(BASE_NAME, "nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta")
     old_names: str = setting(OLD_NAMES, "nomes antigos, separados por vírgula; vazio = descobertos sozinhos")
-    method: str = setting(METHOD, "auto, full (todos os pesos), lora ou qlora; auto escolhe o que cabe na memória")
+    method: str = setting(METHOD, "auto, full (todos os pesos), full8 (o mesmo, otimizador de 8 bits), lora ou qlora; "
+                         "auto escolhe o que cabe na memória")
     lora_rank: int = setting(LORA_RANK, "tamanho do adaptador dos métodos lora e qlora", 1, 4096)
     rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
     window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
@@ -673,7 +678,7 @@ def check_base(base: Path) -> int:
     quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if quantized:
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
-                         "e assim não dá para treinar. Baixe a versão original do modelo (bf16, fp16 ou fp32).")
+                         "e assim não dá para treinar. Baixe uma versão em bf16, fp16 ou fp32.")
     shards = sorted(base.glob("*.safetensors"))
     if not shards and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
         raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
@@ -735,7 +740,7 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
     `weights` and `adapter` count parameters of the model and of LoRA's additions, in float32: three stages are kept,
     one is being written, and there are two checkpoints of weights and two moments.
     """
-    trained = weights if settings.method == "full" else adapter
+    trained = weights if "full" in settings.method else adapter
     needed, work = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, work_folder(settings)
     kept = folder_size(work)
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
@@ -769,10 +774,11 @@ def work_folder(settings: Settings) -> Path:
 def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]:
     """A key for each stage, and one for the exams, that changes exactly if something changes that it depends on.
 
-    Weight files count by name, size and time of change, all other files of the base by content.
+    Weight files count by name, size and time of change, all other files of the base by content. A base in 4 bits is
+    another base.
     """
     values, chain, keys = asdict(settings), "", {}
-    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation]
+    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora"]
     facts += [EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
@@ -874,8 +880,9 @@ def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) 
     family's larger models ship it and llama.cpp reads it. An existing scaling is composed with: the factor of
     `linear`, `llama3`, `yarn` and `proportional` is multiplied, which for all but the first stretches the slow
     frequencies and leaves the fast ones, as those scalings were trained; so are the lists of `longrope`.
-    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has. Raises `InputError`
-    for a model without RoPE and for any other scaling.
+    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has; so are DeepSeek's
+    `mscale`s, which count times the factor's logarithm. Raises `InputError` for a model without RoPE and for any
+    other scaling.
     """
     hint = "Use --rope-factor 1 (ROPE_FACTOR = 1) para renomear sem aumentar o contexto."
     if not rope:
@@ -885,9 +892,12 @@ def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) 
     kind = rope.get("rope_type", "default")
     if kind in ("default", "linear"):
         return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1) * factor}
-    if kind in ("llama3", "yarn", "proportional") and not rope.get("mscale_all_dim"):
+    if kind in ("llama3", "yarn", "proportional"):
+        old = float(rope.get("factor") or 1)
         pinned = {"attention_factor": attention_factor} if kind == "yarn" else {}
-        return {**rope, "factor": float(rope.get("factor") or 1) * factor, **pinned}
+        pinned |= {key: rope[key] * math.log(old) / math.log(old * factor) for key in ("mscale", "mscale_all_dim")
+                   if rope.get(key)}
+        return {**rope, "factor": old * factor, **pinned}
     if kind == "longrope":
         lists = {key: [value * factor for value in rope[key]] for key in ("short_factor", "long_factor")}
         original = int(rope["original_max_position_embeddings"] * factor)
@@ -908,6 +918,9 @@ def blaming(what: str):
     except Exception as error:
         if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
             raise
+        if package := re.search(r"pip install ([\w-]+)", isinstance(error, ImportError) * str(error)):
+            raise InputError(f"{what}: para ler isto, o transformers precisa do pacote {package[1]}. Instale-o (pip "
+                             f"install {package[1]}) e rode de novo.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{what} está estragado ou incompleto: o transformers não consegue carregá-lo ({reason}). "
                          "Baixe o modelo de novo.") from error
@@ -916,7 +929,7 @@ def blaming(what: str):
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
     """The model's configuration with RoPE and context scaled; `InputError` for one that transformers cannot use
     without running the model's own Python code."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     described = read_json(Path(folder) / "config.json")
@@ -927,18 +940,24 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
                          "transformers já conhece, ou atualize: pip install -U transformers")
     with blaming(f"o config.json de {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(f"o modelo {folder} (model_type: {config.model_type}) também vê imagens ou ouve, e ainda "
+                             "não sei renomear modelos desse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
         text_config = config.get_text_config()
         native = context_of(config)
         if rope_factor != 1:
-            # Falcon has the parameters even where it uses ALiBi instead.
-            rope = None if getattr(text_config, "alibi", False) else getattr(text_config, "rope_parameters", None)
+            # Falcon and Granite have the parameters even where they use ALiBi, or nothing, instead.
+            unused = (getattr(text_config, "alibi", False)
+                      or getattr(text_config, "position_embedding_type", None) == "nope")
+            rope = None if unused else getattr(text_config, "rope_parameters", None)
             layer = "full_attention" if "full_attention" in (rope or {}) else None
             kind = ((rope or {}).get(layer) or rope or {}).get("rope_type", "default")
-            if config.model_type == "phi3" and kind == "default":  # its own check knows no linear: the same as lists
+            if config.model_type in ("phi3", "phimoe") and kind == "default":  # they know no linear: the same as lists
                 head = text_config.hidden_size // text_config.num_attention_heads
-                pairs = int(head * rope["partial_rotary_factor"]) // 2
+                pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
                 rope = {**rope, "rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [1.0] * pairs,
                         "original_max_position_embeddings": native}
+                rope |= {"short_mscale": 1.0, "long_mscale": 1.0} if config.model_type == "phimoe" else {}
             attention = 1.0
             if kind in ("yarn", "longrope"):
                 attention = ROPE_INIT_FUNCTIONS[kind](text_config, "cpu", layer_type=layer)[1]
@@ -967,13 +986,13 @@ def context_of(config: PretrainedConfig) -> int:
 
 
 def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
-               merge: bool = False) -> PreTrainedModel | PeftModel:
+               merge: bool = False, train: bool = False) -> PreTrainedModel | PeftModel:
     """Load a model with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
 
     `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
-    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in. Full training keeps
-    weights in float32, where small updates are not rounded away (compute is `gpu_dtype`); under LoRA they stay as the
-    machine computes, or in 4 bits.
+    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in, `train` only this
+    process's piece of them where FSDP is asked for. Full training keeps weights in float32, where small updates are
+    not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits.
 
     The configuration is changed before the model is built, because the frequencies are computed at that moment; a
     later change would only reach the saved file. Raises `InputError` for weights that are missing or not finite.
@@ -985,17 +1004,22 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     config = read_config(folder, rope_factor)
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = settings.model_path if adapted else folder
-    options = {"dtype": torch.float32 if settings.method == "full" else gpu_dtype()}
+    options = {"dtype": torch.float32 if "full" in settings.method else gpu_dtype()}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                                             bnb_4bit_use_double_quant=True,
                                                             bnb_4bit_compute_dtype=gpu_dtype())
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    if SHARDED and train:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=PROCESSES)
     with blaming(f"o modelo {weights} (config.json e pesos)"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
+    vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
     if loading["missing_keys"]:
         raise InputError(f"faltam pesos no modelo {weights} (por exemplo {sorted(loading['missing_keys'])[0]}); "
                          "baixe-o de novo.")
@@ -1008,14 +1032,14 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
         model.generation_config.validate(strict=True)
     except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
         model.generation_config.do_sample = True
-    if "device_map" not in options:
+    if not options.keys() & {"device_map", "distributed_config"}:
         model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
     if adapted:
         model = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    elif adapt and settings.method != "full":
+    elif adapt and "full" not in settings.method:
         torch.manual_seed(settings.seed)
         model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
-                                                 target_modules="all-linear", exclude_modules=f".*({NOT_TEXT}).*",
+                                                 target_modules="all-linear", exclude_modules=f".*({NOT_LORA}).*",
                                                  task_type="CAUSAL_LM"))
     return (model.merge_and_unload() if merge and adapted else model).eval()
 
@@ -1029,7 +1053,9 @@ def last_hidden(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str
     """Output of the decoder, (rows, tokens, hidden): logits of all tokens would take more memory than the rest of the
     model where the vocabulary is large. `model` may be a wrapper of `inner`, as DDP is."""
     kept = []
-    hook = inner.get_decoder().register_forward_hook(lambda module, given, output: kept.append(output[0]))
+    decoder = inner.get_decoder()
+    decoder = inner.model if decoder is inner else decoder  # Llama 4
+    hook = decoder.register_forward_hook(lambda module, given, output: kept.append(output[0]))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
@@ -1120,7 +1146,9 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces.
 
     Rendering marks once per shape tells exactly where the answers are, and is much faster than rendering every
-    conversation. `ask` adds the generation prompt. `template` is in the key so that a changed one is seen.
+    conversation. `ask` adds the generation prompt, up to where the answer itself begins: a thought that the template
+    opens (DeepSeek R1) is closed, and what it writes before answers (gpt-oss: a channel) follows. `template` is in the
+    key so that a changed one is seen.
     """
     from jinja2 import TemplateError
 
@@ -1134,6 +1162,10 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
+    if ask:
+        pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
+        before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
+        pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
     return pieces
 
 
@@ -1165,15 +1197,20 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
-    """Tokenise through the model's own template. What it writes first after the last answer is the end of a turn if
-    that is a special token; else the conversation is cut there and ended by EOS."""
-    pieces = skeleton(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages), False)
+    """Tokenise through the model's own template. What it writes first after the last answer, spaces aside (Llama 2),
+    is the end of a turn if that is a special token; else the conversation is cut there and ended by EOS."""
+    roles = tuple(m["role"] for m in messages)
+    pieces = skeleton(tokenizer, tokenizer.chat_template, roles, False)
+    asked = skeleton(tokenizer, tokenizer.chat_template, roles[:-1], True)[-1]
+    if asked.endswith(EMPTY_THOUGHT):  # learnt after what it will be asked with
+        pieces = [*pieces[:-2], asked, pieces[-1]]
     text, spans = "", []
     for piece, message in zip(pieces, messages):
         start = len(text) + len(piece)
         text += piece + message["content"]
         spans.append((message["role"], start, len(text)))
-    end_of_turn = tokenizer(pieces[-1], add_special_tokens=False)["input_ids"][:1]
+    end_of_turn = tokenizer(pieces[-1].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    gap = len(pieces[-1]) - len(pieces[-1].lstrip())
     has_end = bool(end_of_turn) and end_of_turn[0] in special_ids(tokenizer)
     tokens = tokenizer(text + pieces[-1] * has_end, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
@@ -1187,7 +1224,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
         if role == "user":
             question = first
         if role == "assistant":
-            last += ids[last:last + 1] == end_of_turn
+            last += next((n + 1 for n in range(gap + 1) if ids[last + n:last + n + 1] == end_of_turn), 0)
             labels[first:last] = ids[first:last]
             turns.append((question, last))
     return Encoded(ids, labels, turns)
@@ -1219,10 +1256,10 @@ class Answer(NamedTuple):
 
 
 def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
-              merge: bool = False) -> Chat:
+              merge: bool = False, train: bool = False) -> Chat:
     """Model and tokenizer of a folder, as `load_model` takes it. Answers end at the template's end of turn, the
     tokenizer's EOS, or what the model's own generation_config lists."""
-    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge), load_tokenizer(str(folder))
+    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge, train), load_tokenizer(str(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
         raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
@@ -1363,7 +1400,13 @@ def step_tokens(native: int, settings: Settings) -> int:
 
 
 def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
-    """`InputError` naming the lines of rows that are longer than WINDOW: they would have to be cut."""
+    """`InputError` naming the lines of rows that are longer than WINDOW, which would have to be cut, and of those with
+    a thought, which the template would cut out."""
+    thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
+                and any("</think>" in m["content"] for m in row.messages)]
+    if thoughts:
+        raise InputError(f"{settings.identity_file}, {', '.join(thoughts[:10])}: há raciocínio (<think>...</think>). "
+                         "Deixe só a resposta: o chat template deste modelo jogaria o raciocínio fora.")
     costs = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
     long = [f"linha {row.line} ({cost} tokens)" for row, cost in zip(rows, costs) if cost > settings.window]
     if long:
@@ -1632,7 +1675,8 @@ def automatic_rate(model, rate_at_1m: float) -> float:
     at every size, since what a step changes then depends on the rank and not on the width
     (https://thinkingmachines.ai/blog/lora/).
     """
-    millions = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name) / 1e6
+    shapes = [getattr(p, "quant_state", p).shape for name, p in model.named_parameters() if "lora_" not in name]
+    millions = sum(map(math.prod, shapes)) / 1e6  # weights in 4 bits are packed, and know the shape that they had
     return rate_at_1m * (millions**-0.5 if model is whole(model) else 0.5 * millions**-0.125)
 
 
@@ -1732,7 +1776,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
             due, stop = agreed((due, bool(asked)))
             # The last step too: what follows, saving and measuring, may be broken off as well.
-            control.should_save = stop or due or state.global_step == state.max_steps
+            control.should_save = not SHARDED and (stop or due or state.global_step == state.max_steps)
             control.should_training_stop |= stop
 
         def on_save(self, args, state, control, **kwargs):
@@ -1761,16 +1805,20 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
         fp16=gpu_dtype() == torch.float16,
+        optim="paged_adamw_8bit" if settings.method == "full8" else "adamw_torch_fused",
     )
     # One example is one part of a ready batch: its windows were chosen to have the same length.
     trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
                       train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]}),
                       callbacks=[Keeper()])
     trainer.remove_callback(PrinterCallback)
+    for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     text_config = whole(chat.model).config.get_text_config()
     if getattr(text_config, "output_router_logits", False):  # the trainer asks experts for what generation stumbles on
         text_config.output_router_logits = False
-    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")))
+    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")
+                             if not SHARDED))  # the Trainer cannot go on with pieces: such a training begins anew
     first = complete[-1] if complete else 0
     if complete:
         say(f"    continuando da etapa {first}, a última guardada")
@@ -2021,7 +2069,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
     rounds = math.ceil(epochs[0] / epochs[1])
 
     def one_round(number: int, partial: Path) -> None:
-        chat = load_chat(source, settings)
+        chat = load_chat(source, settings, train=True)
         lessons = len(pools[0].conversations) * min(epochs[1], epochs[0] - (number - 1) * epochs[1])
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
                                f"{settings.seed}/{label}/{number}", lessons)
@@ -2029,6 +2077,9 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
         rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
         log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
         save_stage(chat, partial, log)
+        if SHARDED:  # to talk to, it has to be whole
+            wait()
+            chat = load_chat(partial, settings)
         write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
 
     for number in range(1, rounds + 1):
@@ -2115,12 +2166,15 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
 
 def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, exactly as they are, and the log of the training."""
-    if RANK:
+    if RANK and not SHARDED:  # pieces are put together by all processes
         return
     if chat.model is whole(chat.model):
-        chat.model.save_pretrained(folder)
+        chat.model.save_pretrained(folder, is_main_process=RANK == 0)
     else:
-        chat.model.save_pretrained(folder, save_embedding_layers=False)
+        chat.model.save_pretrained(folder, save_embedding_layers=False, is_main_process=RANK == 0)
+    if RANK:
+        return
+    if chat.model is not whole(chat.model):
         whole(chat.model).config.save_pretrained(folder)
         whole(chat.model).generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
@@ -2530,8 +2584,9 @@ def mlp_size(text: PretrainedConfig) -> int:
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, gpu: bool) -> int:
     """Bytes that training takes at its peak, for `weights` parameters.
 
-    State: full training has float32 weights, gradients and two moments, 16 bytes each (and a copy to compute with on
-    a GPU); LoRA has the weights as they are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
+    State: full training has float32 weights, gradients and two moments, 16 bytes each, or 10 where the moments are in
+    8 bits, which those of the embeddings never are (and a copy to compute with on a GPU); LoRA has the weights as they
+    are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
     Activations: what a layer keeps for the way back is about 16 values of the hidden size and 5 of the MLP's per
     token; with checkpointing that is a layer at a time, and one hidden state for each. The factors are fits to
     tests/bench_memory.py, which shows how near they are; the C library's allocator wastes more than that of a GPU.
@@ -2539,15 +2594,17 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     text = config.get_text_config()
     hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
     embedded = text.vocab_size * hidden
-    if settings.method == "full":
-        state = (16 + 2 * gpu) * weights
+    if "full" in settings.method:
+        state = (16 + 2 * gpu) * weights - 6 * (weights - embedded) * (settings.method == "full8")
     else:
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
+    if SHARDED:  # in pieces, and whole only to be talked to
+        state = max(state / PROCESSES, 4 * weights)
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
     chunk = chunk_rows(text.vocab_size)
     layer, logits = half * tokens * (16 * hidden + 5 * mlp_size(text)), 3 * 4 * min(tokens, chunk) * text.vocab_size
-    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if settings.method == "full" else (1.5, 3.5)
+    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if "full" in settings.method else (1.5, 3.5)
     kept = all_layers * layers * layer + logits
     if settings.gradient_checkpointing:  # the logits are gone before the first layer is made again
         kept = layers * half * tokens * hidden + (max if gpu else sum)((again * layer, logits))
@@ -2556,7 +2613,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
     """Settings that fit into the free memory, and the estimate in bytes: full training if it can be made to fit, else
-    LoRA, else QLoRA, each with steps in as few parts as possible, else all of them with a smaller WINDOW."""
+    the same with moments in 8 bits, else LoRA, else QLoRA, each with steps in as few parts as possible, else all of
+    them with a smaller WINDOW."""
     from importlib.util import find_spec
 
     import psutil
@@ -2564,11 +2622,12 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
 
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
-    four_bits = gpu and find_spec("bitsandbytes") is not None
-    if settings.method == "qlora" and not four_bits:
-        raise InputError("METHOD = 'qlora' precisa de uma placa NVIDIA e do bitsandbytes (pip install bitsandbytes). "
-                         "Use METHOD = 'auto' ou 'lora'.")
-    methods = METHODS[1:3 + four_bits] if settings.method == "auto" else (settings.method,)
+    four_bits = find_spec("bitsandbytes") is not None and not SHARDED
+    if settings.method in ("full8", "qlora") and not four_bits:
+        raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes) e não "
+                         "funciona com FSDP. Use METHOD = 'auto' ou 'lora'.")
+    automatic = METHODS[1:] if gpu and four_bits else ("full", "lora")
+    methods = automatic if settings.method == "auto" else (settings.method,)
     splits, least = [settings.gradient_accumulation], math.inf
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
@@ -2584,6 +2643,7 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                     return tried, needed
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
+                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * ("full" in settings.method)
                      + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
 
 
@@ -2633,9 +2693,12 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
             began = time.monotonic()
             last_hidden(base.model, base.model, {"input_ids": ids}).sum().item()
             pace = 3 * (time.monotonic() - began) / ids.numel()  # the way back is twice the work
+    if base.model.config.model_type != read_config(settings.model_path).model_type:  # Llama 4
+        say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
     size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
-        "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
+        "full": "treino de todos os pesos", "full8": "treino de todos os pesos, com otimizador de 8 bits",
+        "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
         "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
     split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
     say(f"  {size} milhões de parâmetros. Método: {how}, {device}{split}.\n"
@@ -2726,7 +2789,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
           f"x{settings.rope_factor:g}) e cura", "2-healed")
 
     def rebuild(partial: Path) -> None:
-        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True), []
+        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
         renew_template(chat.tokenizer, settings, old_names)
         if settings.rope_factor == 1:
             say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
@@ -2783,6 +2846,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         discard(work / "6-result")  # its model was moved to an output that is there no more
     begin("6/6 Salvando, carregando de novo e medindo a pasta salva", "6-result")
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
+    wait()
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
@@ -2977,12 +3041,12 @@ def causes(error: BaseException) -> str:
 
 def with_less_memory(settings: Settings) -> dict:
     """What to change after memory ran out: each step in twice as many parts, then checkpointing; `InputError` when
-    both are used up. The plan in the work folder knows what was tried."""
+    both are used up. The plan in the work folder, if it is of these settings, knows what was tried."""
     if settings.chat:
         raise InputError("faltou memória para conversar com este modelo. Feche outros programas e tente de novo.")
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
-    if planned.is_file():
+    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-healed"]):
         used |= load_json(planned)["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
     if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch

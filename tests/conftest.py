@@ -106,19 +106,3 @@ def base_folder(tmp_path):
     save_file({"embedding": torch.zeros(3, 4)}, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return folder
-
-
-KNOWN_GAPS = {  # part of a test's name -> what is not right yet; each fails, and a test that no longer does says so
-    "learnt_with_their_ends[llama 2": "Llama 2 writes a space between an answer and its end",
-    "stops_of_the_saved_model[llama 2": "Llama 2 writes a space between an answer and its end",
-    "last_answer_is_learnt_after[deepseek r1": "a prompt that ends in an open thought is not closed",
-    "would_rewrite_is_rendered_like_that_or_refused[qwen 3": "a row with a thought of its own is trained on as it is",
-    "would_rewrite_is_rendered_like_that_or_refused[deepseek r1": "the same",
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name, reason in KNOWN_GAPS.items():
-            if name in item.name:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

@@ -103,6 +103,11 @@ DEEPSEEK = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v
             "num_experts_per_tok": 2, "moe_intermediate_size": 24, "rope_theta": 10000}
 GEMMA3 = {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 24, "sliding_window_pattern": 2,
           "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+MAMBA = {"shared_intermediate_size": 48, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+         "mamba_n_groups": 1, "mamba_chunk_size": 16}
+LLAMA4 = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "intermediate_size_mlp": 48, "head_dim": HEAD,
+          "num_local_experts": 4, "num_experts_per_tok": 1, "attention_chunk_size": 32, "rope_theta": 5e5,
+          "rope_scaling": LLAMA3}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": NATIVE}
 OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
        "max_position_embeddings": NATIVE, "word_embed_proj_dim": 32}
@@ -184,7 +189,8 @@ FAMILIES = {
                                {"q_a_proj", "q_a_layernorm", "q_b_proj", *LATENT}),
     "deepseek 3": Family(like_llama("deepseek_v3", q_lora_rank=16, n_group=2, topk_group=1, num_nextn_predict_layers=0,
                                     rope_scaling=DEEPSEEK_YARN, **DEEPSEEK),
-                         flat(by_parts(1e4, 2, 32, dims=8, fast=4)), set(), 1.0),
+                         flat(by_parts(1e4, 2 * FACTOR, 32, dims=8, fast=4)),
+                         {"q_a_proj", "q_a_layernorm", "q_b_proj", *LATENT}),
     "gpt-oss": Family(like_llama("gpt_oss", head_dim=HEAD, rope_theta=1e4, sliding_window=24, **EXPERTS,
                                  rope_scaling={**YARN, "rope_type": "yarn", "truncate": False}),
                       flat(by_parts(1e4, 2 * FACTOR, 32, whole=False)), SEPARATE),
@@ -194,6 +200,12 @@ FAMILIES = {
                        flat(plain_rope(1e4, HEAD // 4, 4)), SEPARATE),
     "glm 4": Family(like_llama("glm4", head_dim=HEAD, partial_rotary_factor=0.5, rope_theta=1e4, attention_bias=True),
                     flat(plain_rope(1e4, HEAD // 2, 4)), SEPARATE),
+    "granite hybrid": Family(like_llama(
+        "granitemoehybrid", rope_theta=1e4, layer_types=["mamba", "attention"], position_embedding_type="rope",
+        logits_scaling=2.0, **MAMBA, **EXPERTS), flat(plain_rope(1e4, factor=4)), SEPARATE),
+    "llama 4": Family(like_llama("llama4_text", **LLAMA4), flat(by_wavelength(5e5, 2 * FACTOR, 1, 4, 32)), SEPARATE),
+    "phi moe": Family(like_llama("phimoe", rope_theta=1e4, attention_bias=True, lm_head_bias=True, sliding_window=48,
+                                 **EXPERTS), flat(plain_rope(1e4, factor=4)), SEPARATE),
     "gpt-2": Family(GPT2, {}, {"c_attn"}, 1.0),
     "opt": Family(OPT, {}, SEPARATE, 1.0),
     "bloom": Family(BLOOM, {}, {"query_key_value"}, 1.0),
@@ -351,6 +363,8 @@ def test_scaling_changes_nothing_but_the_frequencies(job):
     for module in native.modules():
         if getattr(module, "rope_type", "") == "longrope":
             module.long_inv_freq = torch.tensor(job.family.frequencies["inv_freq"])
+        if type(module).__name__ == "PhimoeRotaryEmbedding":  # computes them anew for each sequence
+            module.rope_init_fn = lambda config: (torch.tensor(job.family.frequencies["inv_freq"]), 1.0)
     assert torch.allclose(logits(model, TEXT), logits(native, TEXT), atol=1e-4)
     assert torch.allclose(logits(model, TEXT), plain, atol=1e-3) == (job.family.factor == 1)
 
@@ -456,6 +470,7 @@ REFUSED = {
     "gpt-2": GPT2, "opt": OPT, "bloom": BLOOM, "gpt-j": GPTJ,
     "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": NATIVE},
     "falcon with alibi": {**FAMILIES["falcon"].config, "alibi": True},
+    "granite hybrid without": {**FAMILIES["granite hybrid"].config, "position_embedding_type": "nope"},
     "llama, dynamic": like_llama(rope_scaling={"type": "dynamic", "factor": 2.0}),
 }
 
@@ -468,21 +483,72 @@ def test_a_context_that_cannot_be_scaled_is_refused_and_rope_factor_1_is_named(n
     assert tool.read_config(tmp_path).model_type == REFUSED[name]["model_type"]
 
 
+@pytest.mark.parametrize("pinned", ["attention_factor", None])
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
-def test_a_yarn_that_also_sets_the_temperature_of_attention_is_refused_or_leaves_that_alone(model_type, tmp_path):
-    """DeepSeek computes it from the factor, beside the attention factor that can be pinned."""
+def test_a_yarn_that_also_sets_the_temperature_of_attention_leaves_that_alone(model_type, pinned, tmp_path):
+    """DeepSeek computes it from the factor, beside the attention factor; readers that do not know how that is pinned
+    compute the same."""
     config = like_llama(model_type, q_lora_rank=None, n_group=1, topk_group=1, num_nextn_predict_layers=0,
-                        rope_scaling=DEEPSEEK_YARN, **DEEPSEEK)
+                        rope_scaling={**DEEPSEEK_YARN, "mscale": 1.0}, **DEEPSEEK)
     base = make_base(tmp_path / "base", config, tool.load_tokenizer(str(DEMO)))
-    native = tool.load_model(base, small_settings("--method", "full"))
-    try:
-        scaled = tool.load_model(base, small_settings("--method", "full"), FACTOR)
-    except tool.InputError as error:
-        assert "--rope-factor 1" in str(error)
-        return
-    assert (native.model.layers[0].self_attn.scaling == pytest.approx(scaled.model.layers[0].self_attn.scaling)
-            != pytest.approx(HEAD ** -0.5))
-    assert native.model.rotary_emb.attention_scaling == scaled.model.rotary_emb.attention_scaling
+    native = tool.load_model(base, small_settings("--method", "full")).model
+    scaled = tool.read_config(base, FACTOR)
+    if pinned is None:
+        del scaled.rope_parameters["attention_factor"]
+    scaled = type(native)(scaled)
+    temperature = (0.1 * 0.707 * math.log(2) + 1) ** 2 * HEAD ** -0.5
+    assert [layer.self_attn.scaling for layer in (native.layers[0], scaled.layers[0])] == pytest.approx(
+        [temperature] * 2, rel=1e-6)
+    assert native.rotary_emb.attention_scaling != 1
+    assert scaled.rotary_emb.attention_scaling == pytest.approx(native.rotary_emb.attention_scaling, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ more than text
+
+SEEING = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "qwen2_vl", "text_config": like_llama("qwen2_vl_text"), "vision_config": {"depth": 1}},
+    {"model_type": "mistral3", "text_config": like_llama("mistral"), "vision_config": {"model_type": "pixtral"}},
+    {"model_type": "llava", "text_config": like_llama(), "vision_config": SEEING}], ids=lambda c: c["model_type"])
+def test_a_model_that_sees_and_cannot_be_loaded_for_text_is_not_blamed_on_the_download(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(tool.InputError, match=f"{config['model_type']}.* vê imagens") as refused:
+        tool.read_config(tmp_path)
+    assert "Baixe" not in str(refused.value)
+
+
+def test_a_package_that_a_base_needs_is_named():
+    with pytest.raises(tool.InputError, match="pip install timm") as refused, tool.blaming("o modelo"):
+        raise ImportError("\nTimmWrapperModel requires the timm library. Install it with pip:\n`pip install timm`. ")
+    assert "Baixe" not in str(refused.value)
+
+
+def test_of_a_model_that_sees_the_text_part_is_renamed_where_only_that_can_be_loaded_and_that_is_said(tmp_path,
+                                                                                                      capsys):
+    from transformers import AutoConfig, Llama4ForConditionalGeneration
+
+    tokenizer = tool.load_tokenizer(str(DEMO))
+    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 256}
+    vision = {**SEEING, "model_type": "llama4_vision_model", "vision_output_dim": 32, "projector_input_dim": 32,
+              "projector_output_dim": 32}
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({
+        "model_type": "llama4", "text_config": {**like_llama("llama4_text"), **LLAMA4, **given},
+        "vision_config": vision}), encoding="utf-8")
+    Llama4ForConditionalGeneration(AutoConfig.from_pretrained(base)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for method in ("full", "lora"):
+        assert tool.main(["--model-path", str(base), "--output-dir", str(tmp_path / "novo"), "--method", method,
+                          "--check"]) == 0
+        assert "só a parte de texto" in capsys.readouterr().out
+    settings = small_settings("--method", "full", "--model-path", base)
+    chat = tool.load_chat(base, settings, FACTOR)
+    tool.save_model(chat, tmp_path / "novo", base)
+    assert torch.equal(logits(tool.load_model(tmp_path / "novo", settings), TEXT), logits(chat.model, TEXT))
 
 
 # ------------------------------------------------------------------------------------------------ chat templates
@@ -568,6 +634,17 @@ GRANITE = (  # the default system prompt is put together from two texts
     "{% if m['role'] != 'system' %}"
     "{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}")
+
+
+GPT_OSS = (  # answers go to a channel, which the prompt leaves to the model, and the last one ends in another way
+    "{{ '<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n' }}"
+    "{{ 'Current date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ '<|start|>developer<|message|># Instructions\n\n' + m['content'] + '<|end|>' }}"
+    "{% elif m['role'] == 'user' %}{{ '<|start|>user<|message|>' + m['content'] + '<|end|>' }}{% else %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m['content'] }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}")
 
 
 class Style(NamedTuple):
@@ -698,6 +775,21 @@ def test_an_answer_that_the_template_would_rewrite_is_rendered_like_that_or_refu
         assert tool.encode(tokenizer, row.messages).input_ids == rendered(tokenizer, row.messages)
     except tool.InputError as error:
         assert "linha 7" in str(error)
+
+
+@pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
+def test_an_answer_is_asked_for_in_the_channel_in_which_it_was_learnt(messages, tokenizer):
+    """Else gpt-oss thinks first, for longer than an answer may be."""
+    tokenizer.add_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|return|>"], special_tokens=True)
+    tokenizer.chat_template = GPT_OSS
+    encoded, prompt = tool.encode(tokenizer, messages), tool.prompt_ids(tokenizer, messages[:-1])
+    assert encoded.input_ids == rendered(tokenizer, messages)
+    assert tokenizer.decode(prompt).endswith("<|start|>assistant<|channel|>final<|message|>")
+    assert encoded.input_ids[:len(prompt)] == prompt and encoded.labels[len(prompt) - 1] == -100
+    assert tokenizer.decode(encoded.labels[len(prompt):]).strip() == messages[-1]["content"] + "<|return|>"
+    tool.renew_template(tokenizer, small_settings("--name", "Jandira"), ("ChatGPT", "OpenAI"))
+    text = tokenizer.decode(tool.prompt_ids(tokenizer, messages[:-1]))
+    assert "Jandira" in text and not tool.mentions(text, ("ChatGPT", "OpenAI"))
 
 
 def test_thinking_stays_available_and_identity_is_learnt_after_an_empty_thought(styled):

@@ -448,6 +448,54 @@ def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_
         assert not torch.equal(start[name], weight)
 
 
+# ------------------------------------------------------------------------------------------------ few bits
+
+needs_bitsandbytes = pytest.mark.skipif(FIND("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@needs_bitsandbytes
+def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_the_whole_ones(teacher, tmp_path):
+    settings = lora(DEMO, "--batch-size", 3, "--gradient-checkpointing")
+    four_bits, whole = changed(settings, method="qlora"), tool.load_model(DEMO, settings)
+    chat = tool.load_chat(DEMO, four_bits, 4.0, adapt=True)
+    packed = {name: p.clone() for name, p in chat.model.named_parameters() if p.dtype == torch.uint8}
+    assert len(packed) == sum("proj" in name for name, _ in whole.named_parameters())
+    rate = tool.automatic_rate(tool.load_model(DEMO, settings, adapt=True), 1e-3)  # the packed ones count as a whole
+    assert tool.automatic_rate(chat.model, 1e-3) == pytest.approx(rate)
+    log = tool.train(chat, [mixed_batch(chat.tokenizer, teacher, True)] * 12, teacher, 1e-2, 1.0, four_bits, "passo",
+                     tmp_path / "training")
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert all(torch.equal(p, packed[name]) for name, p in chat.model.named_parameters() if name in packed)
+    tool.save_stage(chat, tmp_path / "stage", [])
+    assert "quantization_config" not in (tmp_path / "stage" / "config.json").read_text(encoding="utf-8")
+    assert torch.equal(logits(tool.load_model(tmp_path / "stage", four_bits)), logits(chat.model))
+    merged = dict(tool.load_model(tmp_path / "stage", four_bits, merge=True).named_parameters())
+    adapter = dict(chat.model.named_parameters())
+    for name, weight in whole.named_parameters():
+        if "proj" in name:
+            layer = "base_model.model." + name.removesuffix("weight")
+            a, b = (adapter[f"{layer}lora_{part}.default.weight"] for part in "AB")
+            weight = (weight.bfloat16().float() + 2 * b @ a).bfloat16()
+        assert torch.allclose(merged[name].float(), weight.float(), rtol=0.01, atol=1e-6), name
+
+
+@needs_bitsandbytes
+def test_the_moments_of_full_training_may_be_kept_in_eight_bits(teacher, tmp_path):
+    settings = small_settings("--method", "full8", "--batch-size", 3)
+    chat = tool.load_chat(DEMO, settings, 4.0)
+    assert {p.dtype for p in chat.model.parameters()} == {torch.float32}
+    before = parts_of(chat.model, [""])
+    log = tool.train(chat, [mixed_batch(chat.tokenizer, teacher, True)] * 8, teacher, 1e-3, 1.0, settings, "passo",
+                     tmp_path / "training")
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert not any(torch.equal(p, before[name]) for name, p in chat.model.named_parameters())
+    state = torch.load(tmp_path / "training" / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"]
+    embedding = chat.model.get_input_embeddings().weight.shape
+    kinds = {(moment.shape == embedding, moment.dtype) for saved in state.values()
+             for moment in saved["__bnb_optimizer_quant_state__"].values() if moment.dim() == 2}
+    assert kinds == {(True, torch.float32), (False, torch.uint8)}
+
+
 # ------------------------------------------------------------------------------------------------ parts that see
 
 
@@ -612,7 +660,9 @@ def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, gpu):
     full, adapter, four_bits = (estimate(name, gpu, method=method, **one_by_one) for method in
                                 ("full", "lora", "qlora"))
     assert four_bits < adapter < full / 2
-    weights = shapes()[name][1]
+    config, weights = shapes()[name]
+    few_bits = estimate(name, gpu, method="full8", **one_by_one)
+    assert full - few_bits == 6 * (weights - config.vocab_size * config.hidden_size)
     assert full > 16 * weights and adapter > (2 if gpu else 4) * weights and four_bits > 0.5 * weights
     assert estimate(name, gpu, lora_rank=8, **one_by_one) < adapter < estimate(name, gpu, lora_rank=256, **one_by_one)
 
@@ -653,7 +703,7 @@ def simple_estimate(config, weights, settings, gpu):
     gone through again."""
     rows = -(-settings.batch_size // settings.gradient_accumulation)
     row = settings.window / 100 / (4 if settings.gradient_checkpointing else 1)
-    return {"full": 100, "lora": 40, "qlora": 20}[settings.method] + rows * row
+    return {"full": 100, "full8": 70, "lora": 40, "qlora": 20}[settings.method] + rows * row
 
 
 @pytest.mark.parametrize("usable, flags, bitsandbytes, expected", [
@@ -661,7 +711,9 @@ def simple_estimate(config, weights, settings, gpu):
     (163, (), True, ("full", 800, 2, False)), (131, (), True, ("full", 800, 4, False)),
     (115, (), True, ("full", 800, 8, False)),  # more parts before anything is computed again
     (107, (), True, ("full", 800, 4, True)), (102, (), True, ("full", 800, 8, True)),
-    (101, (), True, ("lora", 800, 2, False)),  # the least that full training takes is 102
+    (101, (), True, ("full8", 800, 4, False)),  # the least that full training takes is 102
+    (72, (), True, ("full8", 800, 8, True)), (71, (), True, ("lora", 800, 4, False)),
+    (101, (), False, ("lora", 800, 2, False)),  # without bitsandbytes
     (48, (), True, ("lora", 800, 8, False)), (47, (), True, ("lora", 800, 4, True)),
     (42, (), True, ("lora", 800, 8, True)),
     (41, (), True, ("qlora", 800, 4, False)), (22, (), True, ("qlora", 800, 8, True)),
@@ -687,7 +739,14 @@ def test_what_fits_best_is_chosen(usable, flags, bitsandbytes, expected, free, m
                              gradient_checkpointing=expected[3])
 
 
-def test_without_a_gpu_the_memory_of_the_machine_counts_and_four_bits_are_no_choice(free, monkeypatch):
+@pytest.mark.parametrize("method", ["full8", "qlora"])
+def test_few_bits_that_are_asked_for_are_used_on_a_machine_without_a_gpu_as_well(method, free, monkeypatch):
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+    free(1000 * GB, False, True)
+    assert tool.choose_method(None, 1, small_settings("--method", method))[0].method == method
+
+
+def test_without_a_gpu_the_memory_of_the_machine_counts_and_few_bits_are_no_choice(free, monkeypatch):
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     given = small_settings("--window", 800)
     for bitsandbytes in (False, True):
@@ -710,6 +769,15 @@ def test_a_model_that_no_method_makes_fit_is_refused_with_what_to_do(gpu, bitsan
     assert "Feche outros programas" in message and "modelo menor" in message
     assert ("pip install bitsandbytes" in message) is advised
     assert not re.search(r"[a-z]+ing\b", message)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "auto"])
+def test_full_training_that_does_not_fit_is_refused_with_the_method_that_takes_less(method, free, monkeypatch):
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+    free(20 * GB, True, True)
+    with pytest.raises(tool.InputError) as error:
+        tool.choose_method(None, 1, small_settings("--method", method))
+    assert ("--method lora" in str(error.value)) is (method == "full")
 
 
 def test_what_a_refused_model_needs_at_least_is_told_and_is_more_than_what_is_free(free, monkeypatch):
@@ -771,20 +839,20 @@ def guest(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("gpu, bitsandbytes", [(False, False), (False, True), (True, False)])
-def test_four_bits_without_what_they_need_are_refused_with_the_command_to_get_it(gpu, bitsandbytes, free, guest,
-                                                                                tmp_path):
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("method", ["full8", "qlora"])
+def test_few_bits_without_what_they_need_are_refused_with_the_command_to_get_it(method, gpu, free, guest, tmp_path):
     guest.setattr(tool, "load_chat", lambda *_, **__: pytest.fail("a model was loaded"))
-    free(10**12, gpu, bitsandbytes)
+    free(10**12, gpu, False)
     guest.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    done = call("--method", "qlora", "--output-dir", tmp_path / "novo")
+    done = call("--method", method, "--output-dir", tmp_path / "novo")
     assert done.status == 2 and "pip install bitsandbytes" in done.err and "METHOD" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_method_that_does_not_exist_is_refused(guest, tmp_path):
     done = call("--method", "dora", "--output-dir", tmp_path / "novo")
-    assert done.status == 2 and "auto, full, lora, qlora" in done.err and list(tmp_path.iterdir()) == []
+    assert done.status == 2 and "auto, full, full8, lora, qlora" in done.err and list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -881,6 +949,22 @@ def test_each_time_that_memory_runs_out_the_next_try_takes_less_until_nothing_is
     assert [int(parts or before) for (parts, _), (before, _) in zip(said, expected)] == [n for n, _ in expected[1:]]
 
 
+@pytest.mark.parametrize("flags, parts", [((), 16), (("--heal-steps", 77), 2)])
+def test_only_a_plan_of_the_same_settings_tells_what_was_tried_before_memory_ran_out(flags, parts, planned, guest,
+                                                                                     tmp_path):
+    assert planned(TIGHT, "--batch-size", 16).settings.gradient_accumulation == 8
+
+    tries = []
+
+    def run_out(folder, settings):
+        tries.append(settings.gradient_accumulation)
+        raise RuntimeError("CUDA out of memory.")
+
+    guest.setattr(tool, "fit_settings", run_out)
+    assert call("--output-dir", tmp_path / "novo", "--batch-size", 16, *flags).status == 2
+    assert tries[:2] == [1, parts]
+
+
 def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(tmp_path):
     settings = small_settings("--output-dir", tmp_path / "novo")
     full, adapter = (tool.check_disk(10**8, 10**6, changed(settings, method=method)) for method in ("full", "lora"))
@@ -892,6 +976,8 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
     given = small_settings()
     inputs = tool.check_inputs(given)
     before = tool.stage_keys(given, inputs, DEMO)
+    four_bits = tool.stage_keys(changed(given, method="qlora"), inputs, DEMO)  # another base, which writes other text
+    assert {name for name in before if four_bits[name] == before[name]} == {"exam"}
     for values in ({"method": "lora"}, {"lora_rank": 8}):
         after = tool.stage_keys(changed(given, **values), inputs, DEMO)
         assert {name for name in before if after[name] == before[name]} == {"1-self-text", "exam"}
@@ -900,7 +986,8 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
 
 
 @pytest.mark.parametrize("method, words", [
-    ("full", "treino de todos os pesos"), ("lora", "LoRA (adaptador de tamanho 16)"),
+    ("full", "treino de todos os pesos"), ("full8", "treino de todos os pesos, com otimizador de 8 bits"),
+    ("lora", "LoRA (adaptador de tamanho 16)"),
     ("qlora", "QLoRA (pesos em 4 bits, adaptador de tamanho 16)"),
 ])
 def test_the_plan_names_the_method_the_parts_and_the_memory(method, words, demo_chat, capsys):

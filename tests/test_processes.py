@@ -13,23 +13,35 @@ SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--
          "--eval-questions", 8, "--max-new-tokens", 24, "--window", 128, "--batch-size", 4, "--output-dir", "novo")
 
 
-def launch(*arguments, cwd):
-    """The script in two processes; no exit status of theirs but 0 comes through the launcher."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+def launch(*arguments, cwd, sharded=False, script=SCRIPT):
+    """The script in two processes, with FSDP or not; no exit status of theirs but 0 comes through the launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
     command += map(str, arguments)
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+                   "ACCELERATE_USE_FSDP": str(sharded).lower(), "PYTHONPATH": str(SCRIPT.parent)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8",
                           timeout=400)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A small run in one process, and its folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run_script(*SMALL, cwd=folder)
+    assert done.returncode in (0, 3), done.stderr
+    return done, folder
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_same_model_as_one_and_speak_once(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    alone = run_script(*SMALL, cwd=tmp_path / "one")
-    assert alone.returncode in (0, 3), alone.stderr
-    together = launch(*SMALL, cwd=tmp_path / "two")
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in pieces"])
+def test_two_processes_make_the_same_model_as_one_and_speak_once(sharded, alone, tmp_path):
+    alone, folder = alone
+    (tmp_path / "one").symlink_to(folder)
+    (tmp_path / "two").mkdir()
+    together = launch(*SMALL, cwd=tmp_path / "two", sharded=sharded)
     assert (tmp_path / "two" / "novo" / "report.json").is_file(), together.stderr
+    assert "Traceback (most recent call last):\n  File \"" + str(SCRIPT) not in together.stderr
+    assert "FileNotFoundError" not in together.stderr
     steps = [[line for line in done.stdout.splitlines() if line[1:2] == "/"] for done in (alone, together)]
     assert steps[0] == steps[1] and len(steps[0]) == 6
     texts = [json.loads((tmp_path / name / "novo.work" / "1-self-text" / "self_text.json").read_text(encoding="utf-8"))
@@ -47,6 +59,54 @@ def test_two_processes_make_the_same_model_as_one_and_speak_once(tmp_path):
         assert abs(reports[0]["pass_2"][figure] - reports[1]["pass_2"][figure]) <= 0.25  # a few of 30 and 8 questions
     files = [{path.name for path in (tmp_path / name / "novo").iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
+    assert "distributed" not in (tmp_path / "two" / "novo" / "config.json").read_text(encoding="utf-8")
+
+
+PIECES = """
+import sys
+from pathlib import Path
+import rename_obrutai as tool
+
+settings = tool.parse_settings(["--method", sys.argv[1], "--lora-rank", "4"])
+tool.quiet_libraries(settings)
+tool.join_processes()
+def held(model):
+    return sum(getattr(p, "_local_tensor", p).numel() for n, p in model.named_parameters() if "lora_" not in n)
+def local(model):
+    return [getattr(p, "_local_tensor", p) for p in model.parameters()]
+whole = held(tool.load_model(settings.model_path, settings))
+chat, later = (tool.load_chat(settings.model_path, settings, 4.0, adapt=True, train=True) for _ in range(2))
+turn = tool.Turn("Oi!", "Oi! Tudo bem?")
+teacher = tool.record_teacher(tool.load_chat(settings.model_path, settings), [turn], 64)
+pools = [tool.Pool([turn.messages()], 1.0, True)]
+batches = tool.make_batches(chat.tokenizer, teacher, pools, [64], 4, 2, "seed")
+log = tool.train(chat, batches, teacher, 1e-3, 1.0, settings, "passo 1", Path("training"))
+tool.save_stage(chat, Path("stage"), log)
+tool.wait()
+models = chat.model, tool.load_model("stage", settings, train=True), tool.load_model("stage", settings)
+tool.train(later, batches, teacher, 1e-3, 1.0, settings, "passo 1", Path("training"))  # begins anew
+same = all((a - b).abs().max() < 1e-6 for other in (models[1], later.model) for a, b in zip(local(models[0]),
+                                                                                              local(other)))
+print("HELD", *(held(model) / whole for model in models), int(same))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_with_fsdp_each_process_holds_half_of_the_weights_while_it_trains_and_the_saved_stage_is_whole(method,
+                                                                                                       tmp_path):
+    (tmp_path / "pieces.py").write_text(PIECES, encoding="utf-8")
+    done = launch(method, cwd=tmp_path, sharded=True, script=tmp_path / "pieces.py")
+    shares = [tuple(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("HELD")]
+    assert len(shares) == 2, done.stderr
+    assert all(share == pytest.approx((0.5, 0.5, 1, 1), abs=0.01) for share in shares)
+    saved = load_file(next((tmp_path / "stage").glob("*model.safetensors")))
+    base = load_file(DEMO / "model.safetensors")
+    if method == "full":
+        assert all(saved[name].shape == weight.shape for name, weight in base.items())
+    else:
+        sizes = {tuple(weight.shape) for name, weight in saved.items() if "q_proj.lora_" in name}
+        assert sizes == {(4, 128), (128, 4)}
 
 
 @pytest.mark.slow
