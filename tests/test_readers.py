@@ -162,6 +162,8 @@ def test_the_template_in_gos_language_writes_what_the_chat_template_writes(name,
         expected = tokenizer.apply_chat_template(
             tool.without_system(tokenizer, messages) if folds else messages, tokenize=False,
             add_generation_prompt=True, enable_thinking=False)
+        if name == "deepseek r1":  # it cannot switch thinking off: the model was trained with its thought closed
+            expected = expected.removesuffix("<think>\n") + tool.EMPTY_THOUGHT
         assert execute(template, messages) == (expected.removeprefix("<s>") if adds_bos else expected)
 
 
@@ -170,7 +172,7 @@ def test_braces_and_quotation_marks_of_a_chat_template_end_nothing_in_the_modelf
     text, tokenizer = modelfile("{% for m in messages %}{{ MARKS + m['role'] + '\n' + m['content'] }}{% endfor %}"
                                 .replace("MARKS", repr(marks)))
     messages = [{"role": "user", "content": 'Diga "oi" }}'}]
-    assert execute(template_of(text), messages) == marks + 'user\nDiga "oi" }}'
+    assert execute(template_of(text), messages) == f'{marks}user\nDiga "oi" }}}}{marks}assistant\n'
 
 
 @pytest.mark.parametrize("head, mark", [

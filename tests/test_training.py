@@ -449,7 +449,7 @@ def run_pass(monkeypatch, demo_chat, tmp_path):
         def save(chat, folder, log):
             (folder / "model.safetensors").write_text(str(len(trained)), encoding="utf-8")
 
-        monkeypatch.setattr(tool, "load_chat", lambda folder, *_: loaded.append(folder) or demo_chat)
+        monkeypatch.setattr(tool, "load_chat", lambda folder, *_, **__: loaded.append(folder) or demo_chat)
         monkeypatch.setattr(tool, "train", train)
         monkeypatch.setattr(tool, "save_stage", save)
         monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
