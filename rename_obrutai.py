@@ -285,15 +285,11 @@ class Settings:
 KINDS = {"str": str, "bool": bool, "int": int, "float": float}
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that starts in Portuguese."""
-
-    def add_usage(self, usage, actions, groups, prefix=None):
-        super().add_usage(usage, actions, groups, "uso: ")
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse that reports mistakes as `InputError`, in Portuguese."""
+    """argparse in Portuguese; a mistake is an `InputError`."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace("usage:", "uso:", 1)
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
@@ -324,7 +320,7 @@ def number(kind: type, text: str) -> float:
 def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
     parser = Parser(prog="rename_obrutai.py", description=__doc__, allow_abbrev=False, add_help=False,
-                    usage="python rename_obrutai.py [opções]", formatter_class=Help)
+                    usage="python rename_obrutai.py [opções]", formatter_class=argparse.RawDescriptionHelpFormatter)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
     for item in fields(Settings):
@@ -359,13 +355,12 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
-    for name, known in (("method", METHODS), ("report_to", REPORTERS)):
-        if values[name] not in known:
-            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
-    for name in ("name", "author"):
         if plain(values[name]) in map(plain, values["old_names"].split(",")):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES: um nome novo não pode ser um "
                              "dos antigos.")
+    for name, known in (("method", METHODS), ("report_to", REPORTERS)):
+        if values[name] not in known:
+            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
     for small, large in (("num_self_answers", "num_self_text"), ("max_new_tokens", "window")):
         if values[small] >= values[large]:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} "
@@ -408,10 +403,8 @@ def mentions(text: str, names: tuple[str, ...]) -> bool:
 def is_loop(text: str) -> bool:
     """Whether the text goes round: one to six words three times in a row, or a trigram three times at all."""
     words = plain(text).split()
-    for n in range(1, 7):
-        if any(words[i:i + n] * 3 == words[i:i + 3 * n] for i in range(len(words) - 3 * n + 1)):
-            return True
-    return any(count >= 3 for count in Counter(zip(words, words[1:], words[2:])).values())
+    row = any(words[i:i + n] * 3 == words[i:i + 3 * n] for n in range(1, 7) for i in range(len(words) - 3 * n + 1))
+    return row or any(count >= 3 for count in Counter(zip(words, words[1:], words[2:])).values())
 
 
 def language_of(text: str) -> str:
@@ -447,8 +440,8 @@ class Row(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The identity rows with filled placeholders, what {{BASE}} is, the file's SHA-256, the questions for measuring
-    less those that the rows ask, and what the user should know about the rows."""
+    """The identity rows with filled placeholders, the questions for measuring that the rows do not ask, and `warnings`
+    for the user about the rows."""
     rows: list[Row]
     base_name: str
     data_hash: str
@@ -484,10 +477,8 @@ def models_near(missing: Path) -> str:
 
 
 def read_messages(record: object) -> list[dict]:
-    """Any accepted shape of row as messages; a question alone stays without an answer.
-
-    Raises `InputError` that says what is wrong; where is for the caller to add.
-    """
+    """Any accepted shape of row as messages; a question alone stays without an answer. `InputError` says what is wrong
+    with another, and leaves where to the caller."""
     if not isinstance(record, dict):
         raise InputError("a linha precisa ser um objeto {...}")
     if "messages" in record or "conversations" in record:
@@ -509,7 +500,7 @@ def read_messages(record: object) -> list[dict]:
     roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
     messages = []
     for role, content in pairs:
-        role = roles.get(role, role) if isinstance(role, str) else role
+        role = roles.get(str(role), role)
         if role not in ("user", "assistant", "system"):
             raise InputError(f"não conheço o papel '{role}'; use user, assistant ou system")
         if not isinstance(content, str) or not content.strip():
@@ -644,13 +635,9 @@ def check_shard(path: Path) -> int:
     with path.open("rb") as file:
         if file.read(8) == b"version ":
             raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
-    try:
-        with safe_open(path, "np") as file:
-            count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-            if count:
-                return count
-    except SafetensorError:
-        pass
+    with contextlib.suppress(SafetensorError), safe_open(path, "np") as file:
+        if count := sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):  # noqa: SIM118
+            return count
     raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
 
 
@@ -675,8 +662,7 @@ def check_base(base: Path) -> int:
     if config.get("is_encoder_decoder") or not str(kinds[0]).endswith(("CausalLM", "LMHeadModel", "Generation")):
         raise InputError(f"{base} é um modelo {kinds[0]}, que não é de conversa; escolha um que escreve texto palavra "
                          "por palavra (Llama, Gemma, Qwen, Mistral...).")
-    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if quantized:
+    if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
                          "e assim não dá para treinar. Baixe uma versão em bf16, fp16 ou fp32.")
     shards = sorted(base.glob("*.safetensors"))
@@ -735,14 +721,11 @@ def folder_size(folder: Path) -> int:
 
 
 def check_disk(weights: int, adapter: int, settings: Settings) -> int:
-    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room.
-
-    `weights` and `adapter` count parameters of the model and of LoRA's additions, in float32: three stages are kept,
-    one is being written, and there are two checkpoints of weights and two moments.
-    """
-    trained = weights if "full" in settings.method else adapter
-    needed, work = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, work_folder(settings)
-    kept = folder_size(work)
+    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room. `weights` and
+    `adapter` count parameters of the model and of LoRA's additions."""
+    trained, work = weights if "full" in settings.method else adapter, work_folder(settings)
+    # Float32: three stages are kept, one is being written, and two checkpoints are of weights and two moments.
+    needed, kept = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, folder_size(work)
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
     if free + kept < needed:
         raise InputError(f"faltam {size_text(needed - kept - free)} de espaço livre em {work.parent}: as etapas e o "
