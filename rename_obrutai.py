@@ -761,8 +761,8 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
     another base.
     """
     values, chain, keys = asdict(settings), "", {}
-    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora"]
-    facts += [EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
+    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora",
+             EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
@@ -827,11 +827,8 @@ def has_key(file: Path, key: str) -> bool:
 
 
 def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of a finished stage, built now unless it is there with the same key.
-
-    It is built under another name and renamed, so it is there as a whole or not at all. What a broken-off build left
-    is kept for `build` to go on with if its key is the same.
-    """
+    """The folder of a finished stage, built now unless it is there with the same key: under another name, so that it
+    is there as a whole or not at all. `build` may go on with what a broken-off one with this key left."""
     partial, began = folder.with_name(folder.name + ".partial"), time.monotonic()
     if agreed(has_key(folder / "key.json", key)):
         return folder
@@ -857,29 +854,25 @@ def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
 # ---- Model and RoPE ---------------------------------------------------------------------------------------
 
 def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) -> dict:
-    """New `rope_parameters` with linear position interpolation (arXiv 2306.15595); the given dict stays as it is.
+    """New `rope_parameters` with linear position interpolation (arXiv 2306.15595).
 
-    Flat dicts (Llama, Qwen, Mistral) are scaled; of per-layer-type ones (Gemma 3) only `full_attention` is, as the
-    family's larger models ship it and llama.cpp reads it. An existing scaling is composed with: the factor of
-    `linear`, `llama3`, `yarn` and `proportional` is multiplied, which for all but the first stretches the slow
-    frequencies and leaves the fast ones, as those scalings were trained; so are the lists of `longrope`.
-    `attention_factor`, which yarn and longrope would derive anew, is pinned to what the base has; so are DeepSeek's
-    `mscale`s, which count times the factor's logarithm. Raises `InputError` for a model without RoPE and for any
-    other scaling.
+    Of those by layer type (Gemma 3) only `full_attention` is scaled, as the family's larger models ship it and
+    llama.cpp reads it. An existing scaling is composed with: its factor, or the lists of `longrope`, multiplied, which
+    for all but `linear` leaves the fast frequencies as those scalings were trained. `attention_factor`, which yarn and
+    longrope would derive anew, is pinned to what the base has; so are DeepSeek's `mscale`s, which count times the
+    factor's logarithm. Raises `InputError` for a model without RoPE and for any other scaling.
     """
     hint = "Use --rope-factor 1 (ROPE_FACTOR = 1) para renomear sem aumentar o contexto."
     if not rope:
         raise InputError(f"este modelo não usa RoPE, então o contexto não pode ser aumentado. {hint}")
     if "full_attention" in rope:
         return {**rope, "full_attention": scale_rope(rope["full_attention"], factor, attention_factor)}
-    kind = rope.get("rope_type", "default")
+    kind, old = rope.get("rope_type", "default"), float(rope.get("factor") or 1)
     if kind in ("default", "linear"):
-        return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1) * factor}
+        return {**rope, "rope_type": "linear", "factor": old * factor}
     if kind in ("llama3", "yarn", "proportional"):
-        old = float(rope.get("factor") or 1)
-        pinned = {"attention_factor": attention_factor} if kind == "yarn" else {}
-        pinned |= {key: rope[key] * math.log(old) / math.log(old * factor) for key in ("mscale", "mscale_all_dim")
-                   if rope.get(key)}
+        pinned = {key: rope[key] * math.log(old) / math.log(old * factor) for key in ("mscale", "mscale_all_dim")
+                  if rope.get(key)} | ({"attention_factor": attention_factor} if kind == "yarn" else {})
         return {**rope, "factor": old * factor, **pinned}
     if kind == "longrope":
         lists = {key: [value * factor for value in rope[key]] for key in ("short_factor", "long_factor")}
@@ -932,9 +925,9 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
             # Falcon and Granite have the parameters even where they use ALiBi, or nothing, instead.
             unused = (getattr(text_config, "alibi", False)
                       or getattr(text_config, "position_embedding_type", None) == "nope")
-            rope = None if unused else getattr(text_config, "rope_parameters", None)
-            layer = "full_attention" if "full_attention" in (rope or {}) else None
-            kind = ((rope or {}).get(layer) or rope or {}).get("rope_type", "default")
+            rope = {} if unused else getattr(text_config, "rope_parameters", None) or {}
+            layer = "full_attention" if "full_attention" in rope else None
+            kind = rope.get(layer, rope).get("rope_type", "default")
             if config.model_type in ("phi3", "phimoe") and kind == "default":  # they know no linear: the same as lists
                 head = text_config.hidden_size // text_config.num_attention_heads
                 pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
@@ -975,25 +968,23 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
     adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in, `train` only this
     process's piece of them where FSDP is asked for. Full training keeps weights in float32, where small updates are
-    not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits.
-
-    The configuration is changed before the model is built, because the frequencies are computed at that moment; a
-    later change would only reach the saved file. Raises `InputError` for weights that are missing or not finite.
+    not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
+    `InputError` for weights that are missing or not finite.
     """
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = read_config(folder, rope_factor)
+    config = read_config(folder, rope_factor)  # before the model is built, which computes the frequencies at once
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = settings.model_path if adapted else folder
     options = {"dtype": torch.float32 if "full" in settings.method else gpu_dtype()}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                            bnb_4bit_use_double_quant=True,
-                                                            bnb_4bit_compute_dtype=gpu_dtype())
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=gpu_dtype())
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     if SHARDED and train:
         from transformers.distributed import DistributedConfig
@@ -1097,10 +1088,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
 
 def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names: tuple[str, ...]) -> None:
-    """Where the chat template itself injects a system prompt with an old name, put the new identity there.
-
-    Checked by rendering; raises `InputError` when the new text did not arrive.
-    """
+    """Where the chat template itself injects a system prompt with an old name, put the new identity there, or raise
+    `InputError` when rendering shows that it did not arrive."""
     def injected() -> str:
         return skeleton(tokenizer, tokenizer.chat_template, ("user",), True)[0]
 
@@ -1126,22 +1115,17 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
 
 @functools.cache
 def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
-    """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces.
-
-    Rendering marks once per shape tells exactly where the answers are, and is much faster than rendering every
-    conversation. `ask` adds the generation prompt, up to where the answer itself begins: a thought that the template
-    opens (DeepSeek R1) is closed, and what it writes before answers (gpt-oss: a channel) follows. `template` is in the
-    key so that a changed one is seen.
-    """
+    """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces, rendered
+    once per shape, which tells exactly where the answers are. `ask` adds the generation prompt, up to where the answer
+    itself begins: a thought that the template opens (DeepSeek R1) is closed, and what it writes before answers
+    (gpt-oss: a channel) follows. `template` is in the key so that a changed one is seen."""
     from jinja2 import TemplateError
 
-    marks = [f"QZ{i}ZQ" for i in range(len(roles))]
+    marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-    try:
+    with contextlib.suppress(TemplateError):
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
                                              add_generation_prompt=ask, enable_thinking=False)
-    except TemplateError:
-        text = ""
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
@@ -1238,11 +1222,10 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
-              merge: bool = False, train: bool = False) -> Chat:
+def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, **how: bool) -> Chat:
     """Model and tokenizer of a folder, as `load_model` takes it. Answers end at the template's end of turn, the
     tokenizer's EOS, or what the model's own generation_config lists."""
-    model, tokenizer = load_model(folder, settings, rope_factor, adapt, merge, train), load_tokenizer(str(folder))
+    model, tokenizer = load_model(folder, settings, rope_factor, **how), load_tokenizer(str(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
         raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
@@ -1266,12 +1249,8 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
 
 def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `position_ids`, each (rows, longest), padded on the left: all ends align."""
-    import torch
-
-    width, pad = max(map(len, rows)), chat.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=chat.model.device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=chat.model.device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    padded = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(chat.model.device)
+    return {**padded, "position_ids": (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def progress(total: int, label: str):
@@ -1400,11 +1379,8 @@ def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
 
 
 def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[str, ...]:
-    """Names under which the base goes: OLD_NAMES, or the proper names in its own identity answers.
-
-    A proper name is capitalised inside a sentence, in at least 5 % of the answers, and never written small. Names
-    in `ours`, which is all that the new identity says, are not old.
-    """
+    """Names under which the base goes: OLD_NAMES, or the proper names in its own identity answers: capitalised
+    inside a sentence, in at least 5 % of the answers, never written small, and not in `ours`, the new identity."""
     if settings.old_names:
         return tuple(name.strip() for name in settings.old_names.split(",") if name.strip())
     small = {w for a in answers for w in re.findall(r"\w+", a) if w[0].islower()}
@@ -1414,11 +1390,8 @@ def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[s
 
 
 def write_questions(base: Chat, starts: list[str], label: str, seed: int) -> list[str]:
-    """Questions that the base writes by itself, each going on from a start, which may be empty.
-
-    Given only the opening of a user turn, a chat model writes a user's question (Magpie, arXiv 2406.08464), so this
-    needs no data and stays in the model's own domain.
-    """
+    """Questions that the base writes by itself, each going on from a start, which may be empty: given the opening of a
+    user turn, a chat model writes a user's question, in its own domain and without data (Magpie, arXiv 2406.08464)."""
     opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
     prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
     written = generate(base, prompts, label, seed)
@@ -1488,10 +1461,8 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
 
 
 def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
-    """The first `count` turns whose answer the base itself repeats after each of three other turns of conversation.
-
-    Only these can measure retention: where the base wavers, a different answer tells nothing about the tuned model.
-    """
+    """The first `count` turns whose answer the base itself repeats after each of three other turns of conversation:
+    where it wavers, a different answer of the tuned model tells nothing about retention."""
     chosen: list[Turn] = []
     for start in range(0, len(turns), 2 * count):
         batch = turns[start:start + 2 * count]
@@ -1520,14 +1491,13 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
     import torch
 
     windows: list[list[Turn]] = []
-    used = context
+    used = math.inf
     for turn in turns:
-        cost = len(encode(base.tokenizer, turn.messages()).input_ids)
-        if used + cost > context:
+        used += (cost := len(encode(base.tokenizer, turn.messages()).input_ids))
+        if used > context:
             windows.append([])
-            used = 0
+            used = cost
         windows[-1].append(turn)
-        used += cost
     encoded = [encode(base.tokenizer, [m for t in window for m in t.messages()]) for window in windows]
     tokens, log_probs, rows, at = [], [], {}, 0
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, base.generation_tokens // 4):
@@ -1641,23 +1611,18 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
 
 
 def distillation_loss(logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of the divergence KL(base || model) in nats, bounded from below by k + 1 events.
-
-    `logits` (N, vocabulary) of the model; `tokens`, `log_probs` (N, k) of the base. All that is outside the k most
-    probable tokens is one event, so that the model cannot hide probability there.
-    """
+    """Mean over positions of the divergence KL(base || model) in nats, bounded from below by k + 1 events: all that is
+    outside the base's k most probable tokens is one, so that the model cannot hide probability there. `logits` (N,
+    vocabulary) of the model; `tokens`, `log_probs` (N, k) of the base."""
     ours = logits.float().log_softmax(-1).gather(-1, tokens)
     rest, our_rest = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (log_probs, ours))
     return ((log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()).mean()
 
 
 def automatic_rate(model, rate_at_1m: float) -> float:
-    """Learning rate for the size of the model, from its value for full training at one million parameters.
-
-    Full training: it falls with the square root of the size. LoRA: half that value at one million, and nearly the same
-    at every size, since what a step changes then depends on the rank and not on the width
-    (https://thinkingmachines.ai/blog/lora/).
-    """
+    """Learning rate for the size of the model, from its value for full training at one million parameters, where it
+    falls with the square root of the size. LoRA: half that value at one million, and nearly the same at every size,
+    since what a step changes then depends on the rank, not the width (https://thinkingmachines.ai/blog/lora/)."""
     shapes = [getattr(p, "quant_state", p).shape for name, p in model.named_parameters() if "lora_" not in name]
     millions = sum(map(math.prod, shapes)) / 1e6  # weights in 4 bits are packed, and know the shape that they had
     return rate_at_1m * (millions**-0.5 if model is whole(model) else 0.5 * millions**-0.125)
@@ -1667,10 +1632,9 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
           label: str, folder: Path) -> list[dict]:
     """Run the batches once through TRL's SFTTrainer, the rate rising briefly and falling to zero; the loss log.
 
-    The loss is cross-entropy on the labels plus `kl_weight` times the divergence from the base on the targets.
-    Checkpoints go to `folder`, from whose newest complete one a broken-off training goes on, bit by bit as if nothing
-    had happened. Raises `InputError` when nothing can be learnt from the batches or the loss explodes, and
-    `KeyboardInterrupt` after saving when the user asks to stop.
+    The loss is cross-entropy on the labels plus `kl_weight` times the divergence from the base on the targets. From
+    the newest complete checkpoint in `folder` a broken-off training goes on, bit by bit. Raises `InputError` when
+    nothing can be learnt or the loss explodes, and `KeyboardInterrupt` after saving when the user asks to stop.
     """
     import torch
     from datasets import Dataset
@@ -1692,15 +1656,10 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         # A step of few long windows may have less of them than parts; what is left over has one that teaches nothing.
         idle = {"input_ids": batches[step][0]["input_ids"][:2], "labels": [-100] * 2, "targets": [-1] * 2}
         windows = batches[step][part::parts] or [idle]
-        width = max(len(w["input_ids"]) for w in windows)
-
-        def padded(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([w[key] + [value] * (width - len(w[key])) for w in windows])
-
-        mask = torch.tensor([[1] * len(w["labels"]) + [0] * (width - len(w["labels"])) for w in windows])
-        return {"input_ids": padded("input_ids", chat.tokenizer.pad_token_id), "attention_mask": mask,
-                "labels": padded("labels", -100), "targets": padded("targets", -1),
-                "totals": torch.tensor(totals[step])}
+        filling = {"input_ids": chat.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100, "targets": -1}
+        rows = [w | {"attention_mask": [1] * len(w["labels"])} for w in windows]
+        return {"totals": torch.tensor(totals[step]), **{key: torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row[key]) for row in rows], True, value) for key, value in filling.items()}}
 
     class Trainer(SFTTrainer):
         loss_is_scaled_for_ga = True
@@ -1838,12 +1797,10 @@ def patient_interrupts():
         asked.append(number)
         say("\n  Guardando o treino para parar... (Ctrl-C de novo sai já, sem guardar)")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as before:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before.callback(signal.signal, number, signal.signal(number, note))
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Settings, folder: Path) -> list[dict]:
@@ -1873,11 +1830,9 @@ class Exam(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
-
-    `by_length` has one dict (tokens, identity, retention) per length of the conversation before, zero first;
-    `extra_tokens` is what the exam's context adds to a question on average. No `retention`: the base is not known.
-    """
+    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from. `by_length` has
+    a dict (tokens, identity, retention) per length of the conversation before, zero first; `extra_tokens` is what the
+    exam's context adds to a question on average. `retention` is None where the base is not known."""
     identity: float
     old_identity: float
     leak: float
@@ -1902,11 +1857,7 @@ def mentions_old(text: str, standard: Standard) -> bool:
 
 
 def judge(answer: Answer, standard: Standard) -> str:
-    """Why an identity answer does not count, in Portuguese; "" when it is sound.
-
-    Sound: names the new identity and no old one, ended by itself, does not go round, and at least 80 % of its words
-    are known from the identity rows, the questions or the base's own identity answers.
-    """
+    """Why an identity answer does not count, in Portuguese; "" when it is sound."""
     words = plain(answer.text).split()
     return next((reason for reason, found in (
         ("vazia", not words), ("não terminou", not answer.ended), ("repetitiva", is_loop(answer.text)),
@@ -1917,11 +1868,10 @@ def judge(answer: Answer, standard: Standard) -> str:
 
 
 def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
-    """How far the model would give each conversation's last answer by itself.
+    """How far the model would give each conversation's last answer by itself, token by token as its first choice.
 
-    The answer is read along (teacher forcing) and each token compared with the model's first choice. An answer of up
-    to 24 tokens counts 1.0 if all agree, which is when greedy generation gives the same text, else 0.0; a longer one,
-    where one other word early on would change all that follows, counts the share of tokens that agree.
+    An answer of up to 24 tokens counts 1.0 if all agree, which is when greedy generation gives the same text, else
+    0.0; a longer one, where one other word early on would change all that follows, the share of tokens that agree.
     """
     import torch
 
@@ -2024,10 +1974,9 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
         return language_of(text), intent_of(text, standard.old_names)
 
     values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": standard.base_name}
-    pairs = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
-    known = [(kind(question), plain(question), answer) for question, answer in pairs]
-    used: Counter = Counter()
-    conversations = []
+    asked = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
+    known = [(kind(question), plain(question), answer) for question, answer in asked]
+    used, conversations = Counter(), []
     for question in questions:
         alike = sorted(((SequenceMatcher(None, plain(question), other, autojunk=False).ratio(), answer)
                         for k, other, answer in known if k == kind(question)), reverse=True)[:4]
@@ -2098,24 +2047,20 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
     """Ask the model of pass 1 about its identity, and keep sound answers in the question's language for pass 2.
 
     Two fifths of NUM_SELF_ANSWERS are about identity, the rest are everyday answers of the base, first of all those
-    that the model would no longer give. Returns a record (question, answer, kind, rejected) for all that was written,
-    with the reason where one is not used.
+    that the model would no longer give. The records are of all that was written, with the reason of a rejection.
     """
     wanted = round(0.4 * settings.num_self_answers)
     rng = random.Random(f"{settings.seed}/self-answers")
     questions = sorted({lesson[-2]["content"] for lesson in lessons})
-    records: list[dict] = []
-    kept: set[tuple[str, str]] = set()
+    records, kept = [], set()
     for attempt in range(4):
         drafts = rng.sample(questions, min(len(questions), int(1.2 * (wanted - len(kept))) + 4))
         # The first answers are greedy; later ones are sampled, to say the same in other words.
         answers = ask(chat, drafts, "escrevendo respostas", rng.randrange(2**31) if attempt else None)
         for question, answer in zip(drafts, answers):
-            reason = judge(answer, own.standard)
-            if not reason and language_of(answer.text) != language_of(question):
-                reason = "em outra língua"
-            if not reason and (question, answer.text) in kept:
-                reason = "repetida"
+            reason = (judge(answer, own.standard)
+                      or "em outra língua" * (language_of(answer.text) != language_of(question))
+                      or "repetida" * ((question, answer.text) in kept))
             if not reason:
                 kept.add((question, answer.text))
             records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason})
@@ -2151,15 +2096,14 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, exactly as they are, and the log of the training."""
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
-    if chat.model is whole(chat.model):
-        chat.model.save_pretrained(folder, is_main_process=RANK == 0)
-    else:
-        chat.model.save_pretrained(folder, save_embedding_layers=False, is_main_process=RANK == 0)
+    inner = whole(chat.model)
+    only_adapter = {"save_embedding_layers": False} if chat.model is not inner else {}
+    chat.model.save_pretrained(folder, is_main_process=RANK == 0, **only_adapter)
     if RANK:
         return
-    if chat.model is not whole(chat.model):
-        whole(chat.model).config.save_pretrained(folder)
-        whole(chat.model).generation_config.save_pretrained(folder)
+    if only_adapter:
+        inner.config.save_pretrained(folder)
+        inner.generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
     write_json(folder / "log.json", log)
 
