@@ -38,7 +38,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher, get_close_matches
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -457,10 +457,9 @@ def digest(value: object) -> str:
 
 def did_you_mean(path: Path) -> str:
     """Advice on a path that does not exist, from the names beside it."""
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=1, cutoff=0.5)
     if not path.parent.is_dir():
         return f"A pasta {path.parent} também não existe."
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
@@ -2136,10 +2135,8 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
 
 
 def add_old_rope_names(path: Path) -> None:
-    """Say in a config.json of transformers 5 as well what transformers 4, llama.cpp, vLLM and Ollama call its RoPE.
-
-    They would silently take defaults. Of layers of several kinds, they too scale those of full attention only.
-    """
+    """Say in a config.json as well what transformers 4, llama.cpp, vLLM and Ollama call the RoPE of transformers 5: they
+    would silently take defaults. Of layers of several kinds, they too scale those of full attention only."""
     config = load_json(path)
     for part in (config, config.get("text_config") or {}):
         rope = part.get("rope_parameters") or {}
@@ -2163,10 +2160,8 @@ def add_old_rope_names(path: Path) -> None:
 
 
 def modelfile(chat: Chat, adds_bos: bool) -> str:
-    """Ollama's recipe for the saved folder, with the chat template in Go's language where that can say the same.
-
-    `adds_bos`: the tokenizer itself begins a text with BOS, and so Ollama does, too.
-    """
+    """Ollama's recipe for the saved folder, with the chat template in Go's language where that can say the same. Where
+    the tokenizer `adds_bos`, Ollama does, too."""
     tokenizer, config = chat.tokenizer, chat.model.config.get_text_config()
 
     def pieces(roles: str) -> list[str]:
@@ -2312,9 +2307,8 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     from huggingface_hub import ModelCard
 
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
-    losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: [
-                         int(number) for number in re.findall("round-([0-9]+)", str(p.parent.name))])
-                     for entry in load_json(log)]
+    losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
+                     for entry in load_json(log)]  # round-10 after round-9
               for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
@@ -2432,12 +2426,10 @@ def conclude(settings: Settings) -> int:
     after = show_scores({name: Scores(**values) for name, values in report["scores"].items()})
     say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
         "O antes e depois completo está no README.md de lá.", verdict=True)
-    kept = folder_size(work)
-    if kept:
+    if kept := folder_size(work):
         say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
             "refeito. Pode apagar essa pasta quando quiser.")
-    missed = after.misses(settings)
-    if not missed:
+    if not (missed := after.misses(settings)):
         say("Todas as metas foram atingidas.", verdict=True)
         return 0
     tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
@@ -2455,16 +2447,13 @@ def conclude(settings: Settings) -> int:
 
 def quiet_libraries(settings: Settings) -> None:
     """Close the network unless the model comes from the Hub, and silence what the user can do nothing about."""
-    if Path(settings.model_path).is_absolute():
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ[name] = "1"
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        os.environ[name] = "1"
+    local = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") * Path(settings.model_path).is_absolute()
+    always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS")
+    os.environ.update(dict.fromkeys((*local, *always), "1"), TRANSFORMERS_VERBOSITY="error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
@@ -2511,12 +2500,11 @@ def mlp_size(text: PretrainedConfig) -> int:
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, gpu: bool) -> int:
     """Bytes that training takes at its peak, for `weights` parameters.
 
-    State: full training has float32 weights, gradients and two moments, 16 bytes each, or 10 where the moments are in
-    8 bits, which those of the embeddings never are (and a copy to compute with on a GPU); LoRA has the weights as they
-    are, QLoRA in 4 bits, and 16 bytes for each weight of the adapter.
-    Activations: what a layer keeps for the way back is about 16 values of the hidden size and 5 of the MLP's per
-    token; with checkpointing that is a layer at a time, and one hidden state for each. The factors are fits to
-    tests/bench_memory.py, which shows how near they are; the C library's allocator wastes more than that of a GPU.
+    State: float32 weights, gradients and two moments take 16 bytes a weight (of the adapter, beside the base's weights
+    as they are or in 4 bits), or 10 where the moments are in 8 bits, which those of the embeddings never are; on a GPU
+    2 more to compute with. Activations: a layer keeps about 16 values of the hidden size and 5 of the MLP's per token
+    for the way back; with checkpointing one layer at a time, and one hidden state for each. The factors are fits to
+    tests/bench_memory.py; the C library's allocator wastes more than that of a GPU.
     """
     text = config.get_text_config()
     hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
@@ -2558,16 +2546,14 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
     splits, least = [settings.gradient_accumulation], math.inf
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
-    windows = [settings.window // 2**i for i in range(12)]
-    for window in [window for window in windows if window > settings.max_new_tokens]:
-        for method in methods:
-            for parts, again in [(n, False) for n in splits] + [(n, True) for n in splits]:
-                tried = replace(settings, method=method, window=window, gradient_accumulation=parts,
-                                gradient_checkpointing=settings.gradient_checkpointing or again)
-                needed = estimate_memory(config, weights, tried, gpu)
-                least = min(least, needed)
-                if needed <= free:
-                    return tried, needed
+    windows = [window for i in range(12) if (window := settings.window // 2**i) > settings.max_new_tokens]
+    for window, method, again, parts in product(windows, methods, (settings.gradient_checkpointing, True), splits):
+        tried = replace(settings, method=method, window=window, gradient_accumulation=parts,
+                        gradient_checkpointing=again)
+        needed = estimate_memory(config, weights, tried, gpu)
+        least = min(least, needed)
+        if needed <= free:
+            return tried, needed
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
                      + " ou METHOD = 'lora' (--method lora), que pede bem menos" * ("full" in settings.method)
@@ -2792,11 +2778,9 @@ def ready_folder(settings: Settings) -> Path:
 
 
 def examine(settings: Settings, folder: Path) -> int:
-    """The report for a model that is there already; exit status 0 when every target is met, 3 when one is missed.
-
-    A result of this script takes the exam that it took when it was made, and its report knows its base. Of any other
-    model only identity and leak can be measured.
-    """
+    """The report for a model that is there already; exit status 0 when every target is met, 3 when one is missed. A
+    result of this script takes its exam again, and its report knows its base; of others only identity and leak can be
+    measured."""
     inputs = None if (folder / "exam.json").is_file() else check_inputs(settings)
     join_processes()
     say(f"Medindo {folder}")
