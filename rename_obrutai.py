@@ -22,6 +22,8 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -45,9 +47,24 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Lazy:
+    """A library that is imported when it is first used: together they take seconds, and mistakes are told in less."""
+
+    def __init__(self, name: str):
+        self.library = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.library), name)
+
+
+accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2 = map(
+    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2"))
+peft, psutil, safetensors, torch, tqdm, transformers, trl = map(
+    Lazy, ("peft", "psutil", "safetensors", "torch", "tqdm", "transformers", "trl"))
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: edit here, or pass the flag of the same name (MODEL_PATH is --model-path).
@@ -627,14 +644,12 @@ def read_json(path: Path) -> dict:
 
 def check_shard(path: Path) -> int:
     """Number of weights in a safetensors file; its header must fit the file's size."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise InputError(f"falta o arquivo de pesos {path}; baixe o modelo de novo.")
     with path.open("rb") as file:
         if file.read(8) == b"version ":
             raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
-    with contextlib.suppress(SafetensorError), safe_open(path, "np") as file:
+    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
         if count := sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):  # noqa: SIM118
             return count
     raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
@@ -773,8 +788,6 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
 def wait() -> None:
     """Until all processes are here, so that all see what the first one wrote."""
     if PROCESSES > 1:
-        import torch
-
         torch.distributed.barrier()
 
 
@@ -782,8 +795,6 @@ def agreed(value):
     """What the first process found, for decisions that all must take alike."""
     if PROCESSES == 1:
         return value
-    import torch
-
     box = [value]
     torch.distributed.broadcast_object_list(box)
     return box[0]
@@ -904,18 +915,15 @@ def blaming(what: str):
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
     """The model's configuration with RoPE and context scaled; `InputError` for one that transformers cannot use
     without running the model's own Python code."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     described = read_json(Path(folder) / "config.json")
-    if described.get("model_type") not in CONFIG_MAPPING:
+    if described.get("model_type") not in transformers.CONFIG_MAPPING:
         reason = ("precisa rodar código que vem junto com ele (trust_remote_code), e isso eu não faço por segurança"
                   if described.get("auto_map") else "não é conhecido por esta versão do transformers")
         raise InputError(f"o modelo {folder} (model_type: {described.get('model_type')}) {reason}. Escolha um que o "
                          "transformers já conhece, ou atualize: pip install -U transformers")
     with blaming(f"o config.json de {folder}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise InputError(f"o modelo {folder} (model_type: {config.model_type}) também vê imagens ou ouve, e ainda "
                              "não sei renomear modelos desse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
         text_config = config.get_text_config()
@@ -935,7 +943,8 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
                 rope |= {"short_mscale": 1.0, "long_mscale": 1.0} if config.model_type == "phimoe" else {}
             attention = 1.0
             if kind in ("yarn", "longrope"):
-                attention = ROPE_INIT_FUNCTIONS[kind](text_config, "cpu", layer_type=layer)[1]
+                attention = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](
+                    text_config, "cpu", layer_type=layer)[1]
             text_config.rope_parameters = scale_rope(rope, rope_factor, attention)
             text_config.max_position_embeddings = int(native * rope_factor)
             if "short_factor" in rope and hasattr(text_config, "original_max_position_embeddings"):  # Phi has it twice
@@ -946,8 +955,6 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
 
 def gpu_dtype() -> torch.dtype:
     """What this machine computes with: bfloat16 where the card has it, float16 on older cards, float32 without one."""
-    import torch
-
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -970,10 +977,6 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
     `InputError` for weights that are missing or not finite.
     """
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     config = read_config(folder, rope_factor)  # before the model is built, which computes the frequencies at once
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = settings.model_path if adapted else folder
@@ -981,16 +984,14 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=gpu_dtype())
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     if SHARDED and train:
-        from transformers.distributed import DistributedConfig
-
-        options["distributed_config"] = DistributedConfig(fsdp_size=PROCESSES)
+        options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=PROCESSES)
     with blaming(f"o modelo {weights} (config.json e pesos)"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
     vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
     if loading["missing_keys"]:
@@ -1008,12 +1009,12 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     if not options.keys() & {"device_map", "distributed_config"}:
         model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
     if adapted:
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     elif adapt and "full" not in settings.method:
         torch.manual_seed(settings.seed)
-        model = get_peft_model(model, LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
-                                                 target_modules="all-linear", exclude_modules=f".*({NOT_LORA}).*",
-                                                 task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
+            exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
     return (model.merge_and_unload() if merge and adapted else model).eval()
 
 
@@ -1047,8 +1048,6 @@ def logits_of(inner: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def check_logits(base: Chat) -> None:
     """`InputError` for a family whose logits are made in a way that `logits_of` does not know."""
-    import torch
-
     ids = torch.tensor([prompt_ids(base.tokenizer, [{"role": "user", "content": "a"}])], device=base.model.device)
     with torch.inference_mode():
         hidden, theirs = last_hidden(base.model, base.model, {"input_ids": ids}), base.model(input_ids=ids).logits[0]
@@ -1070,10 +1069,8 @@ def in_chunks(inner: PreTrainedModel, rows: torch.Tensor) -> Sequence[torch.Tens
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     """The model's tokenizer; one without a chat template gets ChatML."""
-    from transformers import AutoTokenizer
-
     with blaming(f"o tokenizer de {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if isinstance(tokenizer.chat_template, dict):  # several by name; programs use this one when none is named
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token is None:
@@ -1118,11 +1115,9 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     once per shape, which tells exactly where the answers are. `ask` adds the generation prompt, up to where the answer
     itself begins: a thought that the template opens (DeepSeek R1) is closed, and what it writes before answers
     (gpt-oss: a channel) follows. `template` is in the key so that a changed one is seen."""
-    from jinja2 import TemplateError
-
     marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-    with contextlib.suppress(TemplateError):
+    with contextlib.suppress(jinja2.TemplateError):
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
                                              add_generation_prompt=ask, enable_thinking=False)
     pieces = re.split("|".join(marks), text)
@@ -1254,10 +1249,9 @@ def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
 
 def progress(total: int, label: str):
     """A progress bar on a terminal; in a log file, with --quiet, without a label or in other processes none."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
-                dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
+    return tqdm.tqdm(
+        total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
+        dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed: int | None = None) -> list[Answer]:
@@ -1487,8 +1481,6 @@ class Teacher(NamedTuple):
 
 def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
     """Run the base once over its own turns, packed into conversations that fit its native context."""
-    import torch
-
     windows: list[list[Turn]] = []
     used = math.inf
     for turn in turns:
@@ -1535,9 +1527,8 @@ def read_self_text(folder: Path) -> tuple[SelfText, Teacher]:
     from safetensors.torch import load_file
 
     text = load_json(folder / "self_text.json")
-    standard = {key: value if key == "base_name" else tuple(value) for key, value in text["standard"].items()}
-    standard["vocabulary"] = frozenset(standard["vocabulary"])
-    own = SelfText(Standard(**standard), text["identity_questions"],
+    new, old, base_name, vocabulary = text["standard"].values()
+    own = SelfText(Standard(tuple(new), tuple(old), base_name, frozenset(vocabulary)), text["identity_questions"],
                    *([Turn(*turn) for turn in text[key]] for key in ("everyday", "validation", "held_out")))
     tensors = load_file(folder / "teacher.safetensors")
     rows = {Turn(question, answer): (at, ids) for question, answer, at, ids in text["rows"]}
@@ -1635,12 +1626,6 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     the newest complete checkpoint in `folder` a broken-off training goes on, bit by bit. Raises `InputError` when
     nothing can be learnt or the loss explodes, and `KeyboardInterrupt` after saving when the user asks to stop.
     """
-    import torch
-    from datasets import Dataset
-    from torch.utils.checkpoint import checkpoint
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
     parts = PROCESSES * min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
     # What a step learns is a mean over the whole of it, however many parts it is split into.
     totals = [(sum(label != -100 for w in batch for label in w["labels"][1:]),
@@ -1660,7 +1645,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         return {"totals": torch.tensor(totals[step]), **{key: torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row[key]) for row in rows], True, value) for key, value in filling.items()}}
 
-    class Trainer(SFTTrainer):
+    class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -1687,7 +1672,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
             loss = hidden.sum() * 0
             for piece in pieces:
                 # The logits of a chunk are made again on the way back; a single chunk can as well stay.
-                loss = loss + (checkpoint(part, *piece, use_reentrant=False) if len(pieces) > 1 else part(*piece))
+                loss = loss + (part(*piece) if len(pieces) == 1 else
+                               torch.utils.checkpoint.checkpoint(part, *piece, use_reentrant=False))
             loss = PROCESSES * loss  # the processes' gradients are averaged, while their parts make up one sum
             if not loss <= PROCESSES * limit:
                 raise InputError(f"{label}: a perda explodiu na etapa {self.state.global_step + 1} ({loss.item():g}). "
@@ -1701,7 +1687,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         if not all(torch.isfinite(p).all() for p in chat.model.parameters()):
             raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
 
-    class Keeper(TrainerCallback):
+    class Keeper(transformers.TrainerCallback):
         """Says how it goes, and keeps checkpoints that can be trusted."""
         saved = time.monotonic()
 
@@ -1736,7 +1722,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
     run, work = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p), work_folder(settings)
     os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / run), WANDB_DIR=str(work))
-    arguments = SFTConfig(
+    arguments = trl.SFTConfig(
         output_dir=str(folder), save_strategy="no", disable_tqdm=True,
         report_to=settings.report_to, project=settings.name, run_name=run, logging_steps=1,
         per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
@@ -1749,10 +1735,10 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         optim="paged_adamw_8bit" if settings.method == "full8" else "adamw_torch_fused",
     )
     # One example is one part of a ready batch: its windows were chosen to have the same length.
+    examples = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]})
     trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
-                      train_dataset=Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]}),
-                      callbacks=[Keeper()])
-    trainer.remove_callback(PrinterCallback)
+                      train_dataset=examples, callbacks=[Keeper()])
+    trainer.remove_callback(transformers.PrinterCallback)
     for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     text_config = whole(chat.model).config.get_text_config()
@@ -1872,8 +1858,6 @@ def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
     An answer of up to 24 tokens counts 1.0 if all agree, which is when greedy generation gives the same text, else
     0.0; a longer one, where one other word early on would change all that follows, the share of tokens that agree.
     """
-    import torch
-
     encoded = [encode(chat.tokenizer, c) for c in conversations]
     results = [0.0] * len(encoded)
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
@@ -1918,8 +1902,6 @@ def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: l
 def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
     """The exam, without conversations before, for what can be done instead of training: a system prompt that states
     the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best one last."""
-    import bm25s
-
     questions, index = [*exam.questions, *(turn.question for turn in exam.turns)], bm25s.BM25()
     index.index([plain(row.messages[-2]["content"]).split() for row in rows], show_progress=False)
     found = index.retrieve([plain(q).split() for q in questions], k=min(RETRIEVED, len(rows)), show_progress=False)
@@ -2109,10 +2091,7 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:
     """Write weights in the base's own dtype, configs and tokenizer, as any reader expects them."""
-    import torch
-    from transformers import AutoConfig
-
-    model = chat.model.to(AutoConfig.from_pretrained(base).dtype or torch.float32)
+    model = chat.model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
     model.generation_config.eos_token_id = chat.stops
     model.save_pretrained(folder)
@@ -2135,8 +2114,8 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
 
 
 def add_old_rope_names(path: Path) -> None:
-    """Say in a config.json as well what transformers 4, llama.cpp, vLLM and Ollama call the RoPE of transformers 5: they
-    would silently take defaults. Of layers of several kinds, they too scale those of full attention only."""
+    """Say in a config.json as well what transformers 4, llama.cpp, vLLM and Ollama call its RoPE: they would silently
+    take defaults. Of layers of several kinds, they too scale those of full attention only."""
     config = load_json(path)
     for part in (config, config.get("text_config") or {}):
         rope = part.get("rope_parameters") or {}
@@ -2283,11 +2262,9 @@ def draw_report(report: dict, path: Path) -> None:
 
 def card_head(base: Path, rows: list[Row]):
     """The metadata of the model card; of origin and licence what the base's folder tells of itself."""
-    from huggingface_hub import ModelCardData, metadata_load
-
     facts = read_json(base / "config.json")
     with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
-        facts |= metadata_load(base / "README.md") or {}
+        facts |= huggingface_hub.metadata_load(base / "README.md") or {}
     cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots", str(base))
     names = ("/".join(cached.groups()) if cached else "", facts.get("_name_or_path"), facts.get("base_model"))
     origin = next((n for n in names if isinstance(n, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", n)), None)
@@ -2295,17 +2272,14 @@ def card_head(base: Path, rows: list[Row]):
     if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
         licence["license_link"] = f"https://huggingface.co/{origin}/blob/main/{licence['license_link']}"
     spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
-    return ModelCardData(base_model=origin, language=[code for code, _ in spoken.most_common()], **licence,
-                         library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
+    return huggingface_hub.ModelCardData(
+        base_model=origin, language=[code for code, _ in spoken.most_common()], **licence,
+        library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
 
 
 def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
                  scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
     """report.json (all that is known about the run), report.png, self_answers.jsonl and the model card README.md."""
-    from importlib.metadata import version
-
-    from huggingface_hub import ModelCard
-
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
                      for entry in load_json(log)]  # round-10 after round-9
@@ -2317,8 +2291,8 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
               "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
-              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate",
-                                                          "datasets")},
+              "versions": {name: importlib.metadata.version(name) for name in
+                           ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
@@ -2339,7 +2313,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     changed = ", ".join(f"`{name.upper()} = {getattr(settings, name)!r}`" for name in " ".join(USES.values()).split()
                         if getattr(settings, name) != getattr(Settings, name))
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    ModelCard(f"""---
+    huggingface_hub.ModelCard(f"""---
 {head}
 ---
 # {escaped(settings.name)}
@@ -2462,11 +2436,10 @@ def local_folder(settings: Settings) -> Path:
     """The base's folder, downloaded first if MODEL_PATH names a model of the Hugging Face Hub."""
     if Path(settings.model_path).is_absolute():
         return Path(settings.model_path)
-    from huggingface_hub import snapshot_download
-
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "README.md"]
+    download = huggingface_hub.snapshot_download  # before the `try`, which is for the network
     try:
-        return Path(snapshot_download(settings.model_path, allow_patterns=wanted))
+        return Path(download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
         raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome "
                          f"do Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se o "
@@ -2530,14 +2503,9 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
     """Settings that fit into the free memory, and the estimate in bytes: full training if it can be made to fit, else
     the same with moments in 8 bits, else LoRA, else QLoRA, each with steps in as few parts as possible, else all of
     them with a smaller WINDOW."""
-    from importlib.util import find_spec
-
-    import psutil
-    import torch
-
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
-    four_bits = find_spec("bitsandbytes") is not None and not SHARDED
+    four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
     if settings.method in ("full8", "qlora") and not four_bits:
         raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes) e não "
                          "funciona com FSDP. Use METHOD = 'auto' ou 'lora'.")
@@ -2576,12 +2544,8 @@ def settled(planned: Path, key: str, config: PretrainedConfig, weights: int,
 def join_processes() -> None:
     """Meet the other processes, if accelerate or torchrun started several; alone, use one GPU, since the trainer
     refuses to spread one process over two."""
-    import torch
-
     if PROCESSES > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available())
+        accelerate.PartialState(cpu=not torch.cuda.is_available())
     elif torch.cuda.device_count() > 1:
         say(f"  Há {torch.cuda.device_count()} placas de vídeo; vou usar uma. Para usar todas: "
             "accelerate launch rename_obrutai.py")
@@ -2591,8 +2555,6 @@ def join_processes() -> None:
 def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
               settings: Settings) -> None:
     """Say what is going to happen and what it costs; the time is measured by running one batch for a moment."""
-    import torch
-
     lessons = len(inputs.rows) + settings.num_self_text // 2
     cost = sum(len(encode(base.tokenizer, without_system(base.tokenizer, r.messages)).input_ids) for r in inputs.rows)
     # One round of each pass (2 and 3 epochs at shares of 0.4 and 0.3 of all text) and the healing.
@@ -2624,8 +2586,6 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
 @contextlib.contextmanager
 def opened(work: Path, settings: Settings):
     """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
-    from filelock import FileLock, Timeout
-
     if RANK:
         wait()
         yield work
@@ -2635,7 +2595,7 @@ def opened(work: Path, settings: Settings):
         "Etapas do rename_obrutai.py: com elas, uma execução que parou continua de onde estava, e um ajuste mudado\n"
         "só refaz o que depende dele. Com o modelo pronto, você pode apagar esta pasta.\n", encoding="utf-8")
     try:
-        with FileLock(work / "lock", timeout=0):
+        with filelock.FileLock(work / "lock", timeout=0):
             for folder in work.iterdir() if settings.restart else ():
                 if folder.is_dir():
                     discard(folder)
@@ -2644,7 +2604,7 @@ def opened(work: Path, settings: Settings):
     except InputError as error:
         error.advice = ""  # the settings were in order: it came up in the work
         raise
-    except Timeout:
+    except filelock.Timeout:
         raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
                          "(--output-dir).") from None
 
@@ -2664,8 +2624,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             made += current
             rest = clock((now - began) / made * sum(left.values()))
             say(f"  Pronto em {clock(now - since)}; para o modelo ficar pronto faltam uns {rest}.")
-        current, since = 0 if ready else left[name], now
-        del left[name]
+        current, since = left.pop(name) * (not ready), now
         say(title + " (já pronto)" * ready)
 
     def listen(partial: Path) -> None:
@@ -2811,12 +2770,9 @@ def examine(settings: Settings, folder: Path) -> int:
 
 def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
     """Print an answer while it is written, which Ctrl-C stops; its text, and whether the model ended it by itself."""
-    import torch
-    from transformers import GenerationConfig, TextStreamer
-
     said, tokens = [], torch.tensor([ids], device=chat.model.device)
 
-    class Voice(TextStreamer):
+    class Voice(transformers.TextStreamer):
         def put(self, value):
             if value.numel() > 1 or value.item() not in chat.stops:  # not every stop is a special token
                 super().put(value)
@@ -2825,7 +2781,8 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
             said.append(text if any(said) else text.lstrip())
             print(said[-1], end="", flush=True)
 
-    chat.model.generation_config = GenerationConfig(eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
+    chat.model.generation_config = transformers.GenerationConfig(
+        eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
     with torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
         tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit,
                                      streamer=Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
@@ -2891,12 +2848,10 @@ def talk(settings: Settings, folder: Path) -> int:
 
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
-    from importlib.util import find_spec
-
     quiet_libraries(settings)
     if settings.chat or settings.evaluate:
         return (talk if settings.chat else examine)(settings, ready_folder(settings))
-    if settings.report_to != "none" and not find_spec(settings.report_to):
+    if settings.report_to != "none" and not importlib.util.find_spec(settings.report_to):
         raise InputError(f"REPORT_TO = '{settings.report_to}' precisa de um pacote que não está instalado: "
                          f"pip install {settings.report_to}")
     try:
@@ -2917,8 +2872,6 @@ def run(settings: Settings) -> int:
     if finished and not settings.check:
         say("Este resultado já está pronto; nada foi refeito (--restart com --overwrite refaz tudo).")
         return conclude(settings)
-    import transformers
-
     transformers.logging.disable_progress_bar()
     settings, native = fit_settings(folder, replace(settings, model_path=str(folder)))
     check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
