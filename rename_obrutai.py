@@ -50,22 +50,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-
-class Lazy:
-    """A library that is imported when it is first used: together they take seconds, and mistakes are told in less."""
-
-    def __init__(self, name: str):
-        self.library = name
-
-    def __getattr__(self, name: str):
-        return getattr(importlib.import_module(self.library), name)
-
-
-accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2 = map(
-    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2"))
-peft, psutil, safetensors, torch, tqdm, transformers, trl = map(
-    Lazy, ("peft", "psutil", "safetensors", "torch", "tqdm", "transformers", "trl"))
-
 # ------------------------------------------------------------------------------------------------------------
 # Settings: edit here, or pass the flag of the same name (MODEL_PATH is --model-path).
 # A relative path written here starts at this script's folder; one given as a flag, at the current folder.
@@ -224,6 +208,22 @@ NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: l
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
+
+class Lazy:
+    """A library that is imported when it is first used: together they take seconds, and mistakes are told in less."""
+
+    def __init__(self, name: str):
+        self.library = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.library), name)
+
+
+accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2 = map(
+    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2"))
+peft, psutil, safetensors, torch, tqdm, transformers, trl = map(
+    Lazy, ("peft", "psutil", "safetensors", "torch", "tqdm", "transformers", "trl"))
+tensor_files = Lazy("safetensors.torch")
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -793,10 +793,9 @@ def wait() -> None:
 
 def agreed(value):
     """What the first process found, for decisions that all must take alike."""
-    if PROCESSES == 1:
-        return value
     box = [value]
-    torch.distributed.broadcast_object_list(box)
+    if PROCESSES > 1:
+        torch.distributed.broadcast_object_list(box)
     return box[0]
 
 
@@ -1510,27 +1509,22 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
 
 def save_self_text(folder: Path, own: SelfText, teacher: Teacher) -> None:
     """self_text.json, readable, and teacher.safetensors."""
-    from safetensors.torch import save_file
-
-    if RANK:
-        return
     standard = own.standard._replace(vocabulary=sorted(own.standard.vocabulary))
     write_json(folder / "self_text.json", {**own._replace(standard=standard._asdict())._asdict(),
                                            "rows": [[*turn, *row] for turn, row in teacher.rows.items()]})
-    save_file({"tokens": teacher.tokens, "log_probs": teacher.log_probs,
-               **{f"frequencies.{name}": value for name, value in teacher.frequencies.items()}},
-              folder / "teacher.safetensors")
+    if RANK == 0:
+        tensor_files.save_file({"tokens": teacher.tokens, "log_probs": teacher.log_probs,
+                                **{f"frequencies.{name}": value for name, value in teacher.frequencies.items()}},
+                               folder / "teacher.safetensors")
 
 
 def read_self_text(folder: Path) -> tuple[SelfText, Teacher]:
     """What `save_self_text` wrote."""
-    from safetensors.torch import load_file
-
     text = load_json(folder / "self_text.json")
     new, old, base_name, vocabulary = text["standard"].values()
     own = SelfText(Standard(tuple(new), tuple(old), base_name, frozenset(vocabulary)), text["identity_questions"],
                    *([Turn(*turn) for turn in text[key]] for key in ("everyday", "validation", "held_out")))
-    tensors = load_file(folder / "teacher.safetensors")
+    tensors = tensor_files.load_file(folder / "teacher.safetensors")
     rows = {Turn(question, answer): (at, ids) for question, answer, at, ids in text["rows"]}
     frequencies = {name[12:]: value for name, value in tensors.items() if name.startswith("frequencies.")}
     return own, Teacher(tensors["tokens"], tensors["log_probs"], rows, frequencies)
