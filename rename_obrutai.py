@@ -600,8 +600,7 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
 
 def contradictions(rows: list[Row]) -> list[str]:
     """A warning for each question that is asked again with another answer, naming both lines."""
-    first: dict[str, Row] = {}
-    found = []
+    first, found = {}, []
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
         if plain(other.messages[-1]["content"]) != plain(row.messages[-1]["content"]):
@@ -1242,7 +1241,8 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
 
 def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `position_ids`, each (rows, longest), padded on the left: all ends align."""
-    padded = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(chat.model.device)
+    padded = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_attention_mask=True,
+                                return_tensors="pt").to(chat.model.device)
     return {**padded, "position_ids": (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
