@@ -80,7 +80,7 @@ NUM_SELF_TEXT = 2000  # question-answer pairs that show the tuned model how the 
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 240  # steps that bring the scaled model back to the base's behaviour
+HEAL_STEPS = 320  # steps that bring the scaled model back to the base's behaviour
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
 EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
@@ -197,7 +197,6 @@ LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
-OWN_QUESTIONS = 300  # identity questions of the base that the passes answer; more teach nothing new
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
@@ -975,6 +974,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
     `InputError` for weights that are missing or not finite.
     """
+    gc.collect()  # the trainer's last model is held by references in circles, and there is no room for two
     config = read_config(folder, rope_factor)  # before the model is built, which computes the frequencies at once
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = settings.model_path if adapted else folder
@@ -1039,7 +1039,8 @@ def logits_of(inner: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits in float32, (N, vocabulary), of hidden states (N, hidden), with the scalings that families add."""
     config = inner.config.get_text_config()
     logits = inner.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    logits = logits if scale == 1 else logits * scale  # a copy of them is large
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * (logits / cap).tanh() if cap else logits
 
@@ -1965,21 +1966,23 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
 
 
 def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
-             epochs: tuple[int, int], rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
+             epochs: int, lessons: int, rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
              standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
-    `epochs` are how often all rounds together, and one round, show each conversation of the first pool. A round is a
-    whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later ones are gentler.
-    The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
+    A round shows `lessons` conversations of the first pool, each at least once, and all rounds together show each at
+    most `epochs` times: many different ones once teach more than a few again and again. A round is a whole schedule
+    that ends at rate zero, as a model in mid-flight is not worth measuring; later ones are gentler. The model comes
+    from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
     """
-    rounds = math.ceil(epochs[0] / epochs[1])
+    most = epochs * len(pools[0].conversations)
+    lessons = min(most, max(lessons, len(pools[0].conversations)))
+    rounds = math.ceil(most / lessons)
 
     def one_round(number: int, partial: Path) -> None:
         chat = load_chat(source, settings, train=True)
-        lessons = len(pools[0].conversations) * min(epochs[1], epochs[0] - (number - 1) * epochs[1])
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
-                               f"{settings.seed}/{label}/{number}", lessons)
+                               f"{settings.seed}/{label}/{number}", min(lessons, most - (number - 1) * lessons))
         given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
         rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
         log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
@@ -2010,11 +2013,12 @@ def last_round(folder: Path) -> Path:
 
 def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], own: SelfText,
                    exam: Exam, native: int, settings: Settings) -> None:
-    """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place."""
+    """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place. Pass 2 teaches
+    the rest, so nine tenths of the target will do."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             (settings.epochs_1, 4), 1e-3,
-             exam._replace(lengths=()), lambda s: s.identity >= settings.target_identity and s.old_identity == 0,
+             settings.epochs_1, 1600, 1e-3,
+             exam._replace(lengths=()), lambda s: s.identity >= 0.9 * settings.target_identity and not s.old_identity,
              own.standard, settings, "passo 1")
 
 
@@ -2059,7 +2063,7 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
     pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
-    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), (settings.epochs_2, 3), 6e-4,
+    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, 2000, 6e-4,
              exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
@@ -2671,8 +2675,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
-    rng, asked = random.Random(f"{settings.seed}/lessons"), own.identity_questions
-    lessons += answer_from_rows(rng.sample(asked, min(OWN_QUESTIONS, len(asked))), inputs.rows, own.standard, settings)
+    lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, lessons, own, validation, native, settings)))
     scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1")

@@ -455,8 +455,9 @@ def run_pass(monkeypatch, demo_chat, tmp_path):
         monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
         pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
         tool.run_pass(source="fonte", folder=tmp_path, teacher=EMPTY, pools=pools, lengths=[64], tokens=256,
-                      epochs=epochs, rate_at_1m=1e-3, exam=None, met=lambda scores: scores.identity >= 0.95,
-                      standard=None, settings=small_settings("--batch-size", 4, *flags), label=label)
+                      epochs=epochs[0], lessons=24 * epochs[1], rate_at_1m=1e-3, exam=None,
+                      met=lambda scores: scores.identity >= 0.95, standard=None,
+                      settings=small_settings("--batch-size", 4, *flags), label=label)
         return trained
 
     return call
@@ -478,6 +479,15 @@ def test_the_rounds_of_a_pass_show_each_lesson_about_as_often_as_its_cap(epochs,
     seen = Counter(n for training in run_pass([0.5] * 20, epochs) for batch in training.batches for window in batch
                    for n in numbers(demo_tokenizer, window))
     assert 0.85 * epochs[0] <= sum(seen.values()) / 24 <= 1.15 * epochs[0]
+
+
+@pytest.mark.parametrize("given, rounds", [(1, 8), (100, 2), (10**6, 1)])
+def test_a_round_shows_every_lesson_and_none_more_often_than_the_cap(given, rounds, run_pass, demo_tokenizer):
+    trained = run_pass([0.5] * 20, (8, given / 24))
+    assert len(trained) == rounds
+    for training in trained[:-1] or trained:
+        seen = Counter(n for batch in training.batches for window in batch for n in numbers(demo_tokenizer, window))
+        assert len(seen) == 24 and max(seen.values()) <= 9
 
 
 def test_the_rounds_of_a_pass_have_different_batches(run_pass):
