@@ -80,7 +80,7 @@ NUM_SELF_TEXT = 2000  # question-answer pairs that show the tuned model how the 
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 320  # steps that bring the scaled model back to the base's behaviour
+HEAL_STEPS = 400  # steps that bring the scaled model back to the base's behaviour
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
 EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
@@ -89,7 +89,7 @@ LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
 BATCH_SIZE = 8  # dialogues per step, as long as the native context (at most 1024 tokens); fewer of longer ones
 GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
 GRADIENT_CHECKPOINTING = False  # much less memory, a third more time; switched on by itself when it is needed
-KL_WEIGHT = 3.0  # weight of "stay like the base" beside "learn the identity"
+KL_WEIGHT = 4.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
 EVAL_QUESTIONS = 100  # self-questions kept away from training; fewer cannot measure a leak of 1 %
