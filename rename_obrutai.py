@@ -1637,8 +1637,9 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         windows = batches[step][part::parts] or [idle]
         filling = {"input_ids": chat.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100, "targets": -1}
         rows = [w | {"attention_mask": [1] * len(w["labels"])} for w in windows]
-        return {"totals": torch.tensor(totals[step]), **{key: torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row[key]) for row in rows], True, value) for key, value in filling.items()}}
+        padded = {key: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True,
+                                                       padding_value=value) for key, value in filling.items()}
+        return {**padded, "totals": torch.tensor(totals[step])}
 
     class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True
