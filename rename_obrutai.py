@@ -197,6 +197,7 @@ LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
+LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
@@ -757,7 +758,7 @@ USES = {
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-self-text": 10, "2-healed": 28, "3-pass-1": 14, "4-self-answers": 1, "5-pass-2": 44, "6-result": 3}
+SHARES = {"1-self-text": 17, "2-healed": 35, "3-pass-1": 13, "4-self-answers": 1, "5-pass-2": 25, "6-result": 9}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -2018,8 +2019,8 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
     the rest, so nine tenths of the target will do."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             settings.epochs_1, 1600, 1e-3,
-             exam._replace(lengths=()), lambda s: s.identity >= 0.9 * settings.target_identity and not s.old_identity,
+             settings.epochs_1, LESSONS_1, 8e-4,
+             exam._replace(lengths=()), lambda s: s.identity >= 0.9 * settings.target_identity,
              own.standard, settings, "passo 1")
 
 
@@ -2064,8 +2065,8 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
     pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
-    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, 2000, 6e-4,
-             exam._replace(lengths=exam.lengths[-1:]),
+    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, LESSONS_2,
+             5e-4, exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
 
@@ -2180,7 +2181,7 @@ PARAMETER repeat_penalty 1
 
 
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
-    """Head and rows of the table of figures, one column per stage but the healing, which is for the curious."""
+    """Head and rows of the table of figures, one column per exam."""
     columns = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
                "reported": "no report", "pass_2": "depois", "alone": "medido"}
     shown = [scores[name] for name in columns if name in scores]
@@ -2554,10 +2555,9 @@ def join_processes() -> None:
 def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
               settings: Settings) -> None:
     """Say what is going to happen and what it costs; the time is measured by running one batch for a moment."""
-    lessons = len(inputs.rows) + settings.num_self_text // 2
     cost = sum(len(encode(base.tokenizer, without_system(base.tokenizer, r.messages)).input_ids) for r in inputs.rows)
-    # One round of each pass (2 and 3 epochs at shares of 0.4 and 0.3 of all text) and the healing.
-    tokens = lessons * cost / len(inputs.rows) * (2 / 0.4 + 3 / 0.3)
+    # One round of each pass, at shares of 0.4 and 0.3 of all text, and the healing.
+    tokens = cost / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
     if settings.rope_factor != 1:
         tokens += settings.heal_steps * step_tokens(native, settings)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
@@ -2670,8 +2670,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         save_stage(chat, partial, log)
 
     healed = stage(work / "2-healed", keys["2-healed"], rebuild)
-    if settings.rope_factor != 1:
-        scores["healed"] = scores_of("healed", healed, keys["2-healed"], "perguntas de prova, após a cura")
 
     begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
     renewed = load_tokenizer(str(healed))
@@ -2679,7 +2677,8 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, lessons, own, validation, native, settings)))
-    scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1")
+    scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1",
+                                 other=exam._replace(lengths=()))
 
     begin("4/6 Respostas do próprio modelo", "4-self-answers")
     collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(
@@ -2762,7 +2761,7 @@ def examine(settings: Settings, folder: Path) -> int:
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         scores = {**scores, **differs, "pass_2": after}
     missed = show_scores(scores).misses(settings)
-    say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.")
+    say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0
 
 

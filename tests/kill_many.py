@@ -55,7 +55,6 @@ exam-rows
 2-healed.partial/training/checkpoint-*/complete.json
 2-healed.partial/*model.safetensors
 2-healed
-exam-healed.partial/answers-*
 3-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
 3-pass-1.partial/round-1.partial/training/checkpoint-3?/scheduler.pt
 3-pass-1.partial/round-1.partial/*model.safetensors

@@ -18,7 +18,7 @@ import rename_obrutai as tool
 
 SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--epochs-1", 1, "--epochs-2", 1,
          "--eval-questions", 8, "--max-new-tokens", 24, "--window", 256, "--batch-size", 4)
-EXAMS = ("exam-before", "exam-prompt", "exam-rows", "exam-healed", "exam-pass-1")
+EXAMS = ("exam-before", "exam-prompt", "exam-rows", "exam-pass-1")
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -210,10 +210,10 @@ def test_the_final_identity_figures_follow_from_the_reported_answers(whole_run):
 
 def test_the_report_has_all_stages_asked_the_same_test_questions(whole_run):
     scores = whole_run.report["scores"]
-    assert list(scores) == ["before", "prompt", "rows", "healed", "pass_1", "pass_2"]
+    assert list(scores) == ["before", "prompt", "rows", "pass_1", "pass_2"]
     for name, stage in scores.items():
         assert [a["question"] for a in stage["answers"]] == list(tool.TEST_QUESTIONS)
-        lengths = [e["tokens"] for e in scores["before"]["by_length"]][:1 if name in ("prompt", "rows") else None]
+        lengths = [e["tokens"] for e in scores["before"]["by_length"]][:None if name in ("before", "pass_2") else 1]
         assert [e["tokens"] for e in stage["by_length"]] == lengths
     lengths = [e["tokens"] for e in scores["before"]["by_length"]]
     assert lengths[0] == 0 and lengths == sorted(lengths) and 192 <= lengths[-1] < 256
