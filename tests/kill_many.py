@@ -59,15 +59,15 @@ exam-rows
 3-pass-1.partial/round-1.partial/training/checkpoint-3?/scheduler.pt
 3-pass-1.partial/round-1.partial/*model.safetensors
 3-pass-1.partial/round-1
-3-pass-1.partial/round-2.partial/training/checkpoint-*/trainer_state.json
+3-pass-1.partial/round-1.partial/training/checkpoint-*/trainer_state.json
 3-pass-1
 exam-pass-1.partial
 4-self-answers.partial/answers-*
 4-self-answers
 5-pass-2.partial/round-1.partial/training/checkpoint-2?
 5-pass-2.partial/round-1.partial/training/checkpoint-9?/rng_state.pth
-5-pass-2.partial/round-2.partial/training/checkpoint-*/training_args.bin
-5-pass-2.partial/round-2.partial/validation.json
+5-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
+5-pass-2.partial/round-1.partial/validation.json
 5-pass-2
 6-result.partial/model/model.safetensors
 6-result.partial/answers-*
@@ -90,12 +90,12 @@ BEFORE = """
 5 remove 3-pass-1.partial/round-1.partial/training/checkpoint-2\\d/
 7 remove 3-pass-1.partial/round-1.partial/training/checkpoint-45/
 1 rename 3-pass-1.partial/round-1.partial$
-1 open 3-pass-1.partial/round-2.partial/training/checkpoint-\\d+/trainer_state.json
-6 remove 3-pass-1.partial/round-2.partial/training/checkpoint-22/
+1 open 3-pass-1.partial/round-1.partial/training/checkpoint-\\d+/trainer_state.json
+6 remove 3-pass-1.partial/round-1.partial/training/checkpoint-22/
 1 remove 3-pass-1.partial/round-1/(adapter_)?model.safetensors
 1 rename 3-pass-1.partial$
 9 remove 5-pass-2.partial/round-1.partial/training/checkpoint-99/
-1 rename 5-pass-2.partial/round-2.partial/validation.json.tmp
+1 rename 5-pass-2.partial/round-1.partial/validation.json.tmp
 1 remove 5-pass-2.partial/round-1/(adapter_)?model.safetensors
 1 rename 5-pass-2.partial$
 1 open 6-result.partial/model/README.md
