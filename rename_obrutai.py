@@ -2425,7 +2425,8 @@ def quiet_libraries(settings: Settings) -> None:
     always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS")
     os.environ.update(dict.fromkeys((*local, *always), "1"), TRANSFORMERS_VERBOSITY="error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
+    if settings.report_to == "wandb":
+        os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("matplotlib").setLevel("ERROR")
