@@ -91,6 +91,7 @@ def job(folder, *flags):
 def forked(folder, moment, flags):
     """The small job in a process made for it, which kills itself at that moment."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     if moment:
         arm(str(folder), moment.where, moment.count)
     with open(folder / "said.txt", "w") as said:
