@@ -57,37 +57,42 @@ def top(logits, k):
     return tokens, values
 
 
+def divergence_from(logits, tokens, log_probs):
+    """The mean over all positions."""
+    return tool.distillation_loss(logits.log_softmax(-1), tokens, log_probs).mean()
+
+
 def test_over_the_whole_vocabulary_the_loss_is_the_divergence():
     ours, base = random_distributions()
     expected = functional.kl_div(ours.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="batchmean")
-    assert tool.distillation_loss(ours, *top(base, 9)).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert divergence_from(ours, *top(base, 9)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_loss_of_a_case_counted_by_hand():
     base = torch.tensor([[0.5, 0.25, 0.25]]).log()
     ours = torch.tensor([[0.25, 0.5, 0.25]]).log()
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # the first token, and all the others together
-    assert tool.distillation_loss(ours, *top(base, 1)).item() == pytest.approx(expected, rel=1e-4)
+    assert divergence_from(ours, *top(base, 1)).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 3, 9])
 def test_the_loss_is_zero_for_the_base_itself_and_never_above_the_full_divergence(k):
     ours, base = random_distributions()
-    assert tool.distillation_loss(base, *top(base, k)).item() == pytest.approx(0, abs=1e-5)
-    full = tool.distillation_loss(ours, *top(base, 9)).item()
-    assert 0.01 < tool.distillation_loss(ours, *top(base, k)).item() <= full + 1e-5
+    assert divergence_from(base, *top(base, k)).item() == pytest.approx(0, abs=1e-5)
+    full = divergence_from(ours, *top(base, 9)).item()
+    assert 0.01 < divergence_from(ours, *top(base, k)).item() <= full + 1e-5
 
 
 def test_probability_moved_outside_the_kept_tokens_is_seen():
     base = torch.tensor([[0.6, 0.3, 0.05, 0.05]]).log()
     hidden = torch.tensor([[0.3, 0.15, 0.5, 0.05]]).log()  # the kept two are in the same proportion as before
-    assert tool.distillation_loss(hidden, *top(base, 2)).item() > 0.3
+    assert divergence_from(hidden, *top(base, 2)).item() > 0.3
 
 
 def test_the_loss_and_its_gradient_stay_finite_where_probabilities_vanish():
     ours = torch.tensor([[80.0, -80.0, 0.0], [-80.0, 80.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     base = torch.tensor([[-80.0, 80.0, 0.0], [-80.0, 80.0, 0.0], [90.0, 0.0, -90.0]])
-    loss = tool.distillation_loss(ours, *top(base, 2))
+    loss = divergence_from(ours, *top(base, 2))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(ours.grad).all() and ours.grad.abs().sum() > 0
 
@@ -98,7 +103,7 @@ def test_following_the_gradient_leads_to_the_distribution_of_the_base():
     optimizer = torch.optim.Adam([ours], lr=0.1)
     for _ in range(300):
         optimizer.zero_grad()
-        tool.distillation_loss(ours, *top(base, 3)).backward()
+        divergence_from(ours, *top(base, 3)).backward()
         optimizer.step()
     tokens, values = top(base, 3)
     assert torch.allclose(ours.softmax(-1).gather(-1, tokens), values.exp(), atol=0.02)
@@ -346,7 +351,7 @@ def test_the_loss_is_cross_entropy_on_answers_plus_the_weighted_divergence(kl_we
                 ours.append(logits[at])
                 rows.append(target)
     assert wanted and rows
-    divergence = tool.distillation_loss(torch.stack(ours), teacher.tokens[rows], teacher.log_probs[rows])
+    divergence = divergence_from(torch.stack(ours), teacher.tokens[rows], teacher.log_probs[rows])
     expected = torch.stack(wanted).mean() + kl_weight * divergence
     (entry,) = train(chat, [batch], 1e-9, teacher, kl_weight, ("--gradient-accumulation", parts))
     assert entry["loss"] == pytest.approx(expected.item(), rel=1e-3)
@@ -418,7 +423,7 @@ def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher, 
                 logits = model(torch.tensor([window["input_ids"]])).logits[0]
             known = [at for at, target in enumerate(window["targets"]) if target >= 0]
             rows = [window["targets"][at] for at in known]
-            losses.append(tool.distillation_loss(logits[known], teacher.tokens[rows], teacher.log_probs[rows]).item())
+            losses.append(divergence_from(logits[known], teacher.tokens[rows], teacher.log_probs[rows]).item())
         return sum(losses) / len(losses)
 
     before = divergence(chat.model)
