@@ -1282,7 +1282,7 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
         notes = []
         for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
                                                     chat.generation_tokens)):
-            key = digest([[prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
+            key = digest([n, [prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
             note = chat.notes and chat.notes / f"answers-{key[:16]}.json"
             if note:
                 notes.append((batch, note))
@@ -1555,12 +1555,6 @@ def make_window(tokenizer, teacher: Teacher, messages: list[dict], learn: list[b
     return {"input_ids": encoded.input_ids, "labels": labels, "targets": targets}
 
 
-def shuffled_forever(items: list, rng: random.Random):
-    """The items in random order, again and again: each comes once before any comes twice."""
-    while True:
-        yield from rng.sample(items, len(items))
-
-
 def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[int], steps: float, tokens: int,
                  seed: str, lessons: float = math.inf) -> list[list[dict]]:
     """Batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools: `steps` of
@@ -1571,21 +1565,27 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
     """
     rng = random.Random(seed)
     pools = [pool for pool in pools if pool.conversations and pool.share]
-    queues = [shuffled_forever([(c, len(encode(tokenizer, c).input_ids)) for c in pool.conversations], rng)
-              for pool in pools]
-    waiting, drawn, all_shares = [next(queue) for queue in queues], Counter(), sum(pool.share for pool in pools)
+    items = [[(c, len(encode(tokenizer, c).input_ids)) for c in pool.conversations] for pool in pools]
+    lines, drawn, all_shares = [[] for _ in pools], Counter(), sum(pool.share for pool in pools)
+
+    def next_fitting(k: int, room: float) -> int | None:
+        """Place of the first conversation of pool k that takes at most `room` tokens, of the first few in line. All of
+        the pool come once before any comes twice."""
+        lines[k] = lines[k] or rng.sample(items[k], len(items[k]))
+        return next((place for place, (_, cost) in enumerate(lines[k][:8]) if cost <= room), None)
+
     batches: list[list[dict]] = []
     while len(batches) < steps and drawn[0] < lessons:
         length, batch, longest = rng.choice(lengths), [], 0
         while not batch or (len(batch) + 1) * max(length, longest) <= tokens:
             messages, learn, used = [], [], 0
-            while fitting := [k for k in range(len(pools)) if not messages or used + waiting[k][1] <= length]:
+            while fitting := {k: place for k in range(len(pools)) if (place := next_fitting(
+                    k, length - used if messages else math.inf)) is not None}:
                 # At the end of a window only short ones fit; who was passed over comes more often afterwards.
                 owed = [pools[k].share / all_shares * (drawn.total() + 8) - drawn[k] for k in fitting]
-                k = rng.choices(fitting, [max(n, 1e-3) for n in owed])[0]
-                conversation, cost = waiting[k]
+                k = rng.choices(list(fitting), [max(n, 1e-3) for n in owed])[0]
+                conversation, cost = lines[k].pop(fitting[k])
                 drawn[k] += 1
-                waiting[k] = next(queues[k])
                 used += cost
                 messages += conversation[bool(messages) and conversation[0]["role"] == "system":]
                 learn += [pools[k].learn] * sum(m["role"] == "user" for m in conversation)
@@ -1832,11 +1832,9 @@ def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
 def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Settings, folder: Path) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's behaviour, through queries and keys alone: RoPE acts on them
     while facts live elsewhere, so little text suffices. Windows up to the scaled context make it long as well."""
-    # An adapter has to fit the base as it is.
-    kept = chat.model is whole(chat.model) and not SHARDED and keep_frequencies(chat, teacher, own)
     pools = [Pool([t.messages() for t in own.everyday], 1.0, learn=False)]
     lengths = [short_window(native, settings)] * 3 + [settings.window]
-    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps * (1 if kept else 2),
+    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps,
                            step_tokens(native, settings), f"{settings.seed}/heal")
     for name, parameter in chat.model.named_parameters():
         if parameter.requires_grad and not re.search(ATTENTION, name):
@@ -2015,8 +2013,8 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
 
 
 def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
-             epochs: int, lessons: int, rate: Callable[[PreTrainedModel], float], exam: Exam,
-             met: Callable[[Scores], bool], standard: Standard, settings: Settings, label: str) -> None:
+             epochs: int, lessons: int, rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
+             standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
     A round shows `lessons` conversations of the first pool, each at least once, and all rounds together show each at
@@ -2032,8 +2030,9 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
         chat = load_chat(source, settings, train=True)
         batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
                                f"{settings.seed}/{label}/{number}", min(lessons, most - (number - 1) * lessons))
-        log = train(chat, batches, teacher, rate(chat.model) / number, settings.kl_weight, settings, label,
-                    partial / "training")
+        given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
+        rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
+        log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
         save_stage(chat, partial, log)
         if SHARDED:  # to talk to, it has to be whole
             wait()
@@ -2065,8 +2064,8 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
     the rest, so nine tenths of the target will do."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             settings.epochs_1, LESSONS_1, lambda model: settings.learning_rate_1 or automatic_rate(model, 8e-4),
-             exam._replace(lengths=()), lambda s: s.identity >= 0.9 * settings.target_identity,
+             settings.epochs_1, LESSONS_1, 8e-4, exam._replace(lengths=()),
+             lambda s: s.identity >= 0.9 * settings.target_identity,
              own.standard, settings, "passo 1")
 
 
@@ -2112,8 +2111,7 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
     run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, LESSONS_2,
-             lambda model: settings.learning_rate_2 or automatic_rate(model, 5e-4),
-             exam._replace(lengths=exam.lengths[-1:]),
+             5e-4, exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
 
@@ -2683,15 +2681,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         own = write_self_text(base._replace(notes=partial), settings, inputs)
         save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
 
-    def scores_of(name: str, source: Path, key: str, label: str, chat: Chat | None = None,
-                  other: Exam | None = None) -> Scores:
-        def sit(partial: Path) -> None:
-            taker = (chat or load_chat(source, settings))._replace(notes=partial)
-            write_json(partial / "scores.json", evaluate(taker, other or exam, own.standard, label)._asdict())
-
-        done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
-        return Scores(**load_json(done / "scores.json"))
-
     begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
     own, teacher = read_self_text(stage(work / "1-self-text", keys["1-self-text"], listen))
     tokenizer, old_names = load_tokenizer(str(folder)), own.standard.old_names
@@ -2702,12 +2691,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
                          "refaça o treino com --restart.")
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
-    scores = {"before": scores_of("before", folder, keys["1-self-text"], "perguntas de prova, antes", base)}
-    for name, other in untrained(exam, inputs.rows, settings).items():
-        scores[name] = scores_of(name, folder, digest([keys["1-self-text"], other.context]),
-                                 "perguntas de prova, sem treino", base, other)
     base = None
-    say(f"  Nas perguntas de prova, {percent(scores['before'].old_identity)} das respostas dele dizem um nome antigo.")
 
     begin(f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
           f"x{settings.rope_factor:g}) e cura", "2-healed")
@@ -2719,7 +2703,10 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
         else:
             check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
-            log = heal(chat, teacher, own, native, settings, partial)
+            # An adapter has to fit the base as it is.
+            kept = "full" in settings.method and not SHARDED and keep_frequencies(chat, teacher, own)
+            steps = settings.heal_steps * (1 if kept else 2)
+            log = heal(chat, teacher, own, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
     healed = stage(work / "2-healed", keys["2-healed"], rebuild)
@@ -2730,8 +2717,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, lessons, own, validation, native, settings)))
-    scores["pass_1"] = scores_of("pass-1", learnt, keys["3-pass-1"], "perguntas de prova, após o passo 1",
-                                 other=exam._replace(lengths=()))
 
     begin("4/6 Respostas do próprio modelo", "4-self-answers")
     collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(
@@ -2741,6 +2726,14 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
     firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
         learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
+
+    def scores_of(name: str, load: Callable[[], Chat], key: str, label: str, exam: Exam) -> Scores:
+        def sit(partial: Path) -> None:
+            chat = load()._replace(notes=partial)
+            write_json(partial / "scores.json", evaluate(chat, exam, own.standard, label)._asdict())
+
+        done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
+        return Scores(**load_json(done / "scores.json"))
 
     def finish(partial: Path) -> None:
         result, began = partial / "model", time.monotonic()
@@ -2767,7 +2760,15 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
 
     if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
         discard(work / "6-result")  # its model was moved to an output that is there no more
-    begin("6/6 Salvando, carregando de novo e medindo a pasta salva", "6-result")
+    begin("6/6 Salvando, carregando de novo e medindo: antes e depois", "6-result")
+    untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
+    scores = {"before": scores_of("before", untouched, keys["1-self-text"], "perguntas de prova, antes", exam)}
+    for name, other in untrained(exam, inputs.rows, settings).items():
+        scores[name] = scores_of(name, untouched, digest([keys["1-self-text"], other.context]),
+                                 "perguntas de prova, sem treino", other)
+    untouched.cache_clear()
+    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["3-pass-1"],
+                                 "perguntas de prova, após o passo 1", exam._replace(lengths=()))
     publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
     wait()
 

@@ -47,9 +47,6 @@ lock
 1-self-text.partial/answers-*
 1-self-text.partial/teacher.safetensors
 1-self-text
-exam-before.partial/answers-*
-exam-prompt.partial/answers-*
-exam-rows
 2-healed.partial/training/checkpoint-*
 2-healed.partial/training/checkpoint-*/optimizer.pt
 2-healed.partial/training/checkpoint-*/complete.json
@@ -61,7 +58,6 @@ exam-rows
 3-pass-1.partial/round-1
 3-pass-1.partial/round-1.partial/training/checkpoint-*/trainer_state.json
 3-pass-1
-exam-pass-1.partial
 4-self-answers.partial/answers-*
 4-self-answers
 5-pass-2.partial/round-1.partial/training/checkpoint-2?
@@ -69,6 +65,10 @@ exam-pass-1.partial
 5-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
 5-pass-2.partial/round-1.partial/validation.json
 5-pass-2
+exam-before.partial/answers-*
+exam-prompt.partial/answers-*
+exam-rows
+exam-pass-1.partial
 6-result.partial/model/model.safetensors
 6-result.partial/answers-*
 6-result.partial/model/report.json

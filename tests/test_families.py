@@ -466,6 +466,24 @@ def test_the_checks_before_any_work_pass_and_the_plan_is_made(job, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ no RoPE to scale
 
+@pytest.mark.parametrize("name", [
+    "llama 2", "llama 3.2", "mistral", "qwen 2.5", "qwen 3", "gemma 2", "gemma 3", "gemma 3 that sees", "gemma 4",
+    "phi", "smollm 3", "granite", "olmo 2", "mixtral", "gpt-oss",
+])
+def test_reordered_pairs_are_those_of_the_family(name, tmp_path):
+    """Where they are (others are put back by `keep_frequencies`), pairs that take their frequencies with them change
+    nothing."""
+    model = Job(FAMILIES[name], tmp_path).scaled().model
+    before = logits(model, TEXT)
+    turning = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "sliding" not in n]
+    order = [*range(2, len(turning[0])), 0, 1]
+    tool.reorder_pairs(model, order)
+    assert (logits(model, TEXT) - before).abs().max() > 0.1
+    for frequencies in turning:
+        frequencies.copy_(frequencies[order])
+    assert torch.allclose(logits(model, TEXT), before, atol=1e-3)
+
+
 REFUSED = {
     "gpt-2": GPT2, "opt": OPT, "bloom": BLOOM, "gpt-j": GPTJ,
     "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": NATIVE},

@@ -284,17 +284,17 @@ def test_a_test_question_that_the_base_wrote_before_is_left_out_of_the_exam(self
     tool.write_json(stage / "key.json", {"key": keys["1-self-text"]})
 
     class Sat(Exception):
-        """Carries the exam, and ends the run."""
+        """Carries what is asked, and ends the run."""
 
-    def sit(chat, exam, *_):
-        raise Sat(exam)
+    def sit(tokenizer, questions, turns, *_):
+        raise Sat(questions, turns)
 
-    monkeypatch.setattr(tool, "evaluate", sit)
+    monkeypatch.setattr(tool, "make_exam", sit)
     with pytest.raises(Sat) as stop:
         tool.run_stages(DEMO, [demo_chat], tmp_path, keys, inputs, 128, settings)
-    exam = stop.value.args[0]
-    assert list(exam.questions) == [q for i, q in enumerate(tool.TEST_QUESTIONS) if i not in (3, 5)]
-    assert exam.turns == own.held_out
+    questions, turns = stop.value.args
+    assert list(questions) == [q for i, q in enumerate(tool.TEST_QUESTIONS) if i not in (3, 5)]
+    assert turns == own.held_out
 
 
 def test_questions_that_ran_away_or_were_cut_are_not_used(self_text):
@@ -324,3 +324,11 @@ def test_old_names_come_from_the_base_and_the_known_ones_less_those_of_the_rows(
         assert not tool.mentions(answers, (name,)), name
     for name in tool.KNOWN_NAMES:
         assert (name in self_text.standard.old_names) is not tool.mentions(answers, (name,)), name
+
+
+def test_the_same_prompt_is_not_sampled_alike_in_every_batch(demo_chat):
+    chat = changed(demo_chat, generation_tokens=400)
+    prompt = tool.skeleton(chat.tokenizer, chat.tokenizer.chat_template, ("user",), False)[0]
+    ids = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    written = [answer.text for answer in tool.generate(chat, [ids] * 48, sample_seed=1)]
+    assert len(set(written)) > 36  # batches of a dozen

@@ -244,7 +244,7 @@ def expect_definition(architecture, tiny_folder, teacher, folder, patch, padding
     assert len(calls) == 1 + again  # a layer is gone through again on the way back
     assert not rows or all(len(pieces) > 3 for pieces in chunks) and len(chunks) == 3
     longest = max(len(window["input_ids"]) for window in batch)
-    assert step.shapes == [(3, longest)] and step.masked == [padding]
+    assert step.shapes == [(3, longest)] and step.masked == [False]  # padding stands where no token sees it
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
 
 
@@ -1032,6 +1032,7 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
     assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
+    assert report["losses"]["healing"][-1]["step"] == 6  # twice HEAL_STEPS, as its pairs stay where they are
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
         assert set(ours.keys()) == set(base.keys())

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,3 +335,56 @@ def test_changing_the_configuration_of_a_loaded_model_is_seen_as_no_scaling(tiny
     model.config.rope_parameters = tool.scale_rope(model.config.rope_parameters, 4.0)
     with pytest.raises(RuntimeError):
         tool.check_frequencies(before, tool.rope_frequencies(model), 4.0)
+
+
+# ------------------------------------------------------------------------------------------------ reordered pairs
+
+
+def test_each_place_gets_the_pair_that_turned_the_most_like_it():
+    base = [10 ** (-i / 4) for i in range(8)]
+    assert tool.nearest_pairs(base, base) == list(range(8))
+    assert tool.nearest_pairs(base, [f / 10 ** 0.5 for f in base]) == [2, 3, 4, 5, 6, 7, 1, 0]
+    fast = [*base[:3], *(f / 10 ** 0.25 for f in base[3:])]  # as llama3 scales: the fast ones stay
+    assert tool.nearest_pairs(base, fast) == [0, 1, 2, 4, 5, 6, 7, 3]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pairs_that_move_together_with_their_frequencies_change_no_logit(architecture, tiny_folder):
+    model = load(tiny_folder(architecture))
+    before, order = logits(model), [3, 0, 7, 1, 6, 2, 5, 4]
+    tool.reorder_pairs(model, order)
+    assert (logits(model) - before).abs().max() > 0.1
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and "sliding" not in name:
+            buffer.copy_(buffer[order])
+    assert torch.allclose(logits(model), before, atol=1e-3)
+
+
+def everyday(count=30):
+    """What the demo answers to facts of its own."""
+    turns = [tool.Turn(f"Quanto é {i} mais {j}?", f"{i} + {j} é igual a {i + j}.") for i in range(1, 7)
+             for j in range(1, 6)]
+    return SimpleNamespace(everyday=turns[:count])
+
+
+def test_the_demo_keeps_most_answers_when_its_pairs_keep_their_frequencies(demo_chat, capsys):
+    teacher = SimpleNamespace(frequencies=tool.rope_frequencies(demo_chat.model))
+    own, chat = everyday(), tool.load_chat(str(DEMO), FULL, 4.0)
+    answers = [turn.messages() for turn in own.everyday]
+    known, scaled = (sum(tool.agreement(c, answers)) for c in (demo_chat, chat))
+    assert tool.keep_frequencies(chat, teacher, own)
+    assert known > 25 and scaled < 5 and sum(tool.agreement(chat, answers)) > 15
+    assert "frequências reordenadas" in capsys.readouterr().out
+
+
+def test_pairs_go_back_to_where_they_were_when_the_answers_get_worse(tiny_folder, monkeypatch):
+    model = load(tiny_folder("qwen3"))
+    teacher = SimpleNamespace(frequencies=tool.rope_frequencies(model))
+    chat = tool.load_chat(tiny_folder("qwen3"), FULL, 4.0)
+    found = iter([0.2, 0.1])
+    seen = []
+    monkeypatch.setattr(tool, "agreement", lambda chat, turns: seen.append(chat.model.state_dict()[
+        "model.layers.0.self_attn.q_proj.weight"].clone()) or [next(found)] * len(turns))
+    assert not tool.keep_frequencies(chat, teacher, everyday(3))
+    assert not torch.equal(*seen)  # they were moved
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), chat.model.parameters(), strict=True))

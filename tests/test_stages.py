@@ -33,8 +33,8 @@ import rename_obrutai as tool
 
 FLAGS = ("--method full --num-self-text 16 --num-self-answers 4 --heal-steps 3 --epochs-1 2 --epochs-2 1 "
          "--eval-questions 4 --max-new-tokens 12 --window 160 --batch-size 4").split()
-STAGES = ("1-self-text", "exam-before", "exam-prompt", "exam-rows", "2-healed", "3-pass-1",
-          "exam-pass-1", "4-self-answers", "5-pass-2", "6-result")
+STAGES = ("1-self-text", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2",
+          "exam-before", "exam-prompt", "exam-rows", "exam-pass-1", "6-result")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 BASE_BEFORE = contents(DEMO)
@@ -594,7 +594,7 @@ def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole
 
 def test_more_epochs_in_pass_2_make_only_it_and_what_follows_again(until):
     folder = until("6-result")
-    kept = [folder / WORK / name for name in STAGES[:8]]
+    kept = [folder / WORK / name for name in STAGES[:4]]
     before = [untouched(stage) for stage in kept]
     weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
     done = job(folder, "--epochs-2", 2, "--overwrite")
@@ -618,14 +618,10 @@ def test_other_test_questions_train_nothing_again(whole, until, monkeypatch):
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
 
 
-def test_after_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until, monkeypatch):
+def test_after_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until):
     folder = until("exam-before")
 
-    def stop(*_):
-        raise tool.InputError("até aqui")
-
-    monkeypatch.setattr(tool, "learn_identity", stop)
-    assert "até aqui" in job(folder, "--rope-factor", 1.1).err  # 140 tokens are less than WINDOW
+    assert job(folder, "--rope-factor", 1.1).status in (0, 3)  # 140 tokens are less than WINDOW
     scores = json.loads((folder / WORK / "exam-before" / "scores.json").read_text("utf-8"))
     assert 0 < max(entry["tokens"] for entry in scores["by_length"]) < 140  # it was taken again
 
@@ -643,7 +639,7 @@ def test_restart_throws_the_stages_away(until, monkeypatch):
     found = []
     monkeypatch.setattr(tool, "run_stages", lambda *_: found.extend(
         path.name for path in (folder / WORK).iterdir() if path.is_dir()) or (_ for _ in ()).throw(KeyboardInterrupt))
-    assert job(folder).status == 130 and set(found) == set(STAGES[:8])
+    assert job(folder).status == 130 and set(found) == set(STAGES[:4])
     found.clear()
     assert job(folder, "--restart").status == 130 and not found
 
@@ -787,12 +783,12 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
     faults = [  # what fails, where, with which flags, and how many stages are whole then
         ((tool, "write_json", FULL, holds("answers-")), (), 0),
         ((tool, "write_json", FULL, holds("1-self-text.partial/key.json")), (), 0),
-        ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 4),
+        ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 1),
         ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
-          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 5),
-        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 5),
+          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 2),
+        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 2),
         ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 8),
+          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 4),
         ((tool, "write_json", FULL, holds("report.json")), (), 9),
     ]
     for fault, flags, ready in faults:
@@ -879,9 +875,9 @@ def little_memory(monkeypatch, fits):
 
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
     folder = until("4-self-answers")
-    largest = little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 400)
-    done = job(folder)  # steps of 512 tokens, or 1,200 where conversations are longer than their windows of 20
-    assert done.status in (0, 3) and 200 < largest["trained"] <= 400
+    largest = little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200)
+    done = job(folder)  # steps of 512 tokens
+    assert done.status in (0, 3) and 100 < largest["trained"] <= 200
     assert re.findall(r"Faltou memória.* em (\d+) partes", done.out) == ["2", "4"]
     report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
     assert report["settings"]["gradient_accumulation"] == 4
@@ -918,7 +914,7 @@ def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, mon
     little_memory(monkeypatch, lambda model, ids: not model.training)
     done = job(folder)
     assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
-    assert finished_stages(folder) == set(STAGES[:8])
+    assert finished_stages(folder) == set(STAGES[:4])
 
 
 @pytest.mark.parametrize("error", [
@@ -962,7 +958,7 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
         patch.setattr(LlamaModel, "forward", fail_late)
         done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
-    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:8])
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:4])
     assert "continuando da etapa 3" in job(folder).out and fingerprint(folder) == whole.expected
 
 
@@ -970,7 +966,7 @@ def test_a_loss_that_explodes_names_step_and_rate(until):
     folder = until("4-self-answers")
     done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
     assert done.status == 2 and re.search(r"explodiu na etapa \d+ ", done.err) and "--learning-rate-2" in done.err
-    assert finished_stages(folder) == set(STAGES[:8]) and not (folder / OUTPUT).exists()
+    assert finished_stages(folder) == set(STAGES[:4]) and not (folder / OUTPUT).exists()
 
 
 def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):
