@@ -77,7 +77,7 @@ WINDOW = 8192  # longest training sequence, tokens; reduced by itself to the sca
 
 # Text that the base writes for its own training
 NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; more is better and slower
-NUM_SELF_TEXT = 2000  # question-answer pairs that show the tuned model how the base behaves; more keeps more
+NUM_SELF_TEXT = 1500  # question-answer pairs that show the tuned model how the base behaves; more keeps more
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
@@ -759,7 +759,7 @@ USES = {
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-self-text": 17, "2-healed": 35, "3-pass-1": 13, "4-self-answers": 1, "5-pass-2": 25, "6-result": 9}
+SHARES = {"1-self-text": 20, "2-healed": 17, "3-pass-1": 16, "4-self-answers": 2, "5-pass-2": 27, "6-result": 18}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -2563,6 +2563,9 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
     automatic = METHODS[1:] if gpu and four_bits else ("full", "lora")
     methods = automatic if settings.method == "auto" else (settings.method,)
     splits, least = [settings.gradient_accumulation], math.inf
+    # A processor takes no longer for a step in parts, if each keeps it busy for a while, and needs less memory.
+    while not gpu and weights * settings.batch_size / (2 * splits[0]) > 130e6 and 2 * splits[0] <= settings.batch_size:
+        splits[0] *= 2
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
     windows = [window for i in range(12) if (window := settings.window // 2**i) > settings.max_new_tokens]

@@ -65,7 +65,7 @@ class Meter:
             ids, mask = given["input_ids"], given.get("attention_mask")
             self.calls += 1
             self.processed += ids.numel()
-            self.real += ids.numel() if mask is None else int(mask[:, -ids.shape[1]:].sum())
+            self.real += int((ids != 0).sum() if mask is None else mask[:, -ids.shape[1]:].sum())  # 0 is <pad>
 
         model.register_forward_pre_hook(see, with_kwargs=True)
         next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
@@ -156,7 +156,8 @@ class Tool:
 
     def __init__(self, folder, work, meter, cap, answers):
         settings = tool.parse_settings(["--model-path", folder, "--output-dir", str(work / "out"), "--method", "full"])
-        self.settings, self.native = tool.fit_settings(Path(folder), settings)
+        settings, self.native = tool.fit_settings(Path(folder), settings)
+        self.settings, _ = tool.choose_method(tool.read_config(folder), tool.check_base(Path(folder)), settings)
         self.source, self.work, self.meter, self.cap = folder, work, meter, cap
 
     def load(self):
