@@ -1811,7 +1811,7 @@ def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
     answers more like the base; whether it does.
 
     Frequencies are a geometric series, so the slower ones are about the same series moved along: only the fastest
-    pairs lose their place. Scaled x4, the demo gives 1 % of the base's answers, and 69 % after this, untrained. It is
+    pairs lose their place. Scaled x4, the demo gives 2 % of the base's answers, and 76 % after this, untrained. It is
     undone for families that arrange their weights in another way, which shows in worse answers.
     """
     after = rope_frequencies(chat.model)
@@ -1821,12 +1821,12 @@ def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
     scaled = sum(agreement(chat, turns)) / len(turns)
     reorder_pairs(chat.model, order)
     moved = sum(agreement(chat, turns)) / len(turns)
-    if moved <= scaled:
-        reorder_pairs(chat.model, sorted(range(len(order)), key=order.__getitem__))
-    else:
+    if better := agreed(moved > scaled):
         say(f"  Com as frequências reordenadas, ele responde como antes a {percent(moved)} das perguntas do dia a dia "
             f"(sem isso, a {percent(scaled)}).")
-    return moved > scaled
+    else:
+        reorder_pairs(chat.model, sorted(range(len(order)), key=order.__getitem__))
+    return better
 
 
 def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Settings, folder: Path) -> list[dict]:
@@ -2476,8 +2476,8 @@ def quiet_libraries(settings: Settings) -> None:
     # Spinning for some microseconds costs little there, and saves a third of the time where nothing else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # where the library is GNU's, this is what counts
-    with contextlib.suppress(OSError, AttributeError):  # glibc gives large blocks back at once, and gets them anew
-        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: a tenth of the time of training
+    with contextlib.suppress(AttributeError, TypeError):  # only glibc has it: Windows knows no CDLL(None)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: to return memory and get it anew takes a tenth
             ctypes.CDLL(None).mallopt(option, 2**30)
     logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")

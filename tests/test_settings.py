@@ -274,3 +274,16 @@ def test_a_hub_model_that_cannot_be_downloaded_is_a_mistake_and_not_a_crash(tmp_
     done = run_script("--model-path", "ninguem/modelo-que-nao-existe", "--output-dir", "novo", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "ninguem/modelo-que-nao-existe" in done.stderr
+
+
+@pytest.mark.parametrize("given, expected", [({}, "5000 PASSIVE"), ({"GOMP_SPINCOUNT": "7"}, "7 PASSIVE")])
+def test_threads_spin_briefly_unless_told_otherwise_also_where_there_is_no_glibc(given, expected):
+    program = ("import ctypes, os, rename_obrutai as tool\n"
+               "def missing(name):\n    raise TypeError('LoadLibrary() argument 1 must be str, not None')\n"
+               "ctypes.CDLL = missing\n"
+               "tool.quiet_libraries(tool.parse_settings([]))\n"
+               "print(os.environ['GOMP_SPINCOUNT'], os.environ['OMP_WAIT_POLICY'])")
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, env=environment, capture_output=True,
+                          text=True)
+    assert done.stdout.strip() == expected, done.stderr
