@@ -1799,11 +1799,15 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     by_layer = "full_attention" in text.rope_parameters
     places = [*order, *(i + len(order) for i in order), *range(2 * len(order), head)]
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters():  # which may be pieces (FSDP)
         layer = re.search(r"layers\.(\d+)\..*\b[qk]_(proj|norm)\.", name)
         if (layer and not re.search(NOT_TEXT, name) and len(weight) % head == 0 and len(places) == head
                 and not (by_layer and text.layer_types[int(layer[1])] != "full_attention")):
-            weight.data = weight.data.unflatten(0, (-1, head))[:, places].flatten(0, 1)
+            entire = (weight.full_tensor() if SHARDED else weight).detach()
+            moved = entire.unflatten(0, (-1, head))[:, places].flatten(0, 1)
+            if SHARDED:
+                moved = torch.distributed.tensor.distribute_tensor(moved, weight.device_mesh, weight.placements)
+            weight.data.copy_(moved)
 
 
 def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
@@ -1902,7 +1906,7 @@ def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
     encoded = [encode(chat.tokenizer, c) for c in conversations]
     results, inner = [0.0] * len(encoded), whole(chat.model)
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
-        with torch.inference_mode():
+        with torch.no_grad():  # after inference_mode, a model in pieces could not be trained
             hidden = last_hidden(chat.model, inner, left_pad(chat, [encoded[i].input_ids for i in batch]))
             for line, i in zip(hidden, batch):
                 start, labels = encoded[i].turns[-1][0], encoded[i].labels
@@ -2707,7 +2711,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         else:
             check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
             # An adapter has to fit the base as it is.
-            kept = "full" in settings.method and not SHARDED and keep_frequencies(chat, teacher, own)
+            kept = "full" in settings.method and keep_frequencies(chat, teacher, own)
             steps = settings.heal_steps * (1 if kept else 2)
             log = heal(chat, teacher, own, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)

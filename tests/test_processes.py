@@ -87,7 +87,8 @@ models = chat.model, tool.load_model("stage", settings, train=True), tool.load_m
 tool.train(later, batches, teacher, 1e-3, 1.0, settings, "passo 1", Path("training"))  # begins anew
 same = all((a - b).abs().max() < 1e-6 for other in (models[1], later.model) for a, b in zip(local(models[0]),
                                                                                               local(other)))
-print("HELD", *(held(model) / whole for model in models), int(same))
+line = " ".join(map(str, ("HELD", *(held(model) / whole for model in models), int(same))))
+sys.stdout.write(f"\\n{line}\\n")  # in one piece, as the other process writes as well
 """
 
 
