@@ -1815,7 +1815,7 @@ def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
     answers more like the base; whether it does.
 
     Frequencies are a geometric series, so the slower ones are about the same series moved along: only the fastest
-    pairs lose their place. Scaled x4, the demo gives 2 % of the base's answers, and 76 % after this, untrained. It is
+    pairs lose their place. Scaled x4, the demo gives 5 % of the base's answers, and 77 % after this, untrained. It is
     undone for families that arrange their weights in another way, which shows in worse answers.
     """
     after = rope_frequencies(chat.model)
@@ -2637,7 +2637,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
         f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
-        f"{clock(1.7 * tokens * pace)}.")
+        f"{clock(2.4 * tokens * pace)}.")
 
 
 @contextlib.contextmanager
