@@ -1456,8 +1456,9 @@ def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
     """The first `count` turns whose answer the base itself repeats after each of three other turns of conversation:
     where it wavers, a different answer of the tuned model tells nothing about retention."""
     chosen: list[Turn] = []
-    for start in range(0, len(turns), 2 * count):
-        batch = turns[start:start + 2 * count]
+    size = count + count // 4  # nearly all are firm
+    for start in range(0, len(turns), size):
+        batch = turns[start:start + size]
         repeated = agreement(base, [turns[(start + i + ahead) % len(turns)].messages() + turn.messages()
                                     for i, turn in enumerate(batch) for ahead in (1, 2, 3)])
         chosen += [turn for i, turn in enumerate(batch) if min(repeated[3 * i:3 * i + 3]) >= 0.9]
@@ -1696,8 +1697,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
             bar.update(state.global_step - bar.n)
             due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
             due, stop = agreed((due, bool(asked)))
-            # The last step too: what follows, saving and measuring, may be broken off as well.
-            control.should_save = not SHARDED and (stop or due or state.global_step == state.max_steps)
+            control.should_save = not SHARDED and (stop or due)
             control.should_training_stop |= stop
 
         def on_save(self, args, state, control, **kwargs):
@@ -1745,11 +1745,19 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         say(f"    continuando da etapa {first}, a última guardada")
     else:  # curves of other settings
         shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
+    if parts > PROCESSES == 1 and not torch.cuda.is_available():
+        # Made anew in every step, gradients would lie scattered among what a step throws away: a tenth of the memory
+        # would be holes that nothing fits into.
+        chat.model.zero_grad = functools.partial(chat.model.zero_grad, set_to_none=False)
+        for parameter in chat.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     began, quarter = time.monotonic(), max(1, len(batches) // 4)
     with patient_interrupts() as asked, progress(len(batches), label) as bar:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
     if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
         sys.modules["wandb"].finish()
+    vars(chat.model).pop("zero_grad", None)
+    chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check_finite(trainer.state.global_step)
@@ -2031,16 +2039,18 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
     rounds = math.ceil(most / lessons)
 
     def one_round(number: int, partial: Path) -> None:
-        chat = load_chat(source, settings, train=True)
-        batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
-                               f"{settings.seed}/{label}/{number}", min(lessons, most - (number - 1) * lessons))
-        given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
-        rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
-        log = train(chat, batches, teacher, rate, settings.kl_weight, settings, label, partial / "training")
-        save_stage(chat, partial, log)
-        if SHARDED:  # to talk to, it has to be whole
-            wait()
-            chat = load_chat(partial, settings)
+        trained = agreed((partial / "log.json").is_file())  # and broken off while it was measured
+        chat = load_chat(partial if trained else source, settings, train=not trained)
+        if not trained:
+            batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
+                                   f"{settings.seed}/{label}/{number}", min(lessons, most - (number - 1) * lessons))
+            given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
+            rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
+            save_stage(chat, partial, train(chat, batches, teacher, rate, settings.kl_weight, settings, label,
+                                            partial / "training"))
+            if SHARDED:  # to talk to, it has to be whole
+                wait()
+                chat = load_chat(partial, settings)
         write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
 
     for number in range(1, rounds + 1):
@@ -2135,7 +2145,8 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
         inner.config.save_pretrained(folder)
         inner.generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    write_json(folder / "log.json", log)
+    flush(folder)
+    write_json(folder / "log.json", log)  # last: it tells that the rest is whole
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:

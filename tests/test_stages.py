@@ -230,6 +230,17 @@ def test_ctrl_c_while_a_round_is_measured_does_not_cost_its_training(until, monk
     assert "até aqui" in done.err and not re.search(r"etapa \d+/\d+ \| perda", done.out)
 
 
+def test_a_round_that_was_not_saved_whole_is_trained_again(whole, until):
+    folder = until("4-self-answers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert job(folder).status == 130
+    (log,) = folder.glob("*.work/5-pass-2.partial/round-1.partial/log.json")
+    log.unlink()
+    done = job(folder)
+    assert re.search(r"etapa \d+/\d+ \| perda", done.out) and fingerprint(folder) == whole.expected
+
+
 class Left(BaseException):
     """Stands in for the end of the process."""
 
@@ -355,7 +366,7 @@ def test_a_kill_while_the_checkpoints_of_a_finished_training_are_deleted_changes
     with monkeypatch.context() as patch:
         patch.setattr(tool.shutil, "rmtree", killed_midway)
         with pytest.raises(Left):
-            tiny_training(tiny_folder, tmp_path / "stopped")
+            tiny_training(tiny_folder, tmp_path / "stopped", "--checkpoint-minutes", 0)
     assert same(tiny_training(tiny_folder, tmp_path / "stopped"), trained[1])
 
 

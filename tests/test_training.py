@@ -379,15 +379,33 @@ def test_training_twice_with_one_seed_gives_the_same_weights(tiny_folder, train)
     assert all(not torch.equal(weights[0][name], before[name]) for name in before if "proj" in name)
 
 
-@pytest.mark.parametrize("minutes", [5, 0])
-def test_training_leaves_one_complete_checkpoint_and_nothing_else(minutes, tiny_folder, tmp_path, monkeypatch, train):
+@pytest.mark.parametrize("minutes, kept", [(5, set()), (0, {"checkpoint-2"})])
+def test_training_leaves_at_most_one_checkpoint_which_is_complete_and_nothing_else(
+        minutes, kept, tiny_folder, tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=2)
     train(chat, batches, 1e-3, flags=("--output-dir", tmp_path / "saida", "--checkpoint-minutes", minutes))
-    assert [path.name for path in tmp_path.iterdir()] == ["training"]
-    assert {path.name for path in (tmp_path / "training").iterdir()} <= {"checkpoint-2", "README.md"}
-    assert (tmp_path / "training" / "checkpoint-2" / "complete.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} <= {"training"}
+    assert {path.name for path in tmp_path.glob("training/*")} - {"README.md"} == kept
+    assert all((tmp_path / "training" / name / "complete.json").is_file() for name in kept)
+
+
+def test_gradients_keep_their_memory_during_a_training_in_parts_and_give_it_back_after_it(
+        tiny_folder, tmp_path, monkeypatch, train):
+    chat, places = tiny_chat(tiny_folder), []
+    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=3)
+    collect = tool.trl.SFTTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        loss = collect(self, model, *args, **kwargs)
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+        return loss
+
+    monkeypatch.setattr(tool.trl.SFTTrainer, "training_step", watched)
+    train(chat, batches, 1e-3, flags=("--gradient-accumulation", 2))
+    assert len(places) == 6 and all(place == places[0] for place in places)
+    assert all(p.grad is None for p in chat.model.parameters()) and "zero_grad" not in vars(chat.model)
 
 
 def heal(chat, teacher, steps, native, folder):
