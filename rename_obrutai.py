@@ -1746,11 +1746,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     else:  # curves of other settings
         shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
     if parts > PROCESSES == 1 and not torch.cuda.is_available():
-        # Made anew in every step, gradients would lie scattered among what a step throws away: a tenth of the memory
-        # would be holes that nothing fits into.
+        # Made anew in every step, gradients would lie scattered among what a step throws away, and moments made after
+        # the first one as well: a tenth of the memory would be holes that nothing fits into.
         chat.model.zero_grad = functools.partial(chat.model.zero_grad, set_to_none=False)
-        for parameter in chat.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for parameter in (p for p in chat.model.parameters() if p.requires_grad):
+            parameter.grad = torch.zeros_like(parameter)
+            if settings.method != "full8":  # which has moments of its own kind
+                trainer.create_optimizer().state[parameter] = {"step": torch.tensor(0.0), **{
+                    name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}}
     began, quarter = time.monotonic(), max(1, len(batches) // 4)
     with patient_interrupts() as asked, progress(len(batches), label) as bar:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)

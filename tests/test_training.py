@@ -391,7 +391,7 @@ def test_training_leaves_at_most_one_checkpoint_which_is_complete_and_nothing_el
     assert all((tmp_path / "training" / name / "complete.json").is_file() for name in kept)
 
 
-def test_gradients_keep_their_memory_during_a_training_in_parts_and_give_it_back_after_it(
+def test_gradients_and_moments_keep_their_memory_during_a_training_in_parts_and_give_it_back_after_it(
         tiny_folder, tmp_path, monkeypatch, train):
     chat, places = tiny_chat(tiny_folder), []
     batches = batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=3)
@@ -399,7 +399,9 @@ def test_gradients_keep_their_memory_during_a_training_in_parts_and_give_it_back
 
     def watched(self, model, *args, **kwargs):
         loss = collect(self, model, *args, **kwargs)
-        places.append([p.grad.data_ptr() for p in model.parameters()])
+        state = self.optimizer.state  # wrapped by accelerate
+        places.append([(p.grad.data_ptr(), state[p]["exp_avg"].data_ptr(), state[p]["exp_avg_sq"].data_ptr())
+                       for p in model.parameters()])
         return loss
 
     monkeypatch.setattr(tool.trl.SFTTrainer, "training_step", watched)
