@@ -1261,15 +1261,25 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
 
     Batched by tokens, sorted by length, padded on the left; `label` names the progress bar.
     """
-    config = transformers.GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=sample_seed is not None,
-                                           top_k=0, eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
+    config = transformers.GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=False,
+                                           eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
+
+    def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) whose first choice is a sampled token: where a random share of the sum of all
+        probabilities falls. torch.multinomial draws a number for every token and takes four to ten times as long."""
+        sums = scores.float().softmax(-1).cumsum(-1)
+        share = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
+        token = torch.searchsorted(sums, share, right=True).clamp(max=sums.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
     def write(batch: list[int], key: str) -> list[Answer]:
         torch.manual_seed(int(key[:15], 16))  # by batch, so that one that is not written again changes no other
         inputs = left_pad(chat, [prompts[i] for i in batch])
         del inputs["position_ids"]  # generate() counts them itself, step by step
         with torch.inference_mode():
-            output = chat.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:]
+            output = chat.model.generate(**inputs, generation_config=config,
+                                         logits_processor=[] if sample_seed is None else [draw])
+            output = output[:, inputs["input_ids"].shape[1]:]
         ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in output.tolist()]
         texts = [chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
                  for ids, end in zip(output.tolist(), ends)]

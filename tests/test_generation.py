@@ -71,6 +71,22 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(demo_chat):
     assert len({answer.text for answer in one}) >= 4
 
 
+def test_sampled_tokens_come_as_often_as_they_are_probable(demo_chat):
+    opening = tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": "Conte uma piada."}])[:2]
+    with torch.inference_mode():
+        chances = demo_chat.model(torch.tensor([opening])).logits[0, -1].softmax(-1)
+    expected = Counter()
+    for token in range(len(chances)):
+        text = demo_chat.tokenizer.decode([] if token in demo_chat.stops else [token], skip_special_tokens=True)
+        expected[text.strip()] += chances[token].item()
+    count = 20000
+    drawn = Counter(a.text for a in tool.generate(changed(demo_chat, max_new_tokens=1), [opening] * count,
+                                                  sample_seed=3))
+    for text, chance in expected.most_common(20):
+        assert abs(drawn[text] - count * chance) < 4 * (count * chance) ** 0.5 + 1, text
+    assert 10 < len(drawn) < count and sum(expected[text] < 1e-9 for text in drawn) == 0
+
+
 @pytest.mark.parametrize("sample_seed", [None, 1])
 def test_the_generation_settings_of_the_base_do_not_change_what_it_says(sample_seed, demo_chat, monkeypatch):
     """Qwen and Llama ship a temperature, top_p and a repetition penalty; agreement is measured without them."""
