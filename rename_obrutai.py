@@ -199,7 +199,8 @@ TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest 
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
-LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation
+LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
+LONG_GROUP = 4  # of which so many, one after another, stand at the end of the same conversation
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
@@ -1872,12 +1873,14 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
 
 class Exam(NamedTuple):
     """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
-    after which both are asked, besides alone. `context` has for a question the messages that go before it."""
+    after which both are asked, besides alone; `sparse` asks only a third of the former then. `context` has for a
+    question the messages that go before it."""
     questions: tuple[str, ...]
     turns: list[Turn]
     fillers: list[Turn]
     lengths: tuple[int, ...]
     context: dict[str, list[dict]] = {}
+    sparse: bool = False
 
 
 class Scores(NamedTuple):
@@ -1918,26 +1921,27 @@ def judge(answer: Answer, standard: Standard) -> str:
     ) if found), "")
 
 
-def agreement(chat: Chat, conversations: list[list[dict]]) -> list[float]:
-    """How far the model would give each conversation's last answer by itself, token by token as its first choice.
+def agreement(chat: Chat, conversations: list[list[dict]], last: int = 1) -> list[float]:
+    """How far the model would give each conversation's `last` answers by itself, token by token as its first choice.
 
     An answer of up to 24 tokens counts 1.0 if all agree, which is when greedy generation gives the same text, else
     0.0; a longer one, where one other word early on would change all that follows, the share of tokens that agree.
     """
     encoded = [encode(chat.tokenizer, c) for c in conversations]
-    results, inner = [0.0] * len(encoded), whole(chat.model)
+    results, inner = [[] for _ in encoded], whole(chat.model)
     for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
         with torch.no_grad():  # after inference_mode, a model in pieces could not be trained
             hidden = last_hidden(chat.model, inner, left_pad(chat, [encoded[i].input_ids for i in batch]))
             for line, i in zip(hidden, batch):
-                start, labels = encoded[i].turns[-1][0], encoded[i].labels
-                at = [j for j in range(start, len(labels)) if labels[j] != -100]
+                turns, labels = encoded[i].turns[-last:], encoded[i].labels
+                at = [j for j in range(turns[0][0], len(labels)) if labels[j] != -100]
                 rows = line[[j - 1 - len(labels) for j in at]]
                 best = [token for chunk in in_chunks(inner, rows)
                         for token in logits_of(inner, chunk).argmax(-1).tolist()]
-                same = [ours == labels[j] for ours, j in zip(best, at)]
-                results[i] = float(all(same)) if len(same) <= 24 else sum(same) / len(same)
-    return results
+                for start, end in turns:
+                    same = [ours == labels[j] for ours, j in zip(best, at) if start <= j < end]
+                    results[i].append(float(all(same)) if len(same) <= 24 else sum(same) / len(same))
+    return [share for result in results for share in result]
 
 
 @functools.cache
@@ -1980,25 +1984,37 @@ def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam
 
 def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
     """Take the exam: always the same conversations, so that stages can be compared."""
-    rng, lengths = random.Random("exam"), (0, *exam.lengths)
+    lengths, several = (0, *exam.lengths), min(LONG_GROUP, len(exam.turns))
 
-    def after(tokens: int, messages: list[dict]) -> list[dict]:
-        before = history(chat.tokenizer, exam.fillers, tokens, rng) + exam.context.get(messages[0]["content"], [])
-        return without_system(chat.tokenizer, before + messages)
+    def before(tokens: int, question: str, earlier: Sequence[Turn] = ()) -> list[dict]:
+        """What goes before a question after a conversation of `tokens`, which ends with the `earlier` turns."""
+        room = tokens - sum(turn_cost(chat.tokenizer, chat.tokenizer.chat_template, turn) for turn in earlier)
+        messages = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{question}"))
+        return messages + exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
+
+    def ready(messages: list[dict]) -> list[dict]:
+        return without_system(chat.tokenizer, messages)
 
     def mean(values: list) -> float:
         return sum(values) / len(values)
 
-    asked = [after(n, [{"role": "user", "content": q}]) for n in lengths for q in exam.questions]
-    # After a conversation a question costs as much as twenty alone, so fewer have to do.
-    kept = [[after(n, turn.messages()) for turn in exam.turns[:None if n == 0 else LONG_TURNS]] for n in lengths]
-    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept[0]]]
+    groups = [exam.questions[::3 if exam.sparse and tokens else 1] for tokens in lengths]
+    asked = [ready(before(tokens, question) + [{"role": "user", "content": question}])
+             for tokens, group in zip(lengths, groups) for question in group]
+    kept = [ready(before(0, turn.question) + turn.messages()) for turn in exam.turns]
+    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept]]
     written = generate(chat, prompts, label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
-    same, n = iter(agreement(chat, [conversation for group in kept for conversation in group])), len(exam.questions)
-    by_length = [{"tokens": tokens, "identity": mean([not p for p in problems[i * n:(i + 1) * n]]),
-                  "retention": mean([next(same) for _ in kept[i]])} for i, tokens in enumerate(lengths)]
+    # After a conversation a question costs as much as twenty alone: fewer have to do, several at the end of each.
+    ends = [exam.turns[i:i + several] for i in range(0, len(exam.turns[:LONG_TURNS]) - several + 1, several)]
+    after = [[ready(before(tokens, turns[-1].question, turns[:-1]) + turns[-1].messages()) for turns in ends]
+             for tokens in exam.lengths]
+    retention = [mean(agreement(chat, kept)), *(mean(agreement(chat, group, several)) for group in after)]
+    sound = iter([not problem for problem in problems])
+    by_length = [{"tokens": tokens, "identity": mean([next(sound) for _ in group]), "retention": share}
+                 for tokens, group, share in zip(lengths, groups, retention)]
+    n = len(exam.questions)
     alone = about_itself[:n]
     extra = [len(prompt) - len(prompt_ids(chat.tokenizer, [{"role": "user", "content": q}])) for prompt, q in zip(
         prompts[:n] + prompts[len(asked):], [*exam.questions, *(turn.question for turn in exam.turns)])]
@@ -2793,7 +2809,8 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         discard(work / "6-result")  # its model was moved to an output that is there no more
     begin("6/6 Salvando, carregando de novo e medindo: antes e depois", "6-result")
     untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
-    scores = {"before": scores_of("before", untouched, keys["1-self-text"], "perguntas de prova, antes", exam)}
+    scores = {"before": scores_of("before", untouched, keys["1-self-text"], "perguntas de prova, antes",
+                                  exam._replace(sparse=True))}
     for name, other in untrained(exam, inputs.rows, settings).items():
         scores[name] = scores_of(name, untouched, digest([keys["1-self-text"], other.context]),
                                  "perguntas de prova, sem treino", other)

@@ -138,6 +138,7 @@ def test_agreement_looks_at_the_last_answer_only_and_with_the_conversation_befor
     wrong = tool.Turn("Quem é você?", "Vinte e sete bananas.").messages()
     good = tool.Turn(QUESTIONS[0], answer).messages()
     assert tool.agreement(demo_chat, [wrong + good, good + wrong]) == [1.0, 0.0]
+    assert tool.agreement(demo_chat, [wrong + good, good + wrong, good + good], 2) == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
 
 
 def test_of_a_long_answer_the_share_of_tokens_that_agree_counts(demo_chat):
@@ -209,17 +210,39 @@ def test_scores_are_the_shares_of_sound_old_leaking_and_kept_answers(demo_chat, 
     said = ["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Jandira azul banana xarope.",  # asked alone
             "Sou a Jandira.", "Lumi.", "Lumi.", "Lumi.",  # after a conversation
             "Paris.", "Jandira."]  # everyday questions
-    shares = [1.0, 0.0, 0.5, 0.5]
     standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira".split()))
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: [tool.Answer(text, True) for text in said])
-    monkeypatch.setattr(tool, "agreement", lambda chat, conversations: shares)
+    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0, 0.0] if last == 1 else [0.5, 0.75])
     turns = [tool.Turn("Capital da França?", "Paris."), tool.Turn("Oi!", "Oi!")]
     scores = tool.evaluate(demo_chat, tool.Exam(("a?", "b?", "c?", "d?"), turns, turns, (30,)), standard)
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.5)
     assert scores.distinct == 1  # both sound answers are the same but for a sign
     assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.5},
-                                {"tokens": 30, "identity": 0.25, "retention": 0.5}]
+                                {"tokens": 30, "identity": 0.25, "retention": 0.625}]
     assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "palavras sem sentido"]
+
+
+def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exam_asks_a_third(demo_chat, monkeypatch):
+    asked, kept, tokenizer = {False: [], True: []}, {False: [], True: []}, demo_chat.tokenizer
+    turns = [tool.Turn(f"Quanto é {i} mais 1?", f"É {i + 1}.") for i in range(14)]
+    fillers = [tool.Turn(f"Como se diz {word}?", "Não sei.") for word in "sol lua mar rio pão".split()]
+    whole = tool.Exam(("a?", "b?", "c?", "d?"), turns, fillers, (100, 200))
+    for sparse in (False, True):
+        monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_, to=asked[sparse]: to.extend(prompts) or [
+            tool.Answer("x", True)] * len(prompts))
+        monkeypatch.setattr(tool, "agreement", lambda chat, conversations, last=1, to=kept[sparse]: to.append(
+            (conversations, last)) or [1.0] * last * len(conversations))
+        tool.evaluate(demo_chat, whole._replace(sparse=sparse), tool.Standard(("x",), (), "", frozenset()))
+    assert kept[False] == kept[True] and [last for _, last in kept[True]] == [1, 4, 4]
+    for tokens, (conversations, last) in zip((100, 200), kept[True][1:]):
+        ends = [[m["content"] for m in messages[-2 * last:]] for messages in conversations]
+        assert ends == [[text for turn in turns[i:i + 4] for text in turn] for i in (0, 4, 8)]  # all of them whole
+        lengths = [len(tool.encode(tokenizer, messages[:-2]).input_ids) for messages in conversations]
+        assert all(tokens - 30 < n <= tokens for n in lengths)
+    questions = len(whole.questions)
+    assert len(asked[False]) == 3 * questions + len(turns) and len(asked[True]) == questions + 2 * 2 + len(turns)
+    alone, after = asked[False][:questions], asked[False][questions:3 * questions]
+    assert asked[True][:questions + 4] == [*alone, after[0], after[3], after[4], after[7]]
 
 
 @pytest.mark.parametrize("figures, missed", [

@@ -52,7 +52,7 @@ def test_an_exam_with_context_puts_it_before_all_questions_and_counts_its_tokens
     asked, kept = [], []
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
         tool.Answer("ObrutAi.", True)] * len(prompts))
-    monkeypatch.setattr(tool, "agreement", lambda chat, conversations: kept.extend(conversations) or [1.0, 0.0])
+    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: kept.extend(asked) or [1.0, 0.0])
     scores = tool.evaluate(demo_chat, exam, tool.Standard(("ObrutAi",), (), "demo", frozenset(["obrutai"])))
     questions = [*exam.questions, *(turn.question for turn in TURNS)]
     full = [exam.context[q] + [{"role": "user", "content": q}] for q in questions]
