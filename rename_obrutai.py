@@ -760,7 +760,7 @@ USES = {
     "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-self-text": 20, "2-healed": 17, "3-pass-1": 16, "4-self-answers": 2, "5-pass-2": 27, "6-result": 18}
+SHARES = {"1-self-text": 18, "2-healed": 18, "3-pass-1": 17, "4-self-answers": 3, "5-pass-2": 30, "6-result": 14}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -2058,21 +2058,22 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
              standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
-    A round shows `lessons` conversations of the first pool, each at least once, and all rounds together show each at
-    most `epochs` times: many different ones once teach more than a few again and again. A round is a whole schedule
-    that ends at rate zero, as a model in mid-flight is not worth measuring; later ones are gentler. The model comes
-    from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
+    The first round shows `lessons` conversations of the first pool, later ones half as many, each at least once, and
+    all rounds together show each at most `epochs` times: many different ones once teach more than a few again and
+    again. A round is a whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later
+    ones are gentler. Once the identity is learnt, a round that brought the model no closer to the base is the last.
+    The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
     """
-    most = epochs * len(pools[0].conversations)
-    lessons = min(most, max(lessons, len(pools[0].conversations)))
-    rounds = math.ceil(most / lessons)
+    count, sizes = len(pools[0].conversations), []
+    while (left := epochs * count - sum(sizes)) > 0:
+        sizes.append(min(left, max(lessons // (2 if sizes else 1), count)))
 
     def one_round(number: int, partial: Path) -> None:
         trained = agreed((partial / "log.json").is_file())  # and broken off while it was measured
         chat = load_chat(partial if trained else source, settings, train=not trained)
         if not trained:
             batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
-                                   f"{settings.seed}/{label}/{number}", min(lessons, most - (number - 1) * lessons))
+                                   f"{settings.seed}/{label}/{number}", sizes[number - 1])
             given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
             rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
             save_stage(chat, partial, train(chat, batches, teacher, rate, settings.kl_weight, settings, label,
@@ -2082,17 +2083,23 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
                 chat = load_chat(partial, settings)
         write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
 
-    for number in range(1, rounds + 1):
+    before = None
+    for number in range(1, len(sizes) + 1):
         previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
         if number > 1 and RANK == 0:
             for weights in previous.glob("*model*.safetensors"):
                 weights.unlink()
         scores = Scores(**load_json(source / "validation.json"))
-        say(f"  {label}, rodada {number} de até {rounds}, nas perguntas de validação: identidade "
+        say(f"  {label}, rodada {number} de até {len(sizes)}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
         if met(scores):
             say(f"  {label}: a meta foi atingida.")
             return
+        learnt = min(entry["identity"] for entry in scores.by_length) >= settings.target_identity
+        if before and learnt and scores.retention <= before.retention and scores.leak >= before.leak:
+            say(f"  {label}: esta rodada não melhorou nada, então mais uma também não ajudaria.")
+            return
+        before = scores
     say(f"  {label}: o limite de épocas chegou antes da meta.")
 
 

@@ -462,14 +462,20 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_parameters(paramete
 
 @pytest.fixture
 def run_pass(monkeypatch, demo_chat, tmp_path):
-    """Runs a pass from "fonte" to `tmp_path` whose training is a stand-in and whose exams give these identity
-    figures; what each training got: batches, rate, and the folder that its model was loaded from."""
-    def call(identities, epochs=(8, 2), label="passo 1", flags=()):
-        trained, figures, loaded = [], iter(identities), []
+    """Runs a pass from the folder "fonte" to another whose training is a stand-in and whose exams give these figures
+    (identity, or with retention and leak); what each training got: batches, rate, and the folder that its model was
+    loaded from."""
+    def call(figures, epochs=(8, 2), label="passo 1", flags=()):
+        trained, figures, loaded = [], iter(figures), []
 
         def train(chat, batches, teacher, rate, *_):
             trained.append(SimpleNamespace(batches=batches, rate=rate, source=loaded[-1]))
             return []
+
+        def evaluate(*_):
+            figure = next(figures)
+            identity, retention, leak = figure if isinstance(figure, tuple) else (figure, 1.0, 0.0)
+            return tool.Scores(identity, 0.0, leak, retention, 0, [{"identity": identity}], [])
 
         def save(chat, folder, log):
             (folder / "model.safetensors").write_text(str(len(trained)), encoding="utf-8")
@@ -477,11 +483,11 @@ def run_pass(monkeypatch, demo_chat, tmp_path):
         monkeypatch.setattr(tool, "load_chat", lambda folder, *_, **__: loaded.append(folder) or demo_chat)
         monkeypatch.setattr(tool, "train", train)
         monkeypatch.setattr(tool, "save_stage", save)
-        monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(next(figures), 0.0, 0.0, 1.0, 0, [], []))
+        monkeypatch.setattr(tool, "evaluate", evaluate)
         pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
-        tool.run_pass(source="fonte", folder=tmp_path, teacher=EMPTY, pools=pools, lengths=[64], tokens=256,
-                      epochs=epochs[0], lessons=24 * epochs[1], rate_at_1m=1e-3, exam=None,
-                      met=lambda scores: scores.identity >= 0.95, standard=None,
+        tool.run_pass(source=tmp_path / "fonte", folder=tmp_path / "passo", teacher=EMPTY, pools=pools,
+                      lengths=[64], tokens=256, epochs=epochs[0], lessons=24 * epochs[1], rate_at_1m=1e-3, exam=None,
+                      met=lambda scores: scores.identity >= 0.95 and scores.retention >= 0.95, standard=None,
                       settings=small_settings("--batch-size", 4, *flags), label=label)
         return trained
 
@@ -494,19 +500,29 @@ def test_a_pass_stops_as_soon_as_its_target_is_met_and_says_so(run_pass, capsys)
 
 
 def test_a_pass_that_misses_its_target_ends_at_its_cap_and_says_so(run_pass, capsys):
-    assert len(run_pass([0.5] * 20)) == 4
+    assert len(run_pass([0.5] * 20)) == 7
     said = capsys.readouterr().out
     assert "limite de épocas" in said and "meta foi atingida" not in said
 
 
-@pytest.mark.parametrize("epochs", [(8, 2), (6, 3), (2, 3), (4, 3)])
+def test_a_pass_that_only_keeps_too_little_ends_after_a_round_that_brings_nothing(run_pass, capsys):
+    assert len(run_pass([(1.0, 0.8, 0.02), (1.0, 0.9, 0.02), (1.0, 0.9, 0.01), (1.0, 0.9, 0.01)] + [0.0] * 9)) == 4
+    assert "não melhorou nada" in capsys.readouterr().out
+
+
+def test_later_rounds_of_a_pass_show_half_as_much(run_pass):
+    sizes = [sum(len(batch) for batch in training.batches) for training in run_pass([0.5] * 20, (16, 4))]
+    assert len(sizes) == 7 and all(0.4 < size / sizes[0] < 0.6 for size in sizes[1:])
+
+
+@pytest.mark.parametrize("epochs", [(8, 6), (6, 3), (2, 3), (4, 3)])
 def test_the_rounds_of_a_pass_show_each_lesson_about_as_often_as_its_cap(epochs, run_pass, demo_tokenizer):
     seen = Counter(n for training in run_pass([0.5] * 20, epochs) for batch in training.batches for window in batch
                    for n in numbers(demo_tokenizer, window))
     assert 0.85 * epochs[0] <= sum(seen.values()) / 24 <= 1.15 * epochs[0]
 
 
-@pytest.mark.parametrize("given, rounds", [(1, 8), (100, 2), (10**6, 1)])
+@pytest.mark.parametrize("given, rounds", [(1, 8), (100, 3), (10**6, 1)])
 def test_a_round_shows_every_lesson_and_none_more_often_than_the_cap(given, rounds, run_pass, demo_tokenizer):
     trained = run_pass([0.5] * 20, (8, given / 24))
     assert len(trained) == rounds
@@ -521,10 +537,11 @@ def test_the_rounds_of_a_pass_have_different_batches(run_pass):
 
 
 def test_each_round_goes_on_from_the_one_before_and_only_the_last_keeps_its_weights(run_pass, tmp_path):
-    trained = run_pass([0.5] * 20, (22, 2))
-    assert [training.source for training in trained] == ["fonte", *(tmp_path / f"round-{n}" for n in range(1, 11))]
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.safetensors")] == ["11"]
-    assert (tool.last_round(tmp_path) / "model.safetensors").is_file()
+    trained = run_pass([0.5] * 30, (22, 2))
+    rounds = [tmp_path / "passo" / f"round-{n}" for n in range(1, 21)]
+    assert [training.source for training in trained] == [tmp_path / "fonte", *rounds]
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.safetensors")] == ["21"]
+    assert (tool.last_round(tmp_path / "passo") / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("label, flags, rate", [
@@ -534,7 +551,7 @@ def test_each_round_goes_on_from_the_one_before_and_only_the_last_keeps_its_weig
 def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(label, flags, rate, run_pass, demo_chat):
     trained = run_pass([0.5] * 20, label=label, flags=flags)
     first = rate or tool.automatic_rate(demo_chat.model, 1e-3)
-    assert [training.rate for training in trained] == [pytest.approx(first / n) for n in (1, 2, 3, 4)]
+    assert [training.rate for training in trained] == [pytest.approx(first / n) for n in range(1, 8)]
 
 
 def collected(monkeypatch, replies, count=10):
