@@ -1760,11 +1760,14 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         # Made anew in every step, gradients would lie scattered among what a step throws away, and moments made after
         # the first one as well: a tenth of the memory would be holes that nothing fits into.
         chat.model.zero_grad = functools.partial(chat.model.zero_grad, set_to_none=False)
-        for parameter in (p for p in chat.model.parameters() if p.requires_grad):
+        trained = [parameter for parameter in chat.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-            if settings.method != "full8":  # which has moments of its own kind
-                trainer.create_optimizer().state[parameter] = {"step": torch.tensor(0.0), **{
-                    name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}}
+        if settings.method != "full8":  # which has moments of its own kind
+            moments = trainer.create_optimizer().state
+            for parameter in trained:
+                moments[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                                      "exp_avg_sq": torch.zeros_like(parameter)}
     began, quarter = time.monotonic(), max(1, len(batches) // 4)
     with patient_interrupts() as asked, progress(len(batches), label) as bar:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
@@ -1986,31 +1989,29 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     """Take the exam: always the same conversations, so that stages can be compared."""
     lengths, several = (0, *exam.lengths), min(LONG_GROUP, len(exam.turns))
 
-    def before(tokens: int, question: str, earlier: Sequence[Turn] = ()) -> list[dict]:
-        """What goes before a question after a conversation of `tokens`, which ends with the `earlier` turns."""
+    def after(tokens: int, messages: list[dict], earlier: Sequence[Turn] = ()) -> list[dict]:
+        """A question, answered or not, after a conversation of `tokens`, which ends with the `earlier` turns."""
+        question = messages[0]["content"]
         room = tokens - sum(turn_cost(chat.tokenizer, chat.tokenizer.chat_template, turn) for turn in earlier)
-        messages = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{question}"))
-        return messages + exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
-
-    def ready(messages: list[dict]) -> list[dict]:
-        return without_system(chat.tokenizer, messages)
+        before = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{question}"))
+        before += exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
+        return without_system(chat.tokenizer, before + messages)
 
     def mean(values: list) -> float:
         return sum(values) / len(values)
 
     groups = [exam.questions[::3 if exam.sparse and tokens else 1] for tokens in lengths]
-    asked = [ready(before(tokens, question) + [{"role": "user", "content": question}])
+    asked = [after(tokens, [{"role": "user", "content": question}])
              for tokens, group in zip(lengths, groups) for question in group]
-    kept = [ready(before(0, turn.question) + turn.messages()) for turn in exam.turns]
+    kept = [after(0, turn.messages()) for turn in exam.turns]
     prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept]]
     written = generate(chat, prompts, label)
     about_itself, other = written[:len(asked)], written[len(asked):]
     problems = [judge(answer, standard) for answer in about_itself]
     # After a conversation a question costs as much as twenty alone: fewer have to do, several at the end of each.
     ends = [exam.turns[i:i + several] for i in range(0, len(exam.turns[:LONG_TURNS]) - several + 1, several)]
-    after = [[ready(before(tokens, turns[-1].question, turns[:-1]) + turns[-1].messages()) for turns in ends]
-             for tokens in exam.lengths]
-    retention = [mean(agreement(chat, kept)), *(mean(agreement(chat, group, several)) for group in after)]
+    kept_after = [[after(tokens, turns[-1].messages(), turns[:-1]) for turns in ends] for tokens in exam.lengths]
+    retention = [mean(agreement(chat, kept)), *(mean(agreement(chat, group, several)) for group in kept_after)]
     sound = iter([not problem for problem in problems])
     by_length = [{"tokens": tokens, "identity": mean([next(sound) for _ in group]), "retention": share}
                  for tokens, group, share in zip(lengths, groups, retention)]
@@ -2097,7 +2098,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
             return
         learnt = min(entry["identity"] for entry in scores.by_length) >= settings.target_identity
         if before and learnt and scores.retention <= before.retention and scores.leak >= before.leak:
-            say(f"  {label}: esta rodada não melhorou nada, então mais uma também não ajudaria.")
+            say(f"  {label}: esta rodada não melhorou nada, e mais uma não deve ajudar.")
             return
         before = scores
     say(f"  {label}: o limite de épocas chegou antes da meta.")
