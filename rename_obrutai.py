@@ -1763,6 +1763,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         trained = [parameter for parameter in chat.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
+        if settings.method != "qlora":  # whose matrices want inputs in a precision of their own
+            remake_gates(whole(chat.model))
         if settings.method != "full8":  # which has moments of its own kind
             moments = trainer.create_optimizer().state
             for parameter in trained:
@@ -1780,6 +1782,24 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     check_finite(trainer.state.global_step)
     chat.model.eval()
     return mean_losses(trainer.state.log_history, 40)
+
+
+def remake_gates(model: PreTrainedModel) -> None:
+    """Let gated MLPs make act(gate) * up again on the way back instead of keeping it and its parts: a tenth less
+    memory for a hundredth more time. MLPs that do anything else stay as they are."""
+    def gated(mlp: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+    def forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(gated, mlp, mlp.gate_proj(x), mlp.up_proj(x), use_reentrant=False,
+                                                 preserve_rng_state=False)
+
+    for mlp in model.modules():
+        if all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            sample = torch.linspace(-1, 1, 2 * mlp.gate_proj.in_features).view(2, -1)
+            with torch.no_grad():
+                same = torch.equal(mlp(sample), forward(mlp, sample))
+            mlp.forward = functools.partial(forward, mlp) if same else mlp.forward
 
 
 def mean_losses(log: list[dict], count: int) -> list[dict]:

@@ -410,6 +410,51 @@ def test_gradients_and_moments_keep_their_memory_during_a_training_in_parts_and_
     assert all(p.grad is None for p in chat.model.parameters()) and "zero_grad" not in vars(chat.model)
 
 
+def kept_for_the_way_back(model):
+    """Bytes that a forward pass keeps besides the weights, and the gradients that the way back makes from them."""
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=torch.arange(64).view(1, 64)).logits.log_softmax(-1)[..., 5].sum()
+    model.zero_grad()
+    loss.backward()
+    return sum(kept.values()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_with_gates_made_again_a_step_keeps_less_and_learns_the_same(architecture, tiny_folder):
+    model = tool.load_chat(tiny_folder(architecture), FULL).model
+    before, expected = kept_for_the_way_back(model)
+    tool.remake_gates(model)
+    after, gradients = kept_for_the_way_back(model)
+    assert all(map(torch.equal, expected, gradients))
+    mlp = model.config.intermediate_size * 64 * 4  # bytes of one of its tensors
+    assert before - after >= model.config.num_hidden_layers * 2 * mlp
+
+
+def test_an_mlp_that_does_more_than_gate_is_left_as_it_is(tiny_folder):
+    model = tiny_chat(tiny_folder).model
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: 2 * plain(x)
+    tool.remake_gates(model)
+    assert "forward" in vars(model.model.layers[1].mlp)
+    x = torch.ones(1, model.config.hidden_size)
+    assert torch.equal(mlp(x), 2 * plain(x))
+
+
+def test_a_training_in_parts_makes_gates_again(tiny_folder, train):
+    chat = tiny_chat(tiny_folder)
+    train(chat, batches_of(chat.tokenizer, [tool.Pool(conversations(4), 1.0, True)], steps=1), 1e-3,
+          flags=("--gradient-accumulation", 2))
+    assert all("forward" in vars(layer.mlp) for layer in chat.model.model.layers)
+
+
 def heal(chat, teacher, steps, native, folder):
     settings = small_settings("--heal-steps", steps, "--window", 128, "--max-new-tokens", 24, "--batch-size", 4)
     return tool.heal(chat, teacher, SimpleNamespace(everyday=TURNS), native, settings, folder)
