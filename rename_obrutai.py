@@ -1785,8 +1785,9 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
 
 
 def remake_gates(model: PreTrainedModel) -> None:
-    """Let gated MLPs make act(gate) * up again on the way back instead of keeping it and its parts: a tenth less
-    memory for a hundredth more time. MLPs that do anything else stay as they are."""
+    """Let gated MLPs make act(gate) and act(gate) * up again on the way back instead of keeping them: at 50 million
+    parameters a twentieth less memory, for no time that can be measured. MLPs that do anything else, or are asked in
+    another way than with one tensor (rows, tokens, width), stay as they are."""
     def gated(mlp: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(mlp.act_fn(gate) * up)
 
@@ -1795,11 +1796,13 @@ def remake_gates(model: PreTrainedModel) -> None:
                                                  preserve_rng_state=False)
 
     for mlp in model.modules():
-        if all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            sample = torch.linspace(-1, 1, 2 * mlp.gate_proj.in_features).view(2, -1)
+        width = getattr(getattr(mlp, "gate_proj", None), "in_features", 0)
+        if width and all(hasattr(mlp, name) for name in ("up_proj", "down_proj", "act_fn")):
+            sample = torch.linspace(-1, 1, 2 * width).view(1, 2, width)
             with torch.no_grad():
-                same = torch.equal(mlp(sample), forward(mlp, sample))
-            mlp.forward = functools.partial(forward, mlp) if same else mlp.forward
+                ours, theirs = forward(mlp, sample), mlp(sample)  # experts give more than a tensor
+            if isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs):
+                mlp.forward = functools.partial(forward, mlp)
 
 
 def mean_losses(log: list[dict], count: int) -> list[dict]:

@@ -1,6 +1,7 @@
 """Windows, losses and training: what is learnt, from what, and when it stops."""
 
 import copy
+import importlib
 import math
 import re
 from collections import Counter
@@ -446,6 +447,18 @@ def test_an_mlp_that_does_more_than_gate_is_left_as_it_is(tiny_folder):
     assert "forward" in vars(model.model.layers[1].mlp)
     x = torch.ones(1, model.config.hidden_size)
     assert torch.equal(mlp(x), 2 * plain(x))
+
+
+@pytest.mark.parametrize("model_type, part", [("doge", "DogeConfig"), ("gemma4", "Gemma4VisionConfig")])
+def test_an_mlp_that_is_asked_in_another_way_is_left_as_it_is(model_type, part):
+    config = getattr(tool.transformers, part)(hidden_size=32, intermediate_size=64, num_experts=16,
+                                              num_experts_per_tok=2)
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    mlp = {"doge": lambda: module.DogeCDMoE(config), "gemma4": lambda: module.Gemma4VisionMLP(config)}[model_type]()
+    for weight in mlp.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    tool.remake_gates(torch.nn.Sequential(mlp))
+    assert "forward" not in vars(mlp)
 
 
 def test_a_training_in_parts_makes_gates_again(tiny_folder, train):
