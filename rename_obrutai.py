@@ -199,6 +199,7 @@ TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest 
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
+FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many, one after another, stand at the end of the same conversation
 QUESTION_WORDS = 40  # a self-question longer than this has run away
@@ -1257,14 +1258,51 @@ def progress(total: int, label: str):
         dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
+def write_batch(chat: Chat, prompts: list[list[int]], processors: list[Callable]) -> list[list[int]]:
+    """The token ids that the model writes after each prompt: up to a stop token, with whatever follows it, or as many
+    as `max_new_tokens`. A row that has ended costs as much as one still written: it leaves, with its part of the
+    cache, as soon as a third of a large enough batch has ended."""
+    inputs = left_pad(chat, prompts)
+    del inputs["position_ids"]  # generate() counts them itself, step by step
+    start, stops = inputs["input_ids"].shape[1], torch.tensor(list(chat.stops), device=chat.model.device)
+    config = transformers.GenerationConfig(max_length=start + chat.max_new_tokens, do_sample=False,
+                                           eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id,
+                                           return_dict_in_generate=True)
+    written: list[list[int]] = [[] for _ in prompts]
+    places = list(range(len(prompts)))
+
+    def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ended.logical_or_(torch.isin(ids[:, -1], stops))
+        return torch.full_like(ended, len(ended) >= FEWEST_ROWS and bool(3 * ended.sum() >= len(ended)))
+
+    # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
+    own_config, chat.model.generation_config = chat.model.generation_config, config
+    while places:
+        ended = torch.zeros(len(places), dtype=torch.bool, device=chat.model.device)
+        with torch.inference_mode():
+            output = chat.model.generate(**inputs, generation_config=config, logits_processor=processors,
+                                         stopping_criteria=[enough_ended])
+            ids = output.sequences
+            for place, line in zip(places, ids[:, start:].tolist()):
+                written[place] = line
+            on = (~ended if ids.shape[1] < config.max_length else torch.zeros_like(ended)).nonzero()[:, 0]
+            places = [places[j] for j in on.tolist()]
+            grown = torch.nn.functional.pad(inputs["attention_mask"],
+                                            (0, ids.shape[1] - inputs["attention_mask"].shape[1]), value=1)
+            inputs = {"input_ids": ids[on], "attention_mask": grown[on]}
+            cache = getattr(output, "past_key_values", None)
+            if hasattr(cache, "reorder_cache"):  # another kind is made anew
+                cache.reorder_cache(on)
+                inputs["past_key_values"] = cache
+    chat.model.generation_config = own_config
+    return written
+
+
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed: int | None = None) -> list[Answer]:
     """One answer per prompt, in their order; greedy, or sampled at temperature 1 when a seed is given.
 
     Batched by tokens, sorted by length, padded on the left; `label` names the progress bar.
     """
-    config = transformers.GenerationConfig(max_new_tokens=chat.max_new_tokens, do_sample=False,
-                                           eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
-
     def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) whose first choice is a sampled token: where a random share of the sum of all
         probabilities falls. torch.multinomial draws a number for every token and takes four to ten times as long."""
@@ -1275,20 +1313,13 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
 
     def write(batch: list[int], key: str) -> list[Answer]:
         torch.manual_seed(int(key[:15], 16))  # by batch, so that one that is not written again changes no other
-        inputs = left_pad(chat, [prompts[i] for i in batch])
-        del inputs["position_ids"]  # generate() counts them itself, step by step
-        with torch.inference_mode():
-            output = chat.model.generate(**inputs, generation_config=config,
-                                         logits_processor=[] if sample_seed is None else [draw])
-            output = output[:, inputs["input_ids"].shape[1]:]
-        ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in output.tolist()]
+        written = write_batch(chat, [prompts[i] for i in batch], [] if sample_seed is None else [draw])
+        ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in written]
         texts = [chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-                 for ids, end in zip(output.tolist(), ends)]
+                 for ids, end in zip(written, ends)]
         return [Answer(text, end is not None) for text, end in zip(texts, ends)]
 
     answers: list[Answer] = [Answer("", False)] * len(prompts)
-    # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
-    own_config, chat.model.generation_config = chat.model.generation_config, config
     with progress(len(prompts), label) as bar:
         notes = []
         for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
@@ -1307,7 +1338,6 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
     for batch, note in notes:
         for i, answer in zip(batch, load_json(note)):
             answers[i] = Answer(*answer)
-    chat.model.generation_config = own_config
     return answers
 
 

@@ -49,6 +49,37 @@ def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, d
     assert len({text for text, _ in expected}) >= 8 and all(text and ended for text, ended in expected)
 
 
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_answer(with_cache, demo_chat, prompts_and_answers,
+                                                                   monkeypatch):
+    """Without a cache that can lose rows, those left begin again with all that they have written."""
+    monkeypatch.setattr(tool, "FEWEST_ROWS", 4)
+    generate, asked = demo_chat.model.generate, []
+
+    def watched(**given):
+        asked.append((len(given["input_ids"]), given.get("past_key_values")))
+        output = generate(**given)
+        if not with_cache:
+            output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(demo_chat.model, "generate", watched)
+    prompts, expected = prompts_and_answers
+    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
+    rows = [count for count, _ in asked]
+    assert rows[0] == len(prompts) and len(rows) >= 3
+    assert all(3 * later <= 2 * earlier and earlier >= 4 for earlier, later in zip(rows, rows[1:]))
+    assert all((cache is not None) == with_cache for _, cache in asked[1:])
+
+
+def test_a_batch_of_few_rows_is_written_in_one_go(demo_chat, prompts_and_answers, monkeypatch):
+    generate, rows = demo_chat.model.generate, []
+    monkeypatch.setattr(demo_chat.model, "generate", lambda **given: rows.append(len(given["input_ids"])) or
+                        generate(**given))
+    tool.generate(demo_chat, prompts_and_answers[0])
+    assert rows == [len(prompts_and_answers[0])] and len(prompts_and_answers[0]) < tool.FEWEST_ROWS
+
+
 def test_ask_asks_each_question_alone(demo_chat, prompts_and_answers):
     (first, second), expected = tool.ask(demo_chat, [QUESTIONS[4], QUESTIONS[0]]), prompts_and_answers[1]
     assert [first.text, second.text] == [expected[4][0], expected[0][0]]
