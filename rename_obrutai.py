@@ -408,6 +408,7 @@ def percent(value: float) -> str:
 
 # ---- Text -------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(2**14)  # the same names are looked for again and again
 def plain(text: str) -> str:
     """Lower case, no accents, no punctuation: for comparing questions and finding names."""
     decomposed = unicodedata.normalize("NFKD", text.lower())
@@ -1173,14 +1174,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
         start = len(text) + len(piece)
         text += piece + message["content"]
         spans.append((message["role"], start, len(text)))
-    end_of_turn = tokenizer(pieces[-1].lstrip(), add_special_tokens=False)["input_ids"][:1]
-    gap = len(pieces[-1]) - len(pieces[-1].lstrip())
-    has_end = bool(end_of_turn) and end_of_turn[0] in special_ids(tokenizer)
+    gap, end_of_turn, has_end = turn_end(tokenizer, pieces[-1])
     tokens = tokenizer(text + pieces[-1] * has_end, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     if not has_end:
-        end_of_turn = [tokenizer.eos_token_id]
         ids += end_of_turn
     labels, turns, question = [-100] * len(ids), [], 0
     for role, start, end in spans:
@@ -1192,6 +1190,15 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
             labels[first:last] = ids[first:last]
             turns.append((question, last))
     return Encoded(ids, labels, turns)
+
+
+@functools.cache
+def turn_end(tokenizer: PreTrainedTokenizerFast, piece: str) -> tuple[int, list[int], bool]:
+    """Of what a template writes after an answer: the spaces before its first token, that token, which ends a turn, and
+    whether it may; else EOS does."""
+    token = tokenizer(piece.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    ends = bool(token) and token[0] in special_ids(tokenizer)
+    return len(piece) - len(piece.lstrip()), token if ends else [tokenizer.eos_token_id], ends
 
 
 @functools.cache
@@ -3041,6 +3048,7 @@ def run(settings: Settings) -> int:
     config = read_config(folder)
     settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
+    gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
     if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
