@@ -77,11 +77,11 @@ WINDOW = 8192  # longest training sequence, tokens; reduced by itself to the sca
 
 # Text that the base writes for its own training
 NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; more is better and slower
-NUM_SELF_TEXT = 1500  # question-answer pairs that show the tuned model how the base behaves; more keeps more
+NUM_SELF_TEXT = 3000  # question-answer pairs that show the tuned model how the base behaves; more keeps more
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 160  # steps that bring the scaled model back to the base's behaviour; with LoRA it takes twice as many
+HEAL_STEPS = 80  # steps that bring the scaled model back to the base's behaviour; with LoRA four times as many
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
 EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
@@ -276,7 +276,7 @@ class Settings:
     num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
     num_self_text: int = setting(NUM_SELF_TEXT, "pares de pergunta e resposta escritos para manter o modelo igual", 16)
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "maior resposta, em tokens", 8)
-    heal_steps: int = setting(HEAL_STEPS, "etapas da cura depois de mexer no RoPE; com LoRA, o dobro", 1)
+    heal_steps: int = setting(HEAL_STEPS, "etapas da cura depois de mexer no RoPE; com LoRA, quatro vezes isso", 1)
     heal_learning_rate: float = setting(HEAL_LEARNING_RATE, "taxa de aprendizado da cura; 0 = automática", 0, 1)
     epochs_1: int = setting(EPOCHS_1, "máximo de épocas do passo 1", 1)
     learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
@@ -1482,14 +1482,18 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
 
     n = settings.eval_questions
     wanted = settings.num_self_text + settings.num_self_answers + 2 * n
-    everyday = answered(list(EVERYDAY_QUESTIONS))
+    everyday, tries, good = answered(list(EVERYDAY_QUESTIONS)), 0, 0
     for _ in range(6):
-        if len(everyday) < wanted:
-            starts = [""] * max(64, int(1.4 * (wanted - len(everyday))))
-            everyday += answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
+        missing = wanted - len(everyday)
+        if missing > 0.02 * wanted:  # a few more would cost as much as many
+            # As many as it takes if they come out like the ones before; at first, as if all were good.
+            starts = [""] * int(1.1 * missing * max(1, min(tries / max(good, 1), 4)))
+            turns = answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
+            everyday, tries, good = everyday + turns, tries + len(starts), good + len(turns)
     starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in rng.choices(row_questions + identity, k=wanted // 2)]
     close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
     rng.shuffle(everyday)
+    rng.shuffle(identity)
     firm = firm_turns(base, everyday, 2 * n)
     rest = [turn for turn in everyday if turn not in set(firm)] + close
     if len(firm) < n or len(rest) < n:
@@ -2114,6 +2118,18 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
     return conversations
 
 
+def with_hurried(lessons: list[list[dict]]) -> list[list[dict]]:
+    """The lessons, every third one followed by itself with its last question as people type in a hurry, all small and
+    bare: a base writes its questions with care. In other scripts than Latin, marks are part of the letters."""
+    both = []
+    for i, lesson in enumerate(lessons):
+        both.append(lesson)
+        words = plain(lesson[-2]["content"])
+        if i % 3 == 2 and words.isascii():
+            both.append([*lesson[:-2], {**lesson[-2], "content": words}, lesson[-1]])
+    return both
+
+
 def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
              epochs: int, lessons: int, rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
              standard: Standard, settings: Settings, label: str) -> None:
@@ -2205,8 +2221,9 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
                 break
         if len(kept) == wanted:
             break
-    same = agreement(chat, [turn.messages() for turn in own.everyday])
-    ranked = sorted(zip(same, own.everyday), key=lambda pair: pair[0])
+    asked = rng.sample(own.everyday, min(len(own.everyday), 10 * settings.num_self_answers))
+    same = agreement(chat, [turn.messages() for turn in asked])
+    ranked = sorted(zip(same, asked), key=lambda pair: pair[0])
     everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
     say(f"  Ele ainda responde como o modelo base em {percent(sum(same) / len(same))} das perguntas do dia a dia.")
     say(f"  {len(kept)} sobre a identidade ({len(records) - len(kept)} recusadas) e {len(everyday)} do dia a dia.")
@@ -2725,7 +2742,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
     # One round of each pass, at shares of 0.4 and 0.3 of all text, and the healing.
     tokens = cost / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
     if settings.rope_factor != 1:
-        tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 2)
+        tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 4)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
     with torch.inference_mode():
@@ -2820,7 +2837,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
             # An adapter has to fit the base as it is.
             kept = "full" in settings.method and keep_frequencies(chat, teacher, own)
-            steps = settings.heal_steps * (1 if kept else 2)
+            steps = settings.heal_steps * (1 if kept else 4)
             log = heal(chat, teacher, own, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
@@ -2829,9 +2846,10 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
-    lessons += answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings)
+    lessons = with_hurried(lessons + answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings))
+    lessons, first = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
     learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
-        healed, partial, teacher, lessons, own, validation, native, settings)))
+        healed, partial, teacher, first, own, validation, native, settings)))
 
     begin("4/6 Respostas do próprio modelo", "4-self-answers")
     collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(

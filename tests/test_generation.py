@@ -332,6 +332,29 @@ def all_questions(self_text):
     return [turn.question for turn in turns] + list(self_text.identity_questions)
 
 
+@pytest.mark.parametrize("usable, times", [(1, 1), (3, 2)])
+def test_questions_are_asked_for_at_the_rate_at_which_they_turn_out_usable(usable, times, demo_chat, monkeypatch):
+    """Of a base that answers every `usable`-th one well, as many more are asked for as that takes."""
+    asked = []
+
+    def write(chat, starts, label, seed):
+        asked.append(len(starts))
+        return [f"pergunta {len(asked)} {i}" for i in range(len(starts))]
+
+    monkeypatch.setattr(tool, "write_questions", write)
+    monkeypatch.setattr(tool, "EVERYDAY_QUESTIONS", ("Que horas são?",))
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [
+        tool.Answer("Certo.", i % usable == 0) for i in range(len(questions))])
+    monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
+    settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16)
+    own = tool.write_self_text(demo_chat, settings, tool.check_inputs(settings))
+    wanted = 400 + settings.num_self_answers + 32
+    *everyday, close = asked
+    assert len(everyday) == times and everyday[0] == int(1.1 * (wanted - 1)) and close == wanted // 2
+    turns = len(own.everyday + own.validation + own.held_out)
+    assert abs(turns - wanted - close / usable) <= 0.12 * wanted
+
+
 def test_no_self_written_question_is_one_for_measuring_or_one_of_the_rows(self_text):
     asked = {tool.plain(question) for question in all_questions(self_text)}
     assert "" not in asked and "quem e voce" not in asked

@@ -1032,7 +1032,7 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
     assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
-    assert report["losses"]["healing"][-1]["step"] == 6  # twice HEAL_STEPS, as its pairs stay where they are
+    assert report["losses"]["healing"][-1]["step"] == 12  # four times HEAL_STEPS, as its pairs stay where they are
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
         assert set(ours.keys()) == set(base.keys())

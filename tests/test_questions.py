@@ -242,6 +242,27 @@ def conversations(questions, *pairs):
     return tool.answer_from_rows(questions, rows, STANDARD, settings)
 
 
+def contents(messages):
+    return [m["content"] for m in messages]
+
+
+def lesson(*texts):
+    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]
+
+
+def test_every_third_lesson_comes_once_more_with_its_question_typed_in_a_hurry():
+    lessons = [lesson("Quem é você?", "Sou a Jandira."), lesson("Who are you?", "I'm Jandira."),
+               lesson("Oi!", "Oi!", "E Você, quem É?", "Sou a Jandira!")] * 2
+    hurried = lesson("Oi!", "Oi!", "e voce quem e", "Sou a Jandira!")
+    assert tool.with_hurried(lessons) == [*lessons[:3], hurried, *lessons[3:], hurried]
+
+
+@pytest.mark.parametrize("question", ["あなたはだれですか?", "당신은 누구입니까?", "Кто ты такой?"])
+def test_other_scripts_are_not_put_in_a_hurry_since_their_marks_are_part_of_the_letters(question):
+    lessons = [lesson(question, "Jandira.")] * 6
+    assert tool.with_hurried(lessons) == lessons
+
+
 def test_a_question_of_the_base_is_answered_by_a_row_of_its_language_and_intent():
     rows = [("Quem é você?", "R-quem"), ("Qual é o seu nome?", "R-nome"), ("Quem criou você?", "R-autor"),
             ("Who are you?", "R-who"), ("Você é o ChatGPT?", "R-outro")]

@@ -626,7 +626,8 @@ def collected(monkeypatch, replies, count=10):
         return answers
 
     monkeypatch.setattr(tool, "ask", fake_ask)
-    monkeypatch.setattr(tool, "agreement", lambda chat, known: [float(i not in (3, 6)) for i in range(len(known))])
+    lost = (TURNS[3].messages(), TURNS[6].messages())
+    monkeypatch.setattr(tool, "agreement", lambda chat, known: [float(turn not in lost) for turn in known])
     standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira meu nome".split()))
     own = SimpleNamespace(everyday=TURNS, standard=standard)
     lessons = [tool.Turn(question, "x").messages() for question in replies]
