@@ -2125,7 +2125,7 @@ def with_hurried(lessons: list[list[dict]]) -> list[list[dict]]:
     for i, lesson in enumerate(lessons):
         both.append(lesson)
         words = plain(lesson[-2]["content"])
-        if i % 3 == 2 and words.isascii():
+        if i % 3 == 2 and words and words.isascii():
             both.append([*lesson[:-2], {**lesson[-2], "content": words}, lesson[-1]])
     return both
 

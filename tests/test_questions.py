@@ -242,10 +242,6 @@ def conversations(questions, *pairs):
     return tool.answer_from_rows(questions, rows, STANDARD, settings)
 
 
-def contents(messages):
-    return [m["content"] for m in messages]
-
-
 def lesson(*texts):
     return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]
 
@@ -260,6 +256,11 @@ def test_every_third_lesson_comes_once_more_with_its_question_typed_in_a_hurry()
 @pytest.mark.parametrize("question", ["あなたはだれですか?", "당신은 누구입니까?", "Кто ты такой?"])
 def test_other_scripts_are_not_put_in_a_hurry_since_their_marks_are_part_of_the_letters(question):
     lessons = [lesson(question, "Jandira.")] * 6
+    assert tool.with_hurried(lessons) == lessons
+
+
+def test_a_question_of_marks_only_leaves_nothing_to_put_in_a_hurry():
+    lessons = [lesson("?!", "Jandira.")] * 6
     assert tool.with_hurried(lessons) == lessons
 
 
