@@ -2,20 +2,23 @@
 
     python tests/bench_speed.py             # three sizes of model, three rounds: a good quarter of an hour
     python tests/bench_speed.py --quick     # the demo model, one round, without the whole run of the demo
+    python tests/bench_speed.py --gpu       # on a graphics card with 140 GB: models shaped like Llama 3 1B and 8B
 
-All do the same job on the processor: EPOCHS[0] times over the identity rows, one answer of NEW_TOKENS tokens to each
-of 50, 100 or 400 questions, EPOCHS[1] times over the rows and as many answers (the same for all: facts of the demo).
-Each procedure runs in a process of its own, in turns:
+All do the same job: EPOCHS[0] times over the identity rows, one answer of NEW_TOKENS tokens to each of 50, 100 or 400
+questions, EPOCHS[1] times over the rows and as many answers (the same for all: facts of the demo). Without --gpu all
+is done on the processor. Each procedure runs in a process of its own, in turns:
 
   replaced   whole rows padded to 1024 tokens, batch 2, eager attention, answers one at a time
   trl        SFTTrainer as it comes (on a processor it asks for use_cpu and then computes in bfloat16), answers one at
-             a time; "trl fp32" is the same in float32
+             a time; "trl fp32" is the same in float32 (not on a card); LoRA where the tool uses it
   tool       this tool's own functions; its self-text, healing and exams are in the whole run of the demo, not here
-  limit      the tool's tokens as bare products, 6 x parameters x tokens, at the rate that products of the model's
-             shapes reach in the tool's precision; for answers 2 x, or all weights read once per step
+  limit      the tool's tokens as bare products, 6 x parameters x tokens (4 x for weights that LoRA leaves alone), at
+             the rate that products of the model's shapes reach in the tool's precision; for answers 2 x, or all
+             weights read once per step
 
 Of long passes CAPS steps are measured, and the rest counted at their mean ("~"). Peak memory is above that of the
-imported libraries, for the limit that of weights, gradients and optimizer. Linux and macOS.
+imported libraries, for the limit that of weights, gradients and optimizer; on a card it is what PyTorch allocated.
+The card's models are in bfloat16, and trained by the first two as they are. Linux and macOS.
 """
 
 import argparse
@@ -39,15 +42,30 @@ import make_demo  # noqa: E402
 
 import rename_obrutai as tool  # noqa: E402
 
-SIZES = {"demo": None, "10 M": (320, 7), "50 M": (640, 9)}  # hidden size, layers
+SIZES = {"demo": None, "10 M": (320, 7), "50 M": (640, 9), "1 B": (2048, 16), "8 B": (4096, 32)}  # width, layers
+GPU_SIZES = ["1 B", "8 B"]
+GPU_SHAPE = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16", "max_position_embeddings": 8192}
+MLP = {2048: 8192, 4096: 14336}  # width of the MLP, where it is not three times the hidden size
+METHOD = {"8 B": "lora"}  # all others: full
 AMOUNTS = ("50", "100", "400")  # self-answers
 STAGES = ("pass 1", "answers", "pass 2")
-EPOCHS = (4, 3)  # of the two passes: one round of each in the tool
+EPOCHS = (4, 3)  # of the two passes: one round of each in the tool; ten times as many on a card, whose steps are large
 NEW_TOKENS, NEVER = 24, 10**6  # tokens of an answer; a token that nothing writes, so that none ends earlier
 # Steps of a pass, and answers one at a time, that are measured; 0 is all of them.
 CAPS = {"demo": {"replaced": 6, "trl": 0, "trl fp32": 0, "tool": 0, "answers": 20},
         "10 M": {"replaced": 4, "trl": 16, "trl fp32": 16, "tool": 12, "answers": 12},
-        "50 M": {"replaced": 3, "trl": 9, "trl fp32": 9, "tool": 6, "answers": 8}}
+        "50 M": {"replaced": 3, "trl": 9, "trl fp32": 9, "tool": 6, "answers": 8},
+        "1 B": {"replaced": 10, "trl": 16, "tool": 10, "answers": 6},
+        "8 B": {"replaced": 8, "trl": 10, "tool": 8, "answers": 4}}
+
+
+def now():
+    """The time when all that was begun is done: a card works on its own."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Meter:
@@ -55,7 +73,7 @@ class Meter:
     ends: list
 
     def tick(self, *_):
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
     def watch(self, model):
         """Count what goes through the model from now on."""
@@ -67,15 +85,16 @@ class Meter:
             self.processed += ids.numel()
             self.real += int((ids != 0).sum() if mask is None else mask[:, -ids.shape[1]:].sum())  # 0 is <pad>
 
-        model.register_forward_pre_hook(see, with_kwargs=True)
+        model = tool.whole(model)  # what LoRA wraps around a model calls it past its hooks
+        model.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
         next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
             lambda module, args, output: setattr(self, "dtype", output.dtype))
 
     def stage(self, work):
         """Do a stage; its figures, brought to the whole of it. `work` returns the steps that the whole has."""
-        self.ends, self.real, self.processed, self.calls, began = [], 0, 0, 0, time.perf_counter()
+        self.ends, self.real, self.processed, self.calls, began = [], 0, 0, 0, now()
         whole = work()
-        seconds, done = time.perf_counter() - began, len(self.ends)
+        seconds, done = now() - began, len(self.ends)
         each = (self.ends[-1] - self.ends[0]) / (done - 1) if done > 1 else 0.0  # the first one warms up
         return {"seconds": seconds + (whole - done) * each, "each": each, "steps": whole, "measured": done} | {
             key: getattr(self, key) * (whole / done if done else 1) for key in ("real", "processed", "calls")}
@@ -87,14 +106,15 @@ class Replaced:
     """The procedure that this tool replaces."""
     attention = "eager"
 
-    def __init__(self, folder, work, meter, cap, answers):
+    def __init__(self, folder, work, meter, cap, answers, method):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.work, self.meter, self.cap, self.answers = work, meter, cap, answers
-        self.tokenizer = tool.load_tokenizer(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                          attn_implementation=self.attention)
+        self.work, self.meter, self.cap, self.answers, self.method = work, meter, cap, answers, method
+        self.tokenizer, self.gpu = tool.load_tokenizer(folder), torch.cuda.is_available()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if self.gpu else torch.float32,
+            attn_implementation=self.attention).to("cuda" if self.gpu else "cpu")
         meter.watch(self.model)
 
     def train(self, number, conversations):
@@ -109,8 +129,8 @@ class Replaced:
         batches = [order[i:i + 2] for i in range(0, len(order), 2)]
         self.model.train()
         for batch in batches[:self.cap]:
-            self.model(input_ids=inputs["input_ids"][batch], attention_mask=inputs["attention_mask"][batch],
-                       labels=labels[batch]).loss.backward()
+            rows = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+            self.model(**{key: rows[key][batch].to(self.model.device) for key in rows}).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return len(batches)
@@ -120,7 +140,8 @@ class Replaced:
         self.model.eval()
         for question in questions[:self.answers]:
             inputs = self.tokenizer.apply_chat_template([{"role": "user", "content": question}], return_dict=True,
-                                                        add_generation_prompt=True, return_tensors="pt")
+                                                        add_generation_prompt=True,
+                                                        return_tensors="pt").to(self.model.device)
             written = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=NEVER,
                                           use_cache=True)
             self.tokenizer.decode(written[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
@@ -134,14 +155,19 @@ class PlainTRL(Replaced):
 
     def train(self, number, conversations):
         from datasets import Dataset
+        from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
         steps = EPOCHS[number] * math.ceil(len(conversations) / 8)
-        arguments = SFTConfig(output_dir=str(self.work / "trl"), num_train_epochs=EPOCHS[number], use_cpu=True,
-                              max_steps=min(self.cap or steps, steps), report_to="none", disable_tqdm=True,
-                              **self.options)
-        SFTTrainer(self.model, args=arguments, processing_class=self.tokenizer,
-                   train_dataset=Dataset.from_dict({"messages": conversations})).train()
+        arguments = SFTConfig(output_dir=str(self.work / "trl"), num_train_epochs=EPOCHS[number],
+                              use_cpu=not self.gpu, max_steps=min(self.cap or steps, steps), report_to="none",
+                              save_strategy="no" if self.gpu else "steps", disable_tqdm=True, **self.options)
+        fresh = self.method == "lora" and not number  # the second pass goes on with the adapter of the first
+        trainer = SFTTrainer(self.model, args=arguments, processing_class=self.tokenizer,
+                             peft_config=LoraConfig(task_type="CAUSAL_LM") if fresh else None,
+                             train_dataset=Dataset.from_dict({"messages": conversations}))
+        trainer.train()
+        self.model = trainer.model
         self.model.gradient_checkpointing_disable()  # for the answers
         return steps
 
@@ -154,19 +180,25 @@ class FloatTRL(PlainTRL):
 class Tool:
     """This tool: each stage loads what the one before saved, as in a run."""
 
-    def __init__(self, folder, work, meter, cap, answers):
-        settings = tool.parse_settings(["--model-path", folder, "--output-dir", str(work / "out"), "--method", "full"])
+    def __init__(self, folder, work, meter, cap, answers, method):
+        settings = tool.parse_settings(["--model-path", folder, "--output-dir", str(work / "out"), "--method", method])
         settings, self.native = tool.fit_settings(Path(folder), settings)
         self.settings, _ = tool.choose_method(tool.read_config(folder), tool.check_base(Path(folder)), settings)
         self.source, self.work, self.meter, self.cap = folder, work, meter, cap
 
-    def load(self):
-        chat = tool.load_chat(self.source, self.settings)
+    def load(self, **how):
+        import torch
+
+        chat = tool.load_chat(self.source, self.settings, **how)
         self.meter.watch(chat.model)
+        self.sizes = {"parameters": chat.model.num_parameters(),
+                      "trained": chat.model.num_parameters(only_trainable=True)}
+        self.shapes = Counter((m.in_features, m.out_features) for m in chat.model.modules()
+                              if isinstance(m, torch.nn.Linear))
         return chat
 
     def train(self, number, conversations):
-        chat, window, folder = self.load(), self.settings.window, Path(tempfile.mkdtemp(dir=self.work))
+        chat, window, folder = self.load(adapt=not number), self.settings.window, Path(tempfile.mkdtemp(dir=self.work))
         lengths = [window // 8, window // 4, window // 2, window] if number else [
             tool.short_window(self.native, self.settings)]
         nothing, pool = tool.Teacher(None, None, {}, {}), tool.Pool(conversations, 1.0, True)
@@ -191,27 +223,30 @@ PROCEDURES = {"replaced": Replaced, "trl": PlainTRL, "trl fp32": FloatTRL, "tool
 
 # ---- In a process of its own ------------------------------------------------------------------------------
 
-def limits(model, rows, dtype):
-    """Operations a second in the three products of each of the model's matrices, `rows` tokens at a time, and bytes a
-    second read from memory; the best of several tries, since others may use the machine."""
+def limits(shapes, rows, dtype):
+    """Operations a second in the three products of each of a model's matrices (how many of each shape), `rows` tokens
+    at a time, and in large square ones; bytes a second read from memory. The best of several tries: others may use the
+    machine."""
     import torch
 
     def best(work, *args, **options):
-        times = [time.perf_counter()]
+        times = [now()]
         for _ in range(20):
             work(*args, **options)
-            times.append(time.perf_counter())
+            times.append(now())
         return min(after - before for before, after in zip(times, times[1:]))
 
-    operations = seconds = 0
-    shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
+    operations, seconds, device = 0, 0, "cuda" if torch.cuda.is_available() else "cpu"
     for (inputs, outputs), number in shapes.items():
-        x, weight, y = (torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs),
-                                                                      (rows, outputs)))
+        x, weight, y = (torch.randn(shape, dtype=dtype, device=device)
+                        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
         for a, b, like in ((x, weight.T, y), (y, weight, x), (y.T, x, weight)):
             seconds += number * best(torch.mm, a, b, out=torch.empty_like(like))
             operations += number * 2 * rows * inputs * outputs
-    return operations / seconds, 2**30 / best(torch.ones(2**28).sum)
+    side = 8192 if device == "cuda" else 1024
+    square = torch.randn((side, side), dtype=dtype, device=device)
+    return operations / seconds, 2 * side**3 / best(torch.mm, square, square), 2**30 / best(
+        torch.ones(2**28, device=device).sum)
 
 
 def measure(name, size, folder, quick):
@@ -223,8 +258,11 @@ def measure(name, size, folder, quick):
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from trl import SFTTrainer  # noqa: F401
 
+    global EPOCHS
     process, meter, first, tool.say.quiet = psutil.Process(), Meter(), [], True
-    torch.ones(8, 8, requires_grad=True).sum().backward()
+    gpu, method = torch.cuda.is_available(), METHOD.get(size, "full")
+    EPOCHS = (40, 30) if gpu else EPOCHS
+    torch.ones(8, 8, requires_grad=True, device="cuda" if gpu else "cpu").sum().backward()
     imported, before = time.time() - process.create_time(), process.memory_info().rss
     register_optimizer_step_post_hook(meter.tick)
     register_optimizer_step_post_hook(lambda *_: first or first.append(time.time() - process.create_time()))
@@ -234,7 +272,7 @@ def measure(name, size, folder, quick):
     cap = CAPS[size][name] or (30 if quick else None)
     with tempfile.TemporaryDirectory() as work:
         began = time.perf_counter()
-        job = PROCEDURES[name](folder, Path(work), meter, cap, CAPS[size]["answers"])
+        job = PROCEDURES[name](folder, Path(work), meter, cap, CAPS[size]["answers"], method)
         loading = time.perf_counter() - began
         learnt = meter.stage(partial(job.train, 0, rows))
         learnt["seconds"] += loading
@@ -248,16 +286,19 @@ def measure(name, size, folder, quick):
                        for key, value in known.items()}
             firm[n]["seconds"] += known["each"] * known["steps"] * (share - 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before
+        peak = torch.cuda.max_memory_allocated() if gpu else peak
         jobs = {n: dict(zip(STAGES, (learnt, answers[n], firm[n]))) for n in AMOUNTS}
         for stages in jobs.values():
             stages["seconds"] = sum(stage["seconds"] for stage in stages.values())
         figures = {"imports": imported, "first step": first[0], "peak": peak, "threads": torch.get_num_threads(),
                    "jobs": jobs}
         if name == "tool":
-            model = job.load().model
-            rate, bandwidth = limits(model, tool.step_tokens(job.native, job.settings), meter.dtype)
-            figures |= {"parameters": model.num_parameters(), "rate": rate, "bandwidth": bandwidth,
-                        "dtype": str(meter.dtype)}
+            parts = job.settings.gradient_accumulation if gpu else 1
+            rate, square, bandwidth = limits(job.shapes, tool.step_tokens(job.native, job.settings) // parts,
+                                             meter.dtype)
+            shown = ("method", "window", "gradient_accumulation", "gradient_checkpointing")
+            figures |= job.sizes | {"rate": rate, "square": square, "bandwidth": bandwidth, "dtype": str(meter.dtype),
+                                    "settings": {key: getattr(job.settings, key) for key in shown}}
     return figures
 
 
@@ -301,33 +342,49 @@ def run_the_demo(output):
 
 
 def build(folder, hidden, layers):
-    """A random Llama model with the demo's tokenizer and context."""
+    """A random Llama model with the demo's tokenizer and context, or with the shapes of Llama 3."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tool.load_tokenizer(str(HERE / "modelo_demo"))
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, max_position_embeddings=make_demo.CONTEXT, tie_word_embeddings=True,
-    )).save_pretrained(folder)
+    tokenizer, large = tool.load_tokenizer(str(HERE / "modelo_demo")), hidden in MLP
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": make_demo.CONTEXT} | (GPU_SHAPE if large else {})
+    with torch.device("cuda" if large else "cpu"):
+        torch.set_default_dtype(torch.bfloat16 if large else torch.float32)
+        model = LlamaForCausalLM(LlamaConfig(
+            hidden_size=hidden, intermediate_size=MLP.get(hidden, 3 * hidden), num_hidden_layers=layers,
+            num_attention_heads=32 if large else hidden // 64, tie_word_embeddings=hidden < 4096, **shape))
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    if large:
+        torch.cuda.empty_cache()
 
 
 def limit(own):
     """The tool's tokens of one round at the rates that its own process measured, as if it were a procedure."""
     jobs, each = {}, own["parameters"] / own["rate"]
+    step = (4 * own["parameters"] + 2 * own["trained"]) / own["rate"]
     for n, job in own["jobs"].items():
         asked = job["answers"]
-        seconds = (6 * each * job["pass 1"]["real"],
-                   max(2 * each * asked["real"], 4 * own["parameters"] * asked["calls"] / own["bandwidth"]),
-                   6 * each * job["pass 2"]["real"])
+        weights = own["parameters"] * (2 if "16" in own["dtype"] else 4)
+        seconds = (step * job["pass 1"]["real"],
+                   max(2 * each * asked["real"], weights * asked["calls"] / own["bandwidth"]),
+                   step * job["pass 2"]["real"])
         jobs[n] = {stage: {**job[stage], "seconds": s, "measured": job[stage]["steps"],
                            "processed": job[stage]["real"]} for stage, s in zip(STAGES, seconds)}
         jobs[n]["seconds"] = sum(seconds)
-    return {"jobs": jobs, "peak": 16 * own["parameters"]}
+    frozen = own["parameters"] - own["trained"]
+    return {"jobs": jobs, "peak": 16 * own["trained"] + frozen * (2 if "16" in own["dtype"] else 4)}
 
 
 def training(job):
     return job["pass 1"]["seconds"] + job["pass 2"]["seconds"]
+
+
+def steps(job):
+    """Seconds of the steps of both passes, without loading before and saving after."""
+    return sum(job[stage]["each"] * job[stage]["steps"] for stage in ("pass 1", "pass 2"))
 
 
 def padding(job):
@@ -365,15 +422,16 @@ def targets(results, demo):
     def growth(*stages):
         return lambda run: seconds(run, "tool", "400", stages) / seconds(run, "tool", "100", stages)
 
+    singly = [name for name in next(iter(results.values()))[0] if name not in ("tool", "limit")]
     by_size = [("job, times faster than the replaced procedure", faster(["replaced"], (), AMOUNTS), 10, True),
-               ("job, times faster than plain TRL", faster(["trl", "trl fp32"], (), AMOUNTS), 2, True),
+               ("job, times faster than plain TRL", faster(singly[1:], (), AMOUNTS), 2, True),
                ("padding among processed tokens", lambda run: padding(run["tool"]["jobs"]["100"]), 0.1, False),
                ("job with 400 answers / with 100", growth(), 4.4, False),
                ("writing 400 answers / 100", growth("answers"), 4.4, False),
                ("first training step of the job, imports included, s", lambda run: run["tool"]["first step"], 15,
                 False)]
     large = [("training, share of the limit's speed", faster(["limit"], ("pass 1", "pass 2")), 0.6, True),
-             ("answers, times faster than one at a time", faster(list(PROCEDURES)[:3], ("answers",)), 8, True),
+             ("answers, times faster than one at a time", faster(singly, ("answers",)), 8, True),
              ("peak / (weights, gradients, optimizer)", lambda run: run["tool"]["peak"] / run["limit"]["peak"], 1.5,
               False)]
     found = [(f"{size}: {what}", median(map(figure, runs)), *rest) for size, runs in results.items()
@@ -385,13 +443,17 @@ def targets(results, demo):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo model, one round, no whole run of the demo")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true", help="on the graphics card, one round, no whole run of the demo")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES)
+    parser.add_argument("--rounds", type=int, help="three, or one with --quick or --gpu")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "bench_speed.json")
     args = parser.parse_args()
-    sizes, rounds = (["demo"], 1) if args.quick else (args.sizes, args.rounds)
+    usual = ["demo"] if args.quick else GPU_SIZES if args.gpu else [size for size in SIZES if size not in GPU_SIZES]
+    sizes, rounds = args.sizes or usual, args.rounds or (1 if args.quick or args.gpu else 3)
+    procedures = [name for name in PROCEDURES if not (args.gpu and name == "trl fp32")]
     tool.quiet_libraries(tool.parse_settings([]))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not args.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     began, results, demo = time.monotonic(), {size: [{} for _ in range(rounds)] for size in sizes}, None
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -399,12 +461,12 @@ def main():
                 model, run = Path(folder) / size if SIZES[size] else HERE / "modelo_demo", results[size][number]
                 if not model.exists():
                     build(model, *SIZES[size])
-                for name in PROCEDURES:
+                for name in procedures:
                     run[name] = in_a_process(name, size, str(model), "quick" * args.quick)
                     print(f"round {number + 1}, {size}, {name}: {run[name]['jobs']['100']['seconds']:.1f} s with 100 "
                           f"answers; {time.monotonic() - began:.0f} s since the start", flush=True)
                 run["limit"] = limit(run["tool"])
-        if not args.quick:
+        if not (args.quick or args.gpu):
             demo = run_the_demo(Path(folder) / "renamed")
     print("\nSeconds (~ extrapolated), real tokens a second in training, and how many times as long as each other")
     for size in sizes:
@@ -412,7 +474,12 @@ def main():
         print(f"\n{size}: {own['parameters'] / 1e6:.1f} M parameters, {own['threads']} threads, {own['dtype']}; "
               f"products {own['rate'] / 1e9:.0f} GFLOP/s, memory\n{own['bandwidth'] / 1e9:.1f} GB/s; imports "
               f"{own['imports']:.1f} s; measured steps of pass 2 with 100 answers: " + ", ".join(
-                  "{} {measured}/{steps}".format(name, **run[name]["jobs"]["100"]["pass 2"]) for name in PROCEDURES))
+                  "{} {measured}/{steps}".format(name, **run[name]["jobs"]["100"]["pass 2"]) for name in procedures))
+        shares = [median(training(r["limit"]["jobs"]["100"]) / work(r["tool"]["jobs"]["100"]) for r in results[size])
+                  for work in (training, steps)]
+        print(f"tool: {own['settings']}; training at {shares[0]:.0%} of the limit, its steps alone\n"
+              f"at {shares[1]:.0%}, and at {shares[1] * own['rate'] / own['square']:.0%} of what large square "
+              f"products reach ({own['square'] / 1e9:.0f} GFLOP/s)")
         for n in AMOUNTS:
             table(results[size], n)
     if demo:
