@@ -1194,6 +1194,28 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
     return Encoded(ids, labels, turns)
 
 
+def cost(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> int:
+    """Tokens of a conversation. Every pass and exam asks for the same ones, each with a tokenizer that it has loaded
+    anew."""
+    known, said = known_costs(tokenizer_key(tokenizer), tokenizer.chat_template), tuple(
+        (m["role"], m["content"]) for m in messages)
+    if said not in known:
+        known[said] = len(encode(tokenizer, messages).input_ids)
+    return known[said]
+
+
+@functools.cache
+def known_costs(*tokenizer: str) -> dict[tuple, int]:
+    """What `cost` has counted with tokenizers that do the same."""
+    return {}
+
+
+@functools.cache
+def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal for tokenizers that do the same, but for their chat template."""
+    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
+
+
 @functools.cache
 def turn_end(tokenizer: PreTrainedTokenizerFast, piece: str) -> tuple[int, list[int], bool]:
     """Of what a template writes after an answer: the spaces before its first token, that token, which ends a turn, and
@@ -1411,8 +1433,8 @@ def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
     if thoughts:
         raise InputError(f"{settings.identity_file}, {', '.join(thoughts[:10])}: há raciocínio (<think>...</think>). "
                          "Deixe só a resposta: o chat template deste modelo jogaria o raciocínio fora.")
-    costs = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
-    long = [f"linha {row.line} ({cost} tokens)" for row, cost in zip(rows, costs) if cost > settings.window]
+    costs = [cost(tokenizer, without_system(tokenizer, row.messages)) for row in rows]
+    long = [f"linha {row.line} ({tokens} tokens)" for row, tokens in zip(rows, costs) if tokens > settings.window]
     if long:
         more = f" e mais {len(long) - 10}" * (len(long) > 10)
         raise InputError(f"{settings.identity_file}: não cabe em WINDOW ({settings.window} tokens): "
@@ -1538,10 +1560,10 @@ def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
     windows: list[list[Turn]] = []
     used = math.inf
     for turn in turns:
-        used += (cost := len(encode(base.tokenizer, turn.messages()).input_ids))
+        used += (tokens := cost(base.tokenizer, turn.messages()))
         if used > context:
             windows.append([])
-            used = cost
+            used = tokens
         windows[-1].append(turn)
     encoded = [encode(base.tokenizer, [m for t in window for m in t.messages()]) for window in windows]
     tokens, log_probs, rows, at = [], [], {}, 0
@@ -1620,14 +1642,14 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
     """
     rng = random.Random(seed)
     pools = [pool for pool in pools if pool.conversations and pool.share]
-    items = [[(c, len(encode(tokenizer, c).input_ids)) for c in pool.conversations] for pool in pools]
+    items = [[(c, cost(tokenizer, c)) for c in pool.conversations] for pool in pools]
     lines, drawn, all_shares = [[] for _ in pools], Counter(), sum(pool.share for pool in pools)
 
     def next_fitting(k: int, room: float) -> int | None:
         """Place of the first conversation of pool k that takes at most `room` tokens, of the first few in line. All of
         the pool come once before any comes twice."""
         lines[k] = lines[k] or rng.sample(items[k], len(items[k]))
-        return next((place for place, (_, cost) in enumerate(lines[k][:8]) if cost <= room), None)
+        return next((place for place, (_, needed) in enumerate(lines[k][:8]) if needed <= room), None)
 
     batches: list[list[dict]] = []
     while len(batches) < steps and drawn[0] < lessons:
@@ -1639,9 +1661,9 @@ def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[i
                 # At the end of a window only short ones fit; who was passed over comes more often afterwards.
                 owed = [pools[k].share / all_shares * (drawn.total() + 8) - drawn[k] for k in fitting]
                 k = rng.choices(list(fitting), [max(n, 1e-3) for n in owed])[0]
-                conversation, cost = lines[k].pop(fitting[k])
+                conversation, needed = lines[k].pop(fitting[k])
                 drawn[k] += 1
-                used += cost
+                used += needed
                 messages += conversation[bool(messages) and conversation[0]["role"] == "system":]
                 learn += [pools[k].learn] * sum(m["role"] == "user" for m in conversation)
             batch.append(make_window(tokenizer, teacher, messages, learn))
@@ -2015,18 +2037,12 @@ def agreement(chat: Chat, conversations: list[list[dict]], last: int = 1) -> lis
     return [share for result in results for share in result]
 
 
-@functools.cache
-def turn_cost(tokenizer, template: str, turn: Turn) -> int:
-    """Tokens of a turn alone: exams draw the same ones often. `template` is in the key as in `skeleton`."""
-    return len(encode(tokenizer, turn.messages()).input_ids)
-
-
 def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> list[dict]:
     """Conversation of randomly drawn turns, as long as it stays within `tokens`."""
     messages, used = [], 0
     while True:
         turn = rng.choice(fillers)
-        used += turn_cost(tokenizer, tokenizer.chat_template, turn)
+        used += cost(tokenizer, turn.messages())
         if used > tokens:
             return messages
         messages += turn.messages()
@@ -2034,7 +2050,7 @@ def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> 
 
 def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: list[Turn], window: int) -> Exam:
     """An exam alone, after a quarter, a half, three quarters of the window, and at its very end."""
-    room = max(len(encode(tokenizer, turn.messages()).input_ids) for turn in turns)
+    room = max(cost(tokenizer, turn.messages()) for turn in turns)
     room += max(len(prompt_ids(tokenizer, [{"role": "user", "content": q}])) for q in questions)
     lengths = {min(n, window - room) for n in (window // 4, window // 2, window * 3 // 4, window)}
     return Exam(tuple(questions), turns, fillers, tuple(sorted(n for n in lengths if n > 0)))
@@ -2060,7 +2076,7 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     def after(tokens: int, messages: list[dict], earlier: Sequence[Turn] = ()) -> list[dict]:
         """A question, answered or not, after a conversation of `tokens`, which ends with the `earlier` turns."""
         question = messages[0]["content"]
-        room = tokens - sum(turn_cost(chat.tokenizer, chat.tokenizer.chat_template, turn) for turn in earlier)
+        room = tokens - sum(cost(chat.tokenizer, turn.messages()) for turn in earlier)
         before = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{question}"))
         before += exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
         return without_system(chat.tokenizer, before + messages)
@@ -2139,15 +2155,15 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
              standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
-    The first round shows `lessons` conversations of the first pool, later ones half as many, each at least once, and
-    all rounds together show each at most `epochs` times: many different ones once teach more than a few again and
+    The first round shows `lessons` conversations of the first pool, and each at least once, later ones half as many,
+    and all rounds together show each at most `epochs` times: many different ones once teach more than a few again and
     again. A round is a whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later
     ones are gentler. Once the identity is learnt, a round that brought the model no closer to the base is the last.
     The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
     """
     count, sizes = len(pools[0].conversations), []
     while (left := epochs * count - sum(sizes)) > 0:
-        sizes.append(min(left, max(lessons // (2 if sizes else 1), count)))
+        sizes.append(min(left, max(lessons, count) // (2 if sizes else 1)))
 
     def one_round(number: int, partial: Path) -> None:
         trained = agreed((partial / "log.json").is_file())  # and broken off while it was measured
@@ -2742,9 +2758,9 @@ def join_processes() -> None:
 def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
               settings: Settings) -> None:
     """Say what is going to happen and what it costs; the time is measured by running one batch for a moment."""
-    cost = sum(len(encode(base.tokenizer, without_system(base.tokenizer, r.messages)).input_ids) for r in inputs.rows)
+    written = sum(cost(base.tokenizer, without_system(base.tokenizer, r.messages)) for r in inputs.rows)
     # One round of each pass, at shares of 0.4 and 0.3 of all text, and the healing.
-    tokens = cost / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
+    tokens = written / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
     if settings.rope_factor != 1:
         tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 4)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)

@@ -328,6 +328,12 @@ def quick_collection():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def few_rows_are_worth_sorting(monkeypatch):
+    """The batches here are small, and rows leave the caches of all families."""
+    monkeypatch.setattr(tool, "FEWEST_ROWS", 2)
+
+
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
 def job(request, tmp_path_factory):
     return Job(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
