@@ -220,6 +220,22 @@ def test_a_changed_template_is_seen_at_once(tokenizer):
     assert after != before and "> Quem" in tokenizer.decode(after)
 
 
+def test_the_tokens_of_a_conversation_are_counted_once_for_tokenizers_that_do_the_same(monkeypatch):
+    encode, encoded = tool.encode, []
+    monkeypatch.setattr(tool, "encode", lambda tokenizer, messages: encoded.append(messages) or encode(
+        tokenizer, messages))
+    first, again = tool.load_tokenizer(str(DEMO)), tool.load_tokenizer(str(DEMO))
+    turns = [tool.Turn(f"Quanto custa {i}?", "Depende.").messages() for i in range(3)]
+    expected = [len(encode(first, turn).input_ids) for turn in turns]
+    assert [tool.cost(tokenizer, turn) for tokenizer in (first, again) for turn in turns] == 2 * expected
+    assert len(encoded) == 3 and first is not again
+    again.chat_template = LLAMA3
+    assert tool.cost(again, turns[0]) == len(encode(again, turns[0]).input_ids) != expected[0]
+    other = tool.load_tokenizer(str(DEMO))
+    other.add_tokens(["Quanto custa"])
+    assert tool.cost(other, turns[0]) == len(encode(other, turns[0]).input_ids) < expected[0]
+
+
 def test_a_template_that_rewrites_the_contents_is_refused(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'][:2] }}<|end|>{% endfor %}"
     with pytest.raises(tool.InputError, match="chat template"):
