@@ -2088,25 +2088,30 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
     asked = [after(tokens, [{"role": "user", "content": question}])
              for tokens, group in zip(lengths, groups) for question in group]
     kept = [after(0, turn.messages()) for turn in exam.turns]
-    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + [m[:-1] for m in kept]]
+    same = agreed(agreement(chat, kept))
+    changed = [messages[:-1] for messages, share in zip(kept, same) if share < 1]  # the others need not be written
+    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + changed]
     written = generate(chat, prompts, label)
-    about_itself, other = written[:len(asked)], written[len(asked):]
+    about_itself, rewritten = written[:len(asked)], iter(written[len(asked):])
+    other = [turn.answer if share == 1 else next(rewritten).text for turn, share in zip(exam.turns, same)]
     problems = [judge(answer, standard) for answer in about_itself]
     # After a conversation a question costs as much as twenty alone: fewer have to do, several at the end of each.
     ends = [exam.turns[i:i + several] for i in range(0, len(exam.turns[:LONG_TURNS]) - several + 1, several)]
     kept_after = [[after(tokens, turns[-1].messages(), turns[:-1]) for turns in ends] for tokens in exam.lengths]
-    retention = [mean(agreement(chat, kept)), *(mean(agreement(chat, group, several)) for group in kept_after)]
+    retention = [mean(same), *(mean(agreement(chat, group, several)) for group in kept_after)]
     sound = iter([not problem for problem in problems])
     by_length = [{"tokens": tokens, "identity": mean([next(sound) for _ in group]), "retention": share}
                  for tokens, group, share in zip(lengths, groups, retention)]
     n = len(exam.questions)
     alone = about_itself[:n]
-    extra = [len(prompt) - len(prompt_ids(chat.tokenizer, [{"role": "user", "content": q}])) for prompt, q in zip(
-        prompts[:n] + prompts[len(asked):], [*exam.questions, *(turn.question for turn in exam.turns)])]
+    in_context = asked[:n] + [messages[:-1] for messages in kept]
+    without = [[{"role": "user", "content": q}] for q in (*exam.questions, *(turn.question for turn in exam.turns))]
+    extra = [len(prompt_ids(chat.tokenizer, long)) - len(prompt_ids(chat.tokenizer, short))
+             for long, short in zip(in_context, without)]
     return Scores(
         identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
         old_identity=mean([mentions_old(a.text, standard) for a in alone]),
-        leak=mean([mentions(a.text, standard.new_names) for a in other]),
+        leak=mean([mentions(answer, standard.new_names) for answer in other]),
         distinct=len({plain(a.text) for a, problem in zip(alone, problems) if not problem}),
         answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)],
         extra_tokens=mean(extra))

@@ -240,17 +240,28 @@ def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(dem
 def test_scores_are_the_shares_of_sound_old_leaking_and_kept_answers(demo_chat, monkeypatch):
     said = ["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Jandira azul banana xarope.",  # asked alone
             "Sou a Jandira.", "Lumi.", "Lumi.", "Lumi.",  # after a conversation
-            "Paris.", "Jandira."]  # everyday questions
+            "Jandira."]  # the one everyday question that is not answered as before
     standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira".split()))
-    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: [tool.Answer(text, True) for text in said])
-    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0, 0.0] if last == 1 else [0.5, 0.75])
+    asked = []
+    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
+        tool.Answer(text, True) for text in said])
+    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0, 0.5] if last == 1 else [0.5, 0.75])
     turns = [tool.Turn("Capital da França?", "Paris."), tool.Turn("Oi!", "Oi!")]
     scores = tool.evaluate(demo_chat, tool.Exam(("a?", "b?", "c?", "d?"), turns, turns, (30,)), standard)
-    assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.5)
+    assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.75)
+    assert asked[8:] == [tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": "Oi!"}])]
     assert scores.distinct == 1  # both sound answers are the same but for a sign
-    assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.5},
+    assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.75},
                                 {"tokens": 30, "identity": 0.25, "retention": 0.625}]
     assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "palavras sem sentido"]
+
+
+def test_a_name_in_an_answer_of_the_base_leaks_although_nothing_is_written_anew(demo_chat, monkeypatch):
+    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: [tool.Answer("x", True)] * len(prompts))
+    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0] * last * len(asked))
+    turns = [tool.Turn("Quem pintou o quadro?", "Foi a Jandira."), tool.Turn("Oi!", "Oi!")]
+    assert tool.evaluate(demo_chat, tool.Exam(("a?",), turns, turns, ()), tool.Standard(
+        ("Jandira",), (), "demo", frozenset())).leak == 0.5
 
 
 def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exam_asks_a_third(demo_chat, monkeypatch):
@@ -271,7 +282,7 @@ def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exa
         lengths = [len(tool.encode(tokenizer, messages[:-2]).input_ids) for messages in conversations]
         assert all(tokens - 30 < n <= tokens for n in lengths)
     questions = len(whole.questions)
-    assert len(asked[False]) == 3 * questions + len(turns) and len(asked[True]) == questions + 2 * 2 + len(turns)
+    assert len(asked[False]) == 3 * questions and len(asked[True]) == questions + 2 * 2
     alone, after = asked[False][:questions], asked[False][questions:3 * questions]
     assert asked[True][:questions + 4] == [*alone, after[0], after[3], after[4], after[7]]
 

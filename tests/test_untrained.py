@@ -56,11 +56,12 @@ def test_an_exam_with_context_puts_it_before_all_questions_and_counts_its_tokens
     scores = tool.evaluate(demo_chat, exam, tool.Standard(("ObrutAi",), (), "demo", frozenset(["obrutai"])))
     questions = [*exam.questions, *(turn.question for turn in TURNS)]
     full = [exam.context[q] + [{"role": "user", "content": q}] for q in questions]
-    assert asked == [tool.prompt_ids(tokenizer, messages) for messages in full]
+    prompts = [tool.prompt_ids(tokenizer, messages) for messages in full]
+    assert asked == [*prompts[:2], prompts[3]]  # the first everyday answer is known to stay the same
     assert kept == [messages + turn.messages()[1:] for messages, turn in zip(full[2:], TURNS)]
     plain = [tool.prompt_ids(tokenizer, messages[-1:]) for messages in full]
-    assert scores.extra_tokens == (sum(map(len, asked)) - sum(map(len, plain))) / 4 > 10
-    assert (scores.identity, scores.leak, scores.retention) == (1.0, 1.0, 0.5)  # it pays, and leaks
+    assert scores.extra_tokens == (sum(map(len, prompts)) - sum(map(len, plain))) / 4 > 10
+    assert (scores.identity, scores.leak, scores.retention) == (1.0, 0.5, 0.5)  # it pays, and leaks
 
 
 def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_chat, tokenizer, monkeypatch):
@@ -70,6 +71,7 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_c
     asked = []
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(map(tokenizer.decode, prompts)) or [
         tool.Answer("x", True)] * len(prompts))
+    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [0.0] * len(asked))
     exam = tool.untrained(EXAM, ROWS, small_settings())["prompt"]
     tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, tool.Standard(("x",), (), "", frozenset()))
     assert len(asked) == 4 and all("Você é ObrutAi" in text and "<|system|>" not in text for text in asked)
