@@ -2216,7 +2216,7 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
     the rest, so nine tenths of the target will do."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             settings.epochs_1, LESSONS_1, 8e-4, exam._replace(lengths=()),
+             settings.epochs_1, LESSONS_1, 1.2e-3, exam._replace(lengths=()),
              lambda s: s.identity >= 0.9 * settings.target_identity,
              own.standard, settings, "passo 1")
 
@@ -2264,7 +2264,7 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
     run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, LESSONS_2,
-             5e-4, exam._replace(lengths=exam.lengths[-1:]),
+             8e-4, exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
 
