@@ -1514,7 +1514,9 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
             starts = [""] * int(1.1 * missing * max(1, min(tries / max(good, 1), 4)))
             turns = answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
             everyday, tries, good = everyday + turns, tries + len(starts), good + len(turns)
-    starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in rng.choices(row_questions + identity, k=wanted // 2)]
+    # Half of them like the user's rows, which are few, but differ from what the base comes upon by itself.
+    like = rng.choices(row_questions, k=wanted // 4) + rng.choices(row_questions + identity, k=wanted // 4)
+    starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in like]
     close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
     rng.shuffle(everyday)
     rng.shuffle(identity)

@@ -361,9 +361,26 @@ def test_questions_are_asked_for_at_the_rate_at_which_they_turn_out_usable(usabl
     own = tool.write_self_text(demo_chat, settings, tool.check_inputs(settings))
     wanted = 400 + settings.num_self_answers + 32
     *everyday, close = asked
-    assert len(everyday) == times and everyday[0] == int(1.1 * (wanted - 1)) and close == wanted // 2
+    assert len(everyday) == times and everyday[0] == int(1.1 * (wanted - 1)) and close == 2 * (wanted // 4)
     turns = len(own.everyday + own.validation + own.held_out)
     assert abs(turns - wanted - close / usable) <= 0.12 * wanted
+
+
+def test_half_of_the_questions_close_to_identity_begin_like_the_rows_of_the_user(demo_chat, monkeypatch):
+    """Also of a base that writes far more questions about itself than there are rows."""
+    asked = []
+    monkeypatch.setattr(tool, "write_questions", lambda chat, starts, *_: asked.append(starts) or [
+        f"pergunta {len(asked)} {i}" for i in range(len(starts))])
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [
+        tool.Answer("Eu sou a Lumi." if i % 2 else "Certo.", True) for i in range(len(questions))])
+    monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
+    settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16, "--old-names", "Lumi")
+    inputs = tool.check_inputs(settings)
+    own = tool.write_self_text(demo_chat, settings, inputs)
+    rows = {" ".join(row.messages[-2]["content"].split()[:n]) for row in inputs.rows for n in (1, 2, 3)}
+    assert len(own.identity_questions) > 3 * len(inputs.rows) and set(asked[0]) == {""}
+    of_rows = sum(start in rows for start in asked[-1]) / len(asked[-1])
+    assert 0.5 <= of_rows <= 0.7
 
 
 def test_no_self_written_question_is_one_for_measuring_or_one_of_the_rows(self_text):
