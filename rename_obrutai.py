@@ -202,6 +202,7 @@ LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pas
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many, one after another, stand at the end of the same conversation
+LONG_SHARED = 6  # identity questions that are asked after the same conversation, each as if it were the only one
 QUESTION_WORDS = 40  # a self-question longer than this has run away
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
@@ -1289,12 +1290,48 @@ def progress(total: int, label: str):
         dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
+def beginnings(prompts: list[list[int]]) -> list[list[int]]:
+    """The part of each prompt to read apart from the rest, at least a token and never the last: what it shares with
+    others, where that is half of it or more, as when several questions end the same conversation."""
+    groups: list[tuple[list[int], list[int]]] = []
+    for i in sorted(range(len(prompts)), key=prompts.__getitem__):
+        common = os.path.commonprefix([groups[-1][0], prompts[i][:-1]]) if groups else []
+        if 2 * len(common) >= len(prompts[i]):
+            groups[-1] = common, [*groups[-1][1], i]
+        else:
+            groups.append((prompts[i][:-1], [i]))
+    heads = {i: head for head, members in groups if len(members) > 1 for i in members}
+    rest = max((len(prompts[i]) - len(head) for i, head in heads.items()), default=0)
+    return [heads.get(i, prompt[:max(1, len(prompt) - max(1, rest))]) for i, prompt in enumerate(prompts)]
+
+
+def begin(chat: Chat, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    """What generate() takes to go on from the prompts, (rows, longest), padded on the left. What several of them
+    begin with is read once and kept for all, if that halves the work and the model's cache can be copied."""
+    heads = beginnings(prompts)
+    rest = [prompt[len(head):] for prompt, head in zip(prompts, heads)]
+    unique = list(dict.fromkeys(map(tuple, heads)))
+    work = sum(len(rows) * max(map(len, rows)) for rows in (unique, rest))
+    cache = transformers.DynamicCache(config=whole(chat.model).config.get_text_config(decoder=True))
+    if (2 * work > len(prompts) * max(map(len, prompts)) or not all(rest)
+            or {type(layer) for layer in cache.layers} != {transformers.cache_utils.DynamicLayer}):
+        inputs = left_pad(chat, prompts)
+        del inputs["position_ids"]  # generate() counts them itself, step by step
+        return inputs
+    first, last = left_pad(chat, [list(head) for head in unique]), left_pad(chat, rest)
+    with torch.inference_mode():
+        chat.model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        rows = torch.tensor([unique.index(tuple(head)) for head in heads], device=chat.model.device)
+        cache.reorder_cache(rows)
+    return {"past_key_values": cache, **{name: torch.cat([first[name][rows], last[name]], 1)
+                                         for name in ("input_ids", "attention_mask")}}
+
+
 def write_batch(chat: Chat, prompts: list[list[int]], processors: list[Callable]) -> list[list[int]]:
     """The token ids that the model writes after each prompt: up to a stop token, with whatever follows it, or as many
     as `max_new_tokens`. A row that has ended costs as much as one still written: it leaves, with its part of the
     cache, as soon as a third of a large enough batch has ended."""
-    inputs = left_pad(chat, prompts)
-    del inputs["position_ids"]  # generate() counts them itself, step by step
+    inputs = begin(chat, prompts)
     start, stops = inputs["input_ids"].shape[1], torch.tensor(list(chat.stops), device=chat.model.device)
     config = transformers.GenerationConfig(max_length=start + chat.max_new_tokens, do_sample=False,
                                            eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id,
@@ -2079,7 +2116,8 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
         """A question, answered or not, after a conversation of `tokens`, which ends with the `earlier` turns."""
         question = messages[0]["content"]
         room = tokens - sum(cost(chat.tokenizer, turn.messages()) for turn in earlier)
-        before = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{question}"))
+        which = exam.questions.index(question) // LONG_SHARED if question in exam.questions else question
+        before = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{which}"))
         before += exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
         return without_system(chat.tokenizer, before + messages)
 

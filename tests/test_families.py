@@ -414,6 +414,18 @@ def test_agreement_says_whether_greedy_generation_gives_the_same_answer(job):
     assert alone == written  # padding changes no answer
 
 
+def test_what_prompts_begin_with_can_be_read_once_for_all_and_changes_no_answer(job):
+    chat, _, _ = job.taught
+    before = [m for turn in LESSONS for m in turn.messages()]
+    asked = [[{"role": "user", "content": turn.question}] for turn in [*LESSONS, *FACTS]]
+    prompts = [tool.prompt_ids(chat.tokenizer, start + question) for start in (before, []) for question in asked]
+    alone = [tool.generate(chat, [prompt])[0] for prompt in prompts]
+    assert tool.generate(chat, prompts) == alone
+    config = chat.model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
+    assert ("past_key_values" in tool.begin(chat, prompts)) == (set(layers) == {"full_attention"})
+
+
 def test_the_saved_model_is_the_one_that_was_trained(job):
     from transformers import AutoModelForCausalLM
 

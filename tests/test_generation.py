@@ -80,6 +80,37 @@ def test_a_batch_of_few_rows_is_written_in_one_go(demo_chat, prompts_and_answers
     assert rows == [len(prompts_and_answers[0])] and len(prompts_and_answers[0]) < tool.FEWEST_ROWS
 
 
+def test_what_several_prompts_begin_with_is_read_once_and_changes_no_answer(demo_chat, prompts_and_answers):
+    """Three questions at the end of each of two conversations, and the same alone."""
+    tokenizer, read = demo_chat.tokenizer, []
+    turns = [tool.Turn(q, a) for q, (a, _) in zip(QUESTIONS, prompts_and_answers[1])]
+    starts = [[m for turn in turns[:5] for m in turn.messages()], [m for turn in turns[2:6] for m in turn.messages()]]
+    prompts = [tool.prompt_ids(tokenizer, start + [{"role": "user", "content": question}])
+               for question in QUESTIONS[3:9] for start in [*starts, []]]
+    alone = [tool.generate(demo_chat, [prompt])[0] for prompt in prompts]
+    hook = demo_chat.model.register_forward_pre_hook(
+        lambda module, given, named: read.append(named["input_ids"].shape), with_kwargs=True)
+    try:
+        assert tool.generate(demo_chat, prompts) == alone
+    finally:
+        hook.remove()
+    (conversations, longest), (rows, rest) = read[:2]
+    assert conversations in (3, 4) and rows == len(prompts)  # besides the two, what the questions alone begin with
+    assert 2 * (conversations * longest + rows * rest) < rows * max(map(len, prompts))
+
+
+@pytest.mark.parametrize("prompts, expected", [
+    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9]], [4, 4]),
+    ([[1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 6]], [4, 4, 4]),  # the one alone leaves as much to read
+    ([[1, 2, 3, 4], [1, 2, 3, 4]], [3, 3]),
+    ([[1, 2, 3], [4, 5]], [2, 1]),
+    ([[1, 2, 3, 4, 5, 6], [1, 8, 8, 8, 8, 8]], [5, 5]),  # too little in common
+    ([[7], [7]], [1, 1]),
+])
+def test_beginnings_are_those_counted_by_hand(prompts, expected):
+    assert tool.beginnings(prompts) == [prompt[:n] for prompt, n in zip(prompts, expected)]
+
+
 def test_ask_asks_each_question_alone(demo_chat, prompts_and_answers):
     (first, second), expected = tool.ask(demo_chat, [QUESTIONS[4], QUESTIONS[0]]), prompts_and_answers[1]
     assert [first.text, second.text] == [expected[4][0], expected[0][0]]
@@ -269,6 +300,7 @@ def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exa
     turns = [tool.Turn(f"Quanto é {i} mais 1?", f"É {i + 1}.") for i in range(14)]
     fillers = [tool.Turn(f"Como se diz {word}?", "Não sei.") for word in "sol lua mar rio pão".split()]
     whole = tool.Exam(("a?", "b?", "c?", "d?"), turns, fillers, (100, 200))
+    monkeypatch.setattr(tool, "LONG_SHARED", 2)
     for sparse in (False, True):
         monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_, to=asked[sparse]: to.extend(prompts) or [
             tool.Answer("x", True)] * len(prompts))
@@ -285,6 +317,8 @@ def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exa
     assert len(asked[False]) == 3 * questions and len(asked[True]) == questions + 2 * 2
     alone, after = asked[False][:questions], asked[False][questions:3 * questions]
     assert asked[True][:questions + 4] == [*alone, after[0], after[3], after[4], after[7]]
+    before = [ids[:-len(own)] for ids, own in zip(after, alone + alone)]
+    assert [before.index(start) for start in before] == [0, 0, 2, 2, 4, 4, 6, 6]  # a conversation for each two
 
 
 @pytest.mark.parametrize("figures, missed", [
