@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
 import gc
@@ -200,6 +201,7 @@ RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
+SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many, one after another, stand at the end of the same conversation
 LONG_SHARED = 6  # identity questions that are asked after the same conversation, each as if it were the only one
@@ -1290,54 +1292,55 @@ def progress(total: int, label: str):
         dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
-def beginnings(prompts: list[list[int]]) -> list[list[int]]:
-    """The part of each prompt to read apart from the rest, at least a token and never the last: what it shares with
-    others, where that is half of it or more, as when several questions end the same conversation."""
+def beginnings(prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """What each prompt shares with others, as when several questions end the same conversation, without its last
+    token; nothing if that is short, or less than half of it."""
     groups: list[tuple[list[int], list[int]]] = []
     for i in sorted(range(len(prompts)), key=prompts.__getitem__):
         common = os.path.commonprefix([groups[-1][0], prompts[i][:-1]]) if groups else []
-        if 2 * len(common) >= len(prompts[i]):
+        if len(common) >= SHARED_TOKENS and 2 * len(common) >= len(prompts[i]):
             groups[-1] = common, [*groups[-1][1], i]
         else:
             groups.append((prompts[i][:-1], [i]))
-    heads = {i: head for head, members in groups if len(members) > 1 for i in members}
-    rest = max((len(prompts[i]) - len(head) for i, head in heads.items()), default=0)
-    return [heads.get(i, prompt[:max(1, len(prompt) - max(1, rest))]) for i, prompt in enumerate(prompts)]
+    shared = {i: tuple(head) for head, members in groups if len(members) > 1 for i in members}
+    return [shared.get(i, ()) for i in range(len(prompts))]
 
 
-def begin(chat: Chat, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-    """What generate() takes to go on from the prompts, (rows, longest), padded on the left. What several of them
-    begin with is read once and kept for all, if that halves the work and the model's cache can be copied."""
-    heads = beginnings(prompts)
-    rest = [prompt[len(head):] for prompt, head in zip(prompts, heads)]
-    unique = list(dict.fromkeys(map(tuple, heads)))
-    work = sum(len(rows) * max(map(len, rows)) for rows in (unique, rest))
+def begin(chat: Chat, prompts: list[list[int]], shared: list[tuple[int, ...]], read: dict) -> dict[str, torch.Tensor]:
+    """What generate() takes to go on from the prompts, (rows, longest), padded on the left. A `shared` beginning is
+    read once and copied, if the model's cache allows it; `read` keeps what was read last, for the next batch."""
     cache = transformers.DynamicCache(config=whole(chat.model).config.get_text_config(decoder=True))
-    if (2 * work > len(prompts) * max(map(len, prompts)) or not all(rest)
-            or {type(layer) for layer in cache.layers} != {transformers.cache_utils.DynamicLayer}):
+    if not any(shared) or {type(layer) for layer in cache.layers} != {transformers.cache_utils.DynamicLayer}:
         inputs = left_pad(chat, prompts)
         del inputs["position_ids"]  # generate() counts them itself, step by step
         return inputs
-    first, last = left_pad(chat, [list(head) for head in unique]), left_pad(chat, rest)
+    rest = max(len(prompt) - len(head) for prompt, head in zip(prompts, shared) if head)
+    heads = [head or tuple(prompt[:max(1, len(prompt) - rest)]) for prompt, head in zip(prompts, shared)]
+    unique = list(dict.fromkeys(heads))
     with torch.inference_mode():
-        chat.model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        rows = torch.tensor([unique.index(tuple(head)) for head in heads], device=chat.model.device)
+        if read.get("heads") != unique:
+            read.clear()  # before the next cache is made: each may be large
+            read.update(heads=unique, padded=left_pad(chat, [list(head) for head in unique]), cache=cache)
+            chat.model(**read["padded"], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = copy.copy(read["cache"])
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        rows = torch.tensor([unique.index(head) for head in heads], device=chat.model.device)
         cache.reorder_cache(rows)
-    return {"past_key_values": cache, **{name: torch.cat([first[name][rows], last[name]], 1)
+    last = left_pad(chat, [prompt[len(head):] for prompt, head in zip(prompts, heads)])
+    return {"past_key_values": cache, **{name: torch.cat([read["padded"][name][rows], last[name]], 1)
                                          for name in ("input_ids", "attention_mask")}}
 
 
-def write_batch(chat: Chat, prompts: list[list[int]], processors: list[Callable]) -> list[list[int]]:
+def write_batch(chat: Chat, inputs: dict[str, torch.Tensor], processors: list[Callable]) -> list[list[int]]:
     """The token ids that the model writes after each prompt: up to a stop token, with whatever follows it, or as many
     as `max_new_tokens`. A row that has ended costs as much as one still written: it leaves, with its part of the
     cache, as soon as a third of a large enough batch has ended."""
-    inputs = begin(chat, prompts)
     start, stops = inputs["input_ids"].shape[1], torch.tensor(list(chat.stops), device=chat.model.device)
     config = transformers.GenerationConfig(max_length=start + chat.max_new_tokens, do_sample=False,
                                            eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id,
                                            return_dict_in_generate=True)
-    written: list[list[int]] = [[] for _ in prompts]
-    places = list(range(len(prompts)))
+    places = list(range(len(inputs["input_ids"])))
+    written: list[list[int]] = [[] for _ in places]
 
     def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ended.logical_or_(torch.isin(ids[:, -1], stops))
@@ -1381,17 +1384,22 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
 
     def write(batch: list[int], key: str) -> list[Answer]:
         torch.manual_seed(int(key[:15], 16))  # by batch, so that one that is not written again changes no other
-        written = write_batch(chat, [prompts[i] for i in batch], [] if sample_seed is None else [draw])
+        inputs = begin(chat, [prompts[i] for i in batch], [shared[i] for i in batch], read)
+        written = write_batch(chat, inputs, [] if sample_seed is None else [draw])
         ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in written]
         texts = [chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
                  for ids, end in zip(written, ends)]
         return [Answer(text, end is not None) for text, end in zip(texts, ends)]
 
     answers: list[Answer] = [Answer("", False)] * len(prompts)
+    shared, read = beginnings(prompts), {}
+    longest = {head: max(len(p) for p, own in zip(prompts, shared) if own == head) for head in {*shared} - {()}}
+    order = sorted(range(len(prompts)), key=shared.__getitem__)  # what begins alike comes one after another
+    batches = batches_by_tokens([longest.get(shared[i], len(prompts[i])) for i in order], chat.max_new_tokens,
+                                chat.generation_tokens)
     with progress(len(prompts), label) as bar:
         notes = []
-        for n, batch in enumerate(batches_by_tokens([len(p) for p in prompts], chat.max_new_tokens,
-                                                    chat.generation_tokens)):
+        for n, batch in enumerate([order[j] for j in batch] for batch in batches):
             key = digest([n, [prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
             note = chat.notes and chat.notes / f"answers-{key[:16]}.json"
             if note:

@@ -414,7 +414,8 @@ def test_agreement_says_whether_greedy_generation_gives_the_same_answer(job):
     assert alone == written  # padding changes no answer
 
 
-def test_what_prompts_begin_with_can_be_read_once_for_all_and_changes_no_answer(job):
+def test_what_prompts_begin_with_can_be_read_once_for_all_and_changes_no_answer(job, monkeypatch):
+    monkeypatch.setattr(tool, "SHARED_TOKENS", 16)
     chat, _, _ = job.taught
     before = [m for turn in LESSONS for m in turn.messages()]
     asked = [[{"role": "user", "content": turn.question}] for turn in [*LESSONS, *FACTS]]
@@ -423,7 +424,8 @@ def test_what_prompts_begin_with_can_be_read_once_for_all_and_changes_no_answer(
     assert tool.generate(chat, prompts) == alone
     config = chat.model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    assert ("past_key_values" in tool.begin(chat, prompts)) == (set(layers) == {"full_attention"})
+    begun = tool.begin(chat, prompts, tool.beginnings(prompts), {})
+    assert ("past_key_values" in begun) == (set(layers) == {"full_attention"})
 
 
 def test_the_saved_model_is_the_one_that_was_trained(job):
