@@ -1728,13 +1728,13 @@ def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
 
-def automatic_rate(model, rate_at_1m: float) -> float:
-    """Learning rate for the size of the model, from its value for full training at one million parameters, where it
-    falls with the square root of the size. LoRA: half that value at one million, and nearly the same at every size,
-    since what a step changes then depends on the rank, not the width (https://thinkingmachines.ai/blog/lora/)."""
+def automatic_rate(model, full: float, adapter: float) -> float:
+    """Learning rate for the size of the model, from the values for training all weights and for LoRA at one million
+    parameters. The first falls with the square root of the size, as usual; the second with its cube root, about as the
+    best ones of Llama models do (https://thinkingmachines.ai/blog/lora/), and does not depend on the rank."""
     shapes = [getattr(p, "quant_state", p).shape for name, p in model.named_parameters() if "lora_" not in name]
     millions = sum(map(math.prod, shapes)) / 1e6  # weights in 4 bits are packed, and know the shape that they had
-    return rate_at_1m * (millions**-0.5 if model is whole(model) else 0.5 * millions**-0.125)
+    return full * millions**(-1 / 2) if model is whole(model) else adapter * millions**(-1 / 3)
 
 
 def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, kl_weight: float, settings: Settings,
@@ -2005,7 +2005,7 @@ def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Set
     for name, parameter in chat.model.named_parameters():
         if parameter.requires_grad and not re.search(ATTENTION, name):
             parameter.requires_grad_(False)
-    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3)
+    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 3.3e-3)
     return train(chat, batches, teacher, rate, 1.0, settings, "cura", folder / "training")
 
 
@@ -2204,7 +2204,7 @@ def with_hurried(lessons: list[list[dict]]) -> list[list[dict]]:
 
 
 def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
-             epochs: int, lessons: int, rate_at_1m: float, exam: Exam, met: Callable[[Scores], bool],
+             epochs: int, lessons: int, rates: tuple[float, float], exam: Exam, met: Callable[[Scores], bool],
              standard: Standard, settings: Settings, label: str) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
@@ -2225,7 +2225,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
             batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
                                    f"{settings.seed}/{label}/{number}", sizes[number - 1])
             given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
-            rate = (given or automatic_rate(chat.model, rate_at_1m)) / number
+            rate = (given or automatic_rate(chat.model, *rates)) / number
             save_stage(chat, partial, train(chat, batches, teacher, rate, settings.kl_weight, settings, label,
                                             partial / "training"))
             if SHARDED:  # to talk to, it has to be whole
@@ -2264,7 +2264,7 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
     the rest, so nine tenths of the target will do."""
     pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             settings.epochs_1, LESSONS_1, 1.2e-3, exam._replace(lengths=()),
+             settings.epochs_1, LESSONS_1, (1.2e-3, 2.7e-3), exam._replace(lengths=()),
              lambda s: s.identity >= 0.9 * settings.target_identity,
              own.standard, settings, "passo 1")
 
@@ -2312,7 +2312,7 @@ def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
     lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
     run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, LESSONS_2,
-             8e-4, exam._replace(lengths=exam.lengths[-1:]),
+             (8e-4, 1.8e-3), exam._replace(lengths=exam.lengths[-1:]),
              lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
              own.standard, settings, "passo 2")
 

@@ -512,7 +512,7 @@ def test_healing_brings_the_scaled_model_closer_to_the_base(demo_chat, teacher, 
 @pytest.mark.parametrize("parameters, expected", [((1000, 1000), 3e-3), ((2000, 2000), 1.5e-3), ((10, 1000), 3e-2)])
 def test_the_learning_rate_falls_with_the_square_root_of_the_parameters(parameters, expected):
     model = torch.nn.Linear(*parameters, bias=False)
-    assert tool.automatic_rate(model, 3e-3) == pytest.approx(expected)
+    assert tool.automatic_rate(model, 3e-3, 1) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------ the passes
@@ -544,7 +544,7 @@ def run_pass(monkeypatch, demo_chat, tmp_path):
         monkeypatch.setattr(tool, "evaluate", evaluate)
         pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool([t.messages() for t in TURNS[1:]], 0.5, False)]
         tool.run_pass(source=tmp_path / "fonte", folder=tmp_path / "passo", teacher=EMPTY, pools=pools,
-                      lengths=[64], tokens=256, epochs=epochs[0], lessons=24 * epochs[1], rate_at_1m=1e-3, exam=None,
+                      lengths=[64], tokens=256, epochs=epochs[0], lessons=24 * epochs[1], rates=(1e-3, 1), exam=None,
                       met=lambda scores: scores.identity >= 0.95 and scores.retention >= 0.95, standard=None,
                       settings=small_settings("--batch-size", 4, *flags), label=label)
         return trained
@@ -609,7 +609,7 @@ def test_each_round_goes_on_from_the_one_before_and_only_the_last_keeps_its_weig
 ])
 def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(label, flags, rate, run_pass, demo_chat):
     trained = run_pass([0.5] * 20, label=label, flags=flags)
-    first = rate or tool.automatic_rate(demo_chat.model, 1e-3)
+    first = rate or tool.automatic_rate(demo_chat.model, 1e-3, 1)
     assert [training.rate for training in trained] == [pytest.approx(first / n) for n in range(1, 8)]
 
 
