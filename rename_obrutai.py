@@ -3208,6 +3208,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         if RANK == 0:
             print(f"Erro: {error}{error.advice}", file=sys.stderr)
+        else:  # the launcher stops all as soon as one ends, maybe before the first has spoken
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(30)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -112,6 +112,11 @@ def test_with_fsdp_each_process_holds_half_of_the_weights_while_it_trains_and_th
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once_and_nothing_is_written(tmp_path):
-    done = launch("--model-path", tmp_path / "nada", "--output-dir", "novo", cwd=tmp_path)
+    """Although the process that tells it is the last to see it, and the launcher stops all when one has ended."""
+    script, folder = tmp_path / "late.py", tmp_path / "here"
+    script.write_text("import os, sys, time\ntime.sleep(4 * (os.environ['RANK'] == '0'))\n"
+                      "import rename_obrutai\nsys.exit(rename_obrutai.main())\n", encoding="utf-8")
+    folder.mkdir()
+    done = launch("--model-path", folder / "nada", "--output-dir", "novo", cwd=folder, script=script)
     assert done.returncode != 0 and done.stderr.count("Erro: ") == 1 and "nada" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
