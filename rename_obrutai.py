@@ -2170,7 +2170,7 @@ def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Sco
 def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
                      settings: Settings) -> list[list[dict]]:
     """Conversations that answer each question in the user's words: those of a row in the same language and of the
-    same intent, the least used among the four most alike. Without such a row, a built-in wording."""
+    same intent, the less used of the two most alike. Without such a row, a built-in wording."""
     def kind_of(text: str) -> tuple[str, str]:
         return language_of(text), intent_of(text, standard.old_names)
 
@@ -2181,7 +2181,7 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
     for question in questions:
         words, kind = plain(question), kind_of(question)
         alike = sorted(((SequenceMatcher(None, words, other, autojunk=False).ratio(), answer)
-                        for k, other, answer in known if k == kind), reverse=True)[:4]
+                        for k, other, answer in known if k == kind), reverse=True)[:2]
         if alike:
             answer = min((answer for _, answer in alike), key=lambda a: used[a])
             used[answer] += 1
