@@ -469,6 +469,7 @@ def test_a_mistake_in_the_identity_file_is_reported_with_its_line_and_nothing_is
     assert contents(tmp_path) == before and not (tmp_path / "novo").exists()
 
 
+@pytest.mark.slow
 def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_path):
     rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
     (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -334,7 +334,17 @@ def few_rows_are_worth_sorting(monkeypatch):
     monkeypatch.setattr(tool, "FEWEST_ROWS", 2)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
+# The tests of every day go through families that differ in kind; the others come with the slow ones.
+EVERY_DAY = ("llama 3.2", "qwen 3", "gemma 3", "mixtral")
+
+
+def families(names):
+    """The names as parameters of a test."""
+    return [pytest.param(name, id=name.replace(" ", "-"), marks=[pytest.mark.slow] * (name not in EVERY_DAY))
+            for name in names]
+
+
+@pytest.fixture(scope="module", params=families(FAMILIES))
 def job(request, tmp_path_factory):
     return Job(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
 

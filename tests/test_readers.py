@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DEMO, small_settings
-from test_families import FAMILIES, STYLES, TALKS, make_base
+from test_families import FAMILIES, STYLES, TALKS, families, make_base
 
 import rename_obrutai as tool
 
@@ -59,8 +59,9 @@ def test_the_old_names_of_rope_stand_beside_the_new_ones(model_type, rope, added
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["llama 2", "llama 3.2", "qwen 2.5, yarn", "qwen 3", "mistral", "gemma 3", "pythia",
-                                  "gemma 3 that sees", "phi", "phi 3", "phi 4 mini, longrope", "olmo 3"])
+@pytest.mark.parametrize("name", families([
+    "llama 2", "llama 3.2", "qwen 2.5, yarn", "qwen 3", "mistral", "gemma 3", "pythia", "gemma 3 that sees", "phi",
+    "phi 3", "phi 4 mini, longrope", "olmo 3"]))
 def test_the_new_the_old_and_both_names_of_rope_give_the_same_frequencies(name, factor, tmp_path):
     """The old names alone are what a reader sees that does not know `rope_parameters`."""
     base = make_base(tmp_path / "base", FAMILIES[name].config, tool.load_tokenizer(str(DEMO)))

@@ -158,6 +158,7 @@ def checkpoints(folder):
 # ------------------------------------------------------------------------------------------------ killed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
 def test_a_job_killed_four_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
     moments = [Moment("before", pattern) for pattern in (
@@ -629,6 +630,7 @@ def test_other_test_questions_train_nothing_again(whole, until, monkeypatch):
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_after_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until):
     folder = until("exam-before")
 
@@ -780,6 +782,7 @@ def torch_s_error():
     return error
 
 
+@pytest.mark.slow
 def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the_same(whole, tmp_path):
     from safetensors import SafetensorError
     from transformers import modeling_utils
@@ -821,6 +824,7 @@ def test_torch_s_own_words_for_a_full_disk_are_understood(until, monkeypatch):
     assert failed and done.status == 2 and "disco encheu" in done.err
 
 
+@pytest.mark.slow
 def test_on_a_disk_that_is_really_full_a_job_stops_with_a_message_and_goes_on_when_there_is_room(whole, tmp_path,
                                                                                                monkeypatch):
     disk = tmp_path / "disk"
