@@ -82,7 +82,7 @@ NUM_SELF_TEXT = 3000  # question-answer pairs that show the tuned model how the 
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 60  # steps that bring the scaled model back to the base's behaviour; with LoRA five times as many
+HEAL_STEPS = 80  # steps that bring the scaled model back to the base's behaviour; with LoRA four times as many
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
 EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
@@ -199,7 +199,7 @@ LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
-FIRST_TEXT = 300  # questions, at most, that the base writes before the healing begins, and all that it heals on
+FIRST_TEXT = 300  # questions, at most, that the base writes before the healing begins
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
@@ -213,6 +213,7 @@ ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
+WEIGHTS = "*model*.safetensors"  # of a stage, whole or an adapter
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 
@@ -280,7 +281,7 @@ class Settings:
     num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
     num_self_text: int = setting(NUM_SELF_TEXT, "pares de pergunta e resposta escritos para manter o modelo igual", 16)
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "maior resposta, em tokens", 8)
-    heal_steps: int = setting(HEAL_STEPS, "etapas da cura depois de mexer no RoPE; com LoRA, cinco vezes isso", 1)
+    heal_steps: int = setting(HEAL_STEPS, "etapas da cura depois de mexer no RoPE; com LoRA, quatro vezes isso", 1)
     heal_learning_rate: float = setting(HEAL_LEARNING_RATE, "taxa de aprendizado da cura; 0 = automática", 0, 1)
     epochs_1: int = setting(EPOCHS_1, "máximo de épocas do passo 1", 1)
     learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
@@ -761,14 +762,15 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
 USES = {
     "1-first-text": "name author old_names num_self_text max_new_tokens window seed",
     "3-self-text": "num_self_answers eval_questions",
-    "2-healed": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
-    "4-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
-    "5-self-answers": "",
-    "6-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
+    "2-scaled": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
+    "4-healed": "",
+    "5-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
+    "6-self-answers": "",
+    "7-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-first-text": 3, "2-healed": 6, "3-self-text": 24, "4-pass-1": 20, "5-self-answers": 2, "6-pass-2": 33,
-          "7-result": 12}
+SHARES = {"1-first-text": 2, "2-scaled": 4, "3-self-text": 23, "4-healed": 8, "5-pass-1": 18, "6-self-answers": 2,
+          "7-pass-2": 31, "8-result": 12}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -791,7 +793,7 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     for name, uses in USES.items():
         chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
-    return {**keys, "exam": digest(inputs.test), "7-result": digest([chain, inputs.test])}
+    return {**keys, "exam": digest(inputs.test), "8-result": digest([chain, inputs.test])}
 
 
 def wait() -> None:
@@ -835,6 +837,12 @@ def discard(folder: Path) -> None:
         return
     (folder / "key.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def drop_weights(folder: Path) -> None:
+    """Remove the weights of a stage that a later one has gone on from, for the room; its logs stay."""
+    for weights in folder.glob(WEIGHTS) if RANK == 0 else ():
+        weights.unlink()
 
 
 def has_key(file: Path, key: str) -> bool:
@@ -1586,18 +1594,17 @@ def write_self_text(base: Chat, first: SelfText, settings: Settings, inputs: Inp
 
     n = settings.eval_questions
     wanted = settings.num_self_text + settings.num_self_answers + 2 * n
-    everyday, close, tries = [], [], 0
-    for attempt in range(6):
+    everyday, tries = [], 0
+    for _ in range(6):
         # What the healing has seen cannot measure anything: there is to be enough besides, nearly all of it firm.
-        missing = max(wanted - len(first.everyday) - len(close), 5 * n // 2) - len(everyday)
-        if missing > 0.04 * wanted:  # a few more would cost as much as many
+        missing = max(wanted - len(first.everyday), 5 * n // 2) - len(everyday)
+        if missing > 0.02 * wanted:  # a few more would cost as much as many
             # As many as it takes if they come out like the ones before; at first, as if all were good.
             count = int(1.1 * missing * max(1, min(tries / max(len(everyday), 1), 4)))
             everyday, tries = everyday + write([""] * count, "escrevendo perguntas"), tries + count
-        if not attempt:
-            # Half of them like the user's rows, which are few, but differ from what the base comes upon by itself.
-            like = [q for of in (row_questions, row_questions + identity) for q in rng.choices(of, k=wanted // 4)]
-            close = write([" ".join(q.split()[:rng.randint(1, 3)]) for q in like], "escrevendo perguntas parecidas")
+    # Half of them like the user's rows, which are few, but differ from what the base comes upon by itself.
+    like = rng.choices(row_questions, k=wanted // 4) + rng.choices(row_questions + identity, k=wanted // 4)
+    close = write([" ".join(q.split()[:rng.randint(1, 3)]) for q in like], "escrevendo perguntas parecidas")
     rng.shuffle(everyday)
     rng.shuffle(identity)
     firm = firm_turns(base, everyday, 2 * n)
@@ -2274,9 +2281,8 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
     before = None
     for number in range(1, len(sizes) + 1):
         previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
-        if number > 1 and RANK == 0:
-            for weights in previous.glob("*model*.safetensors"):
-                weights.unlink()
+        if number > 1:
+            drop_weights(previous)
         scores = Scores(**load_json(source / "validation.json"))
         say(f"  {label}, rodada {number} de até {len(sizes)}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
@@ -2568,10 +2574,10 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
                      for entry in load_json(log)]  # round-10 after round-9
-              for name, stage_name in (("healing", "2-healed"), ("pass_1", "4-pass-1"), ("pass_2", "6-pass-2"))}
+              for name, stage_name in (("healing", "[24]-*"), ("pass_1", "5-pass-1"), ("pass_2", "7-pass-2"))}
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
-    seconds["7-result"] = round(time.monotonic() - began, 1)
+    seconds["8-result"] = round(time.monotonic() - began, 1)
     paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
               "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
@@ -2581,7 +2587,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "5-self-answers" / "self_answers.json")
+    self_answers = load_json(work / "6-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
@@ -2853,7 +2859,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
     # One round of each pass, at shares of 0.4 and 0.3 of all text, and the healing.
     tokens = written / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
     if settings.rope_factor != 1:
-        tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 5)
+        tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 4)
     rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
     ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
     times: list[float] = []
@@ -2909,7 +2915,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
     out of `bases`, so that nobody else keeps it in memory."""
     base = bases.pop() if bases else None
-    left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
+    left = SHARES | {name: SHARES[name] * (settings.rope_factor != 1) for name in ("2-scaled", "4-healed")}
     began, made, current, since = time.monotonic(), 0, 0, 0.0
 
     def begin(title: str, name: str) -> None:
@@ -2928,13 +2934,13 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         text = write(chat)
         save_self_text(partial, text, record_teacher(chat, text.everyday, short_window(native, settings)))
 
-    begin("1/7 Ouvindo o modelo base: quem ele diz que é", "1-first-text")
+    begin("1/8 Ouvindo o modelo base: quem ele diz que é", "1-first-text")
     first, teacher = read_self_text(stage(work / "1-first-text", keys["1-first-text"], functools.partial(
         listen, lambda chat: write_first_text(chat, settings, inputs))))
     base = None
 
-    begin(f"2/7 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
-          f"x{settings.rope_factor:g}) e cura", "2-healed")
+    begin(f"2/8 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
+          f"x{settings.rope_factor:g}) e começo da cura", "2-scaled")
 
     def rebuild(partial: Path) -> None:
         chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
@@ -2945,13 +2951,15 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
             # An adapter has to fit the base as it is.
             kept = "full" in settings.method and keep_frequencies(chat, teacher, first)
-            steps = settings.heal_steps * (1 if kept else 5)
+            steps = math.ceil(settings.heal_steps / 4) * (1 if kept else 4)
             log = heal(chat, teacher, first, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
-    healed = stage(work / "2-healed", keys["2-healed"], rebuild)
+    if not (has_key(work / "4-healed" / "key.json", keys["4-healed"]) or any((work / "2-scaled").glob(WEIGHTS))):
+        discard(work / "2-scaled")  # healed further, it has left its weights there
+    scaled = stage(work / "2-scaled", keys["2-scaled"], rebuild)
 
-    begin("3/7 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
+    begin("3/8 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
     own, teacher = read_self_text(stage(work / "3-self-text", keys["3-self-text"], functools.partial(
         listen, lambda chat: write_self_text(chat, first, settings, inputs))))
     seen = {plain(text) for text in (*own.identity_questions, *(turn.question for turn in own.everyday))}
@@ -2963,21 +2971,32 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
 
-    begin("4/7 Passo 1: aprender a identidade", "4-pass-1")
+    begin("4/8 O resto da cura", "4-healed")
+
+    def go_on(partial: Path) -> None:
+        chat, log = load_chat(scaled, settings, train=True), load_json(scaled / "log.json")
+        if settings.rope_factor != 1:
+            log = heal(chat, teacher, own, native, replace(settings, heal_steps=3 * log[-1]["step"]), partial)
+        save_stage(chat, partial, log)
+
+    healed = stage(work / "4-healed", keys["4-healed"], go_on)
+    drop_weights(scaled)
+
+    begin("5/8 Passo 1: aprender a identidade", "5-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
     lessons = with_hurried(lessons + answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings))
     lessons, early = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
-    learnt = last_round(stage(work / "4-pass-1", keys["4-pass-1"], lambda partial: learn_identity(
+    learnt = last_round(stage(work / "5-pass-1", keys["5-pass-1"], lambda partial: learn_identity(
         healed, partial, teacher, early, own, validation, native, settings)))
 
-    begin("5/7 Respostas do próprio modelo", "5-self-answers")
-    collected = stage(work / "5-self-answers", keys["5-self-answers"], lambda partial: write_json(
+    begin("6/8 Respostas do próprio modelo", "6-self-answers")
+    collected = stage(work / "6-self-answers", keys["6-self-answers"], lambda partial: write_json(
         partial / "self_answers.json", collect_self_answers(load_chat(learnt, settings)._replace(notes=partial),
                                                             lessons, own, settings))) / "self_answers.json"
 
-    begin("6/7 Passo 2: firmar a identidade em conversas longas", "6-pass-2")
-    firm = last_round(stage(work / "6-pass-2", keys["6-pass-2"], lambda partial: consolidate(
+    begin("7/8 Passo 2: firmar a identidade em conversas longas", "7-pass-2")
+    firm = last_round(stage(work / "7-pass-2", keys["7-pass-2"], lambda partial: consolidate(
         learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
 
     def scores_of(name: str, load: Callable[[], Chat], key: str, label: str, exam: Exam) -> Scores:
@@ -3008,12 +3027,12 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
         if RANK == 0:
             write_json(result / "exam.json", exam._asdict())
-            write_report(result, settings, inputs, own.standard, native, scores, work, keys["7-result"],
+            write_report(result, settings, inputs, own.standard, native, scores, work, keys["8-result"],
                          began)
 
-    if not (work / "7-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
-        discard(work / "7-result")  # its model was moved to an output that is there no more
-    begin("7/7 Salvando, carregando de novo e medindo: antes e depois", "7-result")
+    if not (work / "8-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
+        discard(work / "8-result")  # its model was moved to an output that is there no more
+    begin("8/8 Salvando, carregando de novo e medindo: antes e depois", "8-result")
     untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
     scores = {"before": scores_of("before", untouched, keys["3-self-text"], "perguntas de prova, antes",
                                   exam._replace(sparse=True))}
@@ -3021,9 +3040,9 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         scores[name] = scores_of(name, untouched, digest([keys["3-self-text"], other.context]),
                                  "perguntas de prova, sem treino", other)
     untouched.cache_clear()
-    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["4-pass-1"],
+    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["5-pass-1"],
                                  "perguntas de prova, após o passo 1", exam._replace(lengths=()))
-    publish(stage(work / "7-result", keys["7-result"], finish) / "model", settings)
+    publish(stage(work / "8-result", keys["8-result"], finish) / "model", settings)
     wait()
 
 
@@ -3165,7 +3184,7 @@ def run(settings: Settings) -> int:
         folder = local_folder(settings)
         weights = check_base(folder)
         keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
-        finished = has_key(Path(settings.output_dir) / "report.json", keys["7-result"]) and not settings.restart
+        finished = has_key(Path(settings.output_dir) / "report.json", keys["8-result"]) and not settings.restart
         check_output(folder, settings, finished)
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
@@ -3184,7 +3203,7 @@ def run(settings: Settings) -> int:
     join_processes()
     bases, planned = [], work / "plan.json"
     config = read_config(folder)
-    settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
+    settings, memory = settled(planned, keys["2-scaled"], config, weights, settings)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
     if settings.check or settings.restart or not has_key(work / "1-first-text" / "key.json", keys["1-first-text"]):
@@ -3196,7 +3215,7 @@ def run(settings: Settings) -> int:
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
     with opened(work, settings):
-        write_json(planned, {"key": keys["2-healed"], "memory": memory, "settings": {
+        write_json(planned, {"key": keys["2-scaled"], "memory": memory, "settings": {
             name: getattr(settings, name) for name in
             ("method", "window", "gradient_accumulation", "gradient_checkpointing")}})
         run_stages(folder, bases, work, keys, inputs, native, settings)
@@ -3217,7 +3236,7 @@ def with_less_memory(settings: Settings) -> dict:
         raise InputError("faltou memória para conversar com este modelo. Feche outros programas e tente de novo.")
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
-    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-healed"]):
+    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-scaled"]):
         used |= load_json(planned)["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
     if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch

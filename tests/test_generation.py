@@ -402,11 +402,11 @@ def test_questions_are_asked_for_at_the_rate_at_which_they_turn_out_usable(usabl
     settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16)
     own = write(demo_chat, settings)
     wanted = 400 + settings.num_self_answers + 32
-    first, main, close, *more = asked
+    first, main, *more, close = asked
     assert first == 300 and close == 2 * (wanted // 4) and len(more) == times - 1
     assert main == int(1.1 * (wanted - (301 if usable == 1 else 101)))
     turns = len(own.everyday + own.validation + own.held_out)
-    assert abs(turns - (first + main + close if usable == 1 else wanted)) <= 0.06 * wanted
+    assert abs(turns - wanted - close / usable) <= 0.12 * wanted
 
 
 def test_what_the_healing_has_learnt_is_trained_again_and_never_measured(self_text, demo_chat, tmp_path):
@@ -453,7 +453,7 @@ def test_half_of_the_questions_close_to_identity_begin_like_the_rows_of_the_user
     own = write(demo_chat, settings)
     rows = {" ".join(row.messages[-2]["content"].split()[:n]) for row in inputs.rows for n in (1, 2, 3)}
     assert len(own.identity_questions) > 3 * len(inputs.rows) and set(asked[0] + asked[1]) == {""}
-    of_rows = sum(start in rows for start in asked[2]) / len(asked[2])
+    of_rows = sum(start in rows for start in asked[-1]) / len(asked[-1])
     assert 0.5 <= of_rows <= 0.7
 
 
@@ -473,7 +473,7 @@ def test_a_test_question_that_the_base_wrote_before_is_left_out_of_the_exam(self
     settings = changed(small_settings("--output-dir", tmp_path / "novo"), window=512, max_new_tokens=32)
     inputs = tool.check_inputs(settings)
     keys = tool.stage_keys(settings, inputs, DEMO)
-    for name in ("1-first-text", "2-healed", "3-self-text"):
+    for name in ("1-first-text", "2-scaled", "3-self-text", "4-healed"):
         stage = tmp_path / name
         stage.mkdir()
         tool.save_self_text(stage, own, tool.record_teacher(demo_chat, own.everyday, 128))

@@ -1032,7 +1032,7 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
     assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
-    assert report["losses"]["healing"][-1]["step"] == 15  # five times HEAL_STEPS, as its pairs stay where they are
+    assert report["losses"]["healing"][-1]["step"] == 12  # four times HEAL_STEPS, as its pairs stay where they are
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
         assert set(ours.keys()) == set(base.keys())
@@ -1043,9 +1043,9 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
 
 def test_the_stages_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(lora_run):
     weights = {str(path.relative_to(lora_run.work)) for path in lora_run.work.rglob("*.safetensors")}
-    last = tool.last_round(lora_run.work / "4-pass-1").name
-    assert weights == {"1-first-text/teacher.safetensors", "3-self-text/teacher.safetensors", f"2-healed/{tool.LORA_FILE}",
-                       f"4-pass-1/{last}/{tool.LORA_FILE}", f"6-pass-2/round-1/{tool.LORA_FILE}"}
+    last = tool.last_round(lora_run.work / "5-pass-1").name
+    assert weights == {"1-first-text/teacher.safetensors", "3-self-text/teacher.safetensors", f"4-healed/{tool.LORA_FILE}",
+                       f"5-pass-1/{last}/{tool.LORA_FILE}", f"7-pass-2/round-1/{tool.LORA_FILE}"}
     assert not list(lora_run.work.rglob("*.bin"))
 
 
