@@ -2939,6 +2939,8 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         listen, lambda chat: write_first_text(chat, settings, inputs))))
     base = None
 
+    if not (has_key(work / "4-healed" / "key.json", keys["4-healed"]) or any((work / "2-scaled").glob(WEIGHTS))):
+        discard(work / "2-scaled")  # its weights went when it was healed further, which has to be done again
     begin(f"2/8 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
           f"x{settings.rope_factor:g}) e começo da cura", "2-scaled")
 
@@ -2955,8 +2957,6 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
             log = heal(chat, teacher, first, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
-    if not (has_key(work / "4-healed" / "key.json", keys["4-healed"]) or any((work / "2-scaled").glob(WEIGHTS))):
-        discard(work / "2-scaled")  # healed further, it has left its weights there
     scaled = stage(work / "2-scaled", keys["2-scaled"], rebuild)
 
     begin("3/8 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
@@ -2971,7 +2971,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
 
-    begin("4/8 O resto da cura", "4-healed")
+    begin("4/8 O resto da cura" + ": nada a fazer" * (settings.rope_factor == 1), "4-healed")
 
     def go_on(partial: Path) -> None:
         chat, log = load_chat(scaled, settings, train=True), load_json(scaled / "log.json")
