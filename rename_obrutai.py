@@ -199,8 +199,7 @@ LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
-FIRST_TEXT = 300  # questions, at most, that the base writes before the healing begins
-LESSONS_1, LESSONS_2 = 1600, 2400  # identity questions that a round of each pass asks
+LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
@@ -213,7 +212,6 @@ ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
-WEIGHTS = "*model*.safetensors"  # of a stage, whole or an adapter
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 
 
@@ -758,19 +756,16 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
 
 # ---- Stages on disk: what a broken-off run goes on from ---------------------------------------------------
 
-# The settings that each stage depends on, besides those of the stages before it; another method needs no other text.
+# The settings that each stage depends on, besides those of the stages before it.
 USES = {
-    "1-first-text": "name author old_names num_self_text max_new_tokens window seed",
-    "3-self-text": "num_self_answers eval_questions",
-    "2-scaled": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
-    "4-healed": "",
-    "5-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
-    "6-self-answers": "",
-    "7-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
+    "1-self-text": "name author old_names num_self_answers num_self_text max_new_tokens eval_questions window seed",
+    "2-healed": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
+    "3-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
+    "4-self-answers": "",
+    "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-first-text": 2, "2-scaled": 4, "3-self-text": 23, "4-healed": 8, "5-pass-1": 18, "6-self-answers": 2,
-          "7-pass-2": 31, "8-result": 12}
+SHARES = {"1-self-text": 23, "2-healed": 12, "3-pass-1": 19, "4-self-answers": 2, "5-pass-2": 32, "6-result": 12}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -793,7 +788,7 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     for name, uses in USES.items():
         chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
-    return {**keys, "exam": digest(inputs.test), "8-result": digest([chain, inputs.test])}
+    return {**keys, "exam": digest(inputs.test), "6-result": digest([chain, inputs.test])}
 
 
 def wait() -> None:
@@ -837,12 +832,6 @@ def discard(folder: Path) -> None:
         return
     (folder / "key.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def drop_weights(folder: Path) -> None:
-    """Remove the weights of a stage that a later one has gone on from, for the room; its logs stay."""
-    for weights in folder.glob(WEIGHTS) if RANK == 0 else ():
-        weights.unlink()
 
 
 def has_key(file: Path, key: str) -> bool:
@@ -1535,84 +1524,55 @@ def who_it_is(chat: Chat, settings: Settings, inputs: Inputs, trusted: bool) -> 
                                frozenset(plain(" ".join(known)).split()))
 
 
-def answered(base: Chat, questions: list[str], taken: set[str], old_names: tuple[str, ...],
-             identity: list[str]) -> list[Turn]:
-    """Everyday turns from those questions that are not `taken`, which they are then; the base's own answers tell which
-    questions are about its identity, and those are added to `identity`."""
-    fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
-    taken.update(fresh)
-    turns = []
-    for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
-        if mentions(answer.text, old_names):
-            # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
-            if set(plain(answer.text).split()) & FIRST_PERSON:
-                identity.append(question)
-        elif answer.ended and answer.text and not is_loop(answer.text):
-            turns.append(Turn(question, answer.text))
-    return turns
-
-
-def questions_of(inputs: Inputs) -> set[str]:
-    """The user's questions and those that measure, which are not to be written again, in `plain` words."""
-    return {plain(q) for q in (*inputs.validation, *inputs.test, *(row.messages[-2]["content"] for row in inputs.rows))}
-
-
-def write_first_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
-    """What the healing needs, and no more: who the base is and a first helping of everyday turns. A training that does
-    not fit into memory, or goes wrong, is then known before all the rest is written."""
-    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
-    taken, identity = questions_of(inputs), []
-    starts = [""] * min(FIRST_TEXT, settings.num_self_text)
-    seed = random.Random(f"{settings.seed}/first-text").randrange(2**31)
-    questions = [*EVERYDAY_QUESTIONS, *write_questions(base, starts, "escrevendo perguntas", seed)]
-    everyday = answered(base, questions, taken, old_names, identity)
-    if len(everyday) < 8:
-        raise too_little(everyday)
-    say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
-    return SelfText(standard, identity, everyday, [], [])
-
-
-def too_little(turns: list[Turn]) -> InputError:
-    """What to tell about a base whose `turns` are all that it wrote."""
-    return InputError(f"o modelo base só deu {len(turns)} respostas aproveitáveis às perguntas que ele mesmo escreveu; em "
-                      "geral é um chat template errado, ou um modelo que não é de conversa.")
-
-
-def write_self_text(base: Chat, first: SelfText, settings: Settings, inputs: Inputs) -> SelfText:
-    """Let the base write on after the `first` text, until there is enough to train and to measure with.
+def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
+    """Let the base write questions and answer them; its own answers tell which of them are about its identity.
 
     A second helping of questions begins like identity questions: they show where identity ends, on both sides.
     """
     rng = random.Random(f"{settings.seed}/self-text")
     row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    identity = list(first.identity_questions)
-    taken = questions_of(inputs) | {plain(q) for q in (*identity, *(turn.question for turn in first.everyday))}
+    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
+    taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
+    identity: list[str] = []
 
-    def write(starts: list[str], label: str) -> list[Turn]:
-        questions = write_questions(base, starts, label, rng.randrange(2**31))
-        return answered(base, questions, taken, first.standard.old_names, identity)
+    def answered(questions: list[str]) -> list[Turn]:
+        """New everyday turns; identity questions are put aside."""
+        fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
+        taken.update(fresh)
+        turns = []
+        for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
+            if mentions(answer.text, old_names):
+                # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
+                if set(plain(answer.text).split()) & FIRST_PERSON:
+                    identity.append(question)
+            elif answer.ended and answer.text and not is_loop(answer.text):
+                turns.append(Turn(question, answer.text))
+        return turns
 
     n = settings.eval_questions
     wanted = settings.num_self_text + settings.num_self_answers + 2 * n
-    everyday, tries = [], 0
+    everyday, tries, good = answered(list(EVERYDAY_QUESTIONS)), 0, 0
     for _ in range(6):
-        # What the healing has seen cannot measure anything: there is to be enough besides, nearly all of it firm.
-        missing = max(wanted - len(first.everyday), 5 * n // 2) - len(everyday)
+        missing = wanted - len(everyday)
         if missing > 0.02 * wanted:  # a few more would cost as much as many
             # As many as it takes if they come out like the ones before; at first, as if all were good.
-            count = int(1.1 * missing * max(1, min(tries / max(len(everyday), 1), 4)))
-            everyday, tries = everyday + write([""] * count, "escrevendo perguntas"), tries + count
+            starts = [""] * int(1.1 * missing * max(1, min(tries / max(good, 1), 4)))
+            turns = answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
+            everyday, tries, good = everyday + turns, tries + len(starts), good + len(turns)
     # Half of them like the user's rows, which are few, but differ from what the base comes upon by itself.
     like = rng.choices(row_questions, k=wanted // 4) + rng.choices(row_questions + identity, k=wanted // 4)
-    close = write([" ".join(q.split()[:rng.randint(1, 3)]) for q in like], "escrevendo perguntas parecidas")
+    starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in like]
+    close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
     rng.shuffle(everyday)
     rng.shuffle(identity)
     firm = firm_turns(base, everyday, 2 * n)
-    rest = [*first.everyday, *(turn for turn in everyday if turn not in set(firm)), *close]
+    rest = [turn for turn in everyday if turn not in set(firm)] + close
     if len(firm) < n or len(rest) < n:
-        raise too_little(first.everyday + everyday)
-    say(f"  Ele escreveu {len(firm) + len(rest)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
-    return SelfText(first.standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
+        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis às perguntas que ele mesmo "
+                         "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
+    say(f"  Ele escreveu {len(everyday) + len(close)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
+    say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
+    return SelfText(standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
 
 
 def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
@@ -2216,17 +2176,12 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
 
     values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": standard.base_name}
     asked = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
-    known = [(kind_of(question), SequenceMatcher(None, "", plain(question), autojunk=False), answer)
-             for question, answer in asked]
+    known = [(kind_of(question), plain(question), answer) for question, answer in asked]
     used, conversations = Counter(), []
     for question in questions:
         words, kind = plain(question), kind_of(question)
-        alike = []
-        for k, matcher, answer in known:
-            if k == kind:
-                matcher.set_seq1(words)
-                alike.append((matcher.ratio(), answer))
-        alike = sorted(alike, reverse=True)[:2]
+        alike = sorted(((SequenceMatcher(None, words, other, autojunk=False).ratio(), answer)
+                        for k, other, answer in known if k == kind), reverse=True)[:2]
         if alike:
             answer = min((answer for _, answer in alike), key=lambda a: used[a])
             used[answer] += 1
@@ -2281,8 +2236,9 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
     before = None
     for number in range(1, len(sizes) + 1):
         previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
-        if number > 1:
-            drop_weights(previous)
+        if number > 1 and RANK == 0:
+            for weights in previous.glob("*model*.safetensors"):
+                weights.unlink()
         scores = Scores(**load_json(source / "validation.json"))
         say(f"  {label}, rodada {number} de até {len(sizes)}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
@@ -2574,10 +2530,10 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
                      for entry in load_json(log)]  # round-10 after round-9
-              for name, stage_name in (("healing", "[24]-*"), ("pass_1", "5-pass-1"), ("pass_2", "7-pass-2"))}
+              for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
-    seconds["8-result"] = round(time.monotonic() - began, 1)
+    seconds["6-result"] = round(time.monotonic() - began, 1)
     paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
               "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
@@ -2587,7 +2543,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "6-self-answers" / "self_answers.json")
+    self_answers = load_json(work / "4-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
@@ -2881,7 +2837,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
         f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
-        f"{clock(2 * tokens * pace)}.")
+        f"{clock(2.4 * tokens * pace)}.")
 
 
 @contextlib.contextmanager
@@ -2915,7 +2871,7 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
     """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
     out of `bases`, so that nobody else keeps it in memory."""
     base = bases.pop() if bases else None
-    left = SHARES | {name: SHARES[name] * (settings.rope_factor != 1) for name in ("2-scaled", "4-healed")}
+    left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
     began, made, current, since = time.monotonic(), 0, 0, 0.0
 
     def begin(title: str, name: str) -> None:
@@ -2928,75 +2884,55 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         current, since = left.pop(name) * (not ready), now
         say(title + " (já pronto)" * ready)
 
-    def listen(write: Callable[[Chat], SelfText], partial: Path) -> None:
-        nonlocal base
-        chat, base = (base or load_chat(folder, settings))._replace(notes=partial), None
-        text = write(chat)
-        save_self_text(partial, text, record_teacher(chat, text.everyday, short_window(native, settings)))
+    def listen(partial: Path) -> None:
+        own = write_self_text(base._replace(notes=partial), settings, inputs)
+        save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
 
-    begin("1/8 Ouvindo o modelo base: quem ele diz que é", "1-first-text")
-    first, teacher = read_self_text(stage(work / "1-first-text", keys["1-first-text"], functools.partial(
-        listen, lambda chat: write_first_text(chat, settings, inputs))))
-    base = None
-
-    if not (has_key(work / "4-healed" / "key.json", keys["4-healed"]) or any((work / "2-scaled").glob(WEIGHTS))):
-        discard(work / "2-scaled")  # its weights went when it was healed further, which has to be done again
-    begin(f"2/8 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
-          f"x{settings.rope_factor:g}) e começo da cura", "2-scaled")
-
-    def rebuild(partial: Path) -> None:
-        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
-        renew_template(chat.tokenizer, settings, first.standard.old_names)
-        if settings.rope_factor == 1:
-            say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-        else:
-            check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
-            # An adapter has to fit the base as it is.
-            kept = "full" in settings.method and keep_frequencies(chat, teacher, first)
-            steps = math.ceil(settings.heal_steps / 4) * (1 if kept else 4)
-            log = heal(chat, teacher, first, native, replace(settings, heal_steps=steps), partial)
-        save_stage(chat, partial, log)
-
-    scaled = stage(work / "2-scaled", keys["2-scaled"], rebuild)
-
-    begin("3/8 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
-    own, teacher = read_self_text(stage(work / "3-self-text", keys["3-self-text"], functools.partial(
-        listen, lambda chat: write_self_text(chat, first, settings, inputs))))
+    begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
+    own, teacher = read_self_text(stage(work / "1-self-text", keys["1-self-text"], listen))
+    tokenizer, old_names = load_tokenizer(str(folder)), own.standard.old_names
     seen = {plain(text) for text in (*own.identity_questions, *(turn.question for turn in own.everyday))}
     test = [question for question in inputs.test if plain(question) not in seen]
     if not test:
         raise InputError("todas as perguntas de prova já foram usadas no treino. Escreva outras em TEST_QUESTIONS, ou "
                          "refaça o treino com --restart.")
-    tokenizer = load_tokenizer(str(folder))
     exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
     validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
+    base = None
 
-    begin("4/8 O resto da cura" + ": nada a fazer" * (settings.rope_factor == 1), "4-healed")
+    begin(f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
+          f"x{settings.rope_factor:g}) e cura", "2-healed")
 
-    def go_on(partial: Path) -> None:
-        chat, log = load_chat(scaled, settings, train=True), load_json(scaled / "log.json")
-        if settings.rope_factor != 1:
-            log = heal(chat, teacher, own, native, replace(settings, heal_steps=3 * log[-1]["step"]), partial)
+    def rebuild(partial: Path) -> None:
+        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
+        renew_template(chat.tokenizer, settings, old_names)
+        if settings.rope_factor == 1:
+            say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
+        else:
+            check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
+            # An adapter has to fit the base as it is.
+            kept = "full" in settings.method and keep_frequencies(chat, teacher, own)
+            steps = settings.heal_steps * (1 if kept else 4)
+            log = heal(chat, teacher, own, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
-    healed = stage(work / "4-healed", keys["4-healed"], go_on)
-    drop_weights(scaled)
+    healed = stage(work / "2-healed", keys["2-healed"], rebuild)
 
-    begin("5/8 Passo 1: aprender a identidade", "5-pass-1")
+    begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
     lessons = with_hurried(lessons + answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings))
-    lessons, early = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
-    learnt = last_round(stage(work / "5-pass-1", keys["5-pass-1"], lambda partial: learn_identity(
-        healed, partial, teacher, early, own, validation, native, settings)))
+    lessons, first = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
+    learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
+        healed, partial, teacher, first, own, validation, native, settings)))
 
-    begin("6/8 Respostas do próprio modelo", "6-self-answers")
-    collected = stage(work / "6-self-answers", keys["6-self-answers"], lambda partial: write_json(
+    begin("4/6 Respostas do próprio modelo", "4-self-answers")
+    collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(
         partial / "self_answers.json", collect_self_answers(load_chat(learnt, settings)._replace(notes=partial),
                                                             lessons, own, settings))) / "self_answers.json"
 
-    begin("7/8 Passo 2: firmar a identidade em conversas longas", "7-pass-2")
-    firm = last_round(stage(work / "7-pass-2", keys["7-pass-2"], lambda partial: consolidate(
+    begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
+    firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
         learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
 
     def scores_of(name: str, load: Callable[[], Chat], key: str, label: str, exam: Exam) -> Scores:
@@ -3027,22 +2963,22 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
         if RANK == 0:
             write_json(result / "exam.json", exam._asdict())
-            write_report(result, settings, inputs, own.standard, native, scores, work, keys["8-result"],
+            write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
                          began)
 
-    if not (work / "8-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
-        discard(work / "8-result")  # its model was moved to an output that is there no more
-    begin("8/8 Salvando, carregando de novo e medindo: antes e depois", "8-result")
+    if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
+        discard(work / "6-result")  # its model was moved to an output that is there no more
+    begin("6/6 Salvando, carregando de novo e medindo: antes e depois", "6-result")
     untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
-    scores = {"before": scores_of("before", untouched, keys["3-self-text"], "perguntas de prova, antes",
+    scores = {"before": scores_of("before", untouched, keys["1-self-text"], "perguntas de prova, antes",
                                   exam._replace(sparse=True))}
     for name, other in untrained(exam, inputs.rows, settings).items():
-        scores[name] = scores_of(name, untouched, digest([keys["3-self-text"], other.context]),
+        scores[name] = scores_of(name, untouched, digest([keys["1-self-text"], other.context]),
                                  "perguntas de prova, sem treino", other)
     untouched.cache_clear()
-    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["5-pass-1"],
+    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["3-pass-1"],
                                  "perguntas de prova, após o passo 1", exam._replace(lengths=()))
-    publish(stage(work / "8-result", keys["8-result"], finish) / "model", settings)
+    publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
     wait()
 
 
@@ -3184,7 +3120,7 @@ def run(settings: Settings) -> int:
         folder = local_folder(settings)
         weights = check_base(folder)
         keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
-        finished = has_key(Path(settings.output_dir) / "report.json", keys["8-result"]) and not settings.restart
+        finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
         check_output(folder, settings, finished)
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
@@ -3203,10 +3139,10 @@ def run(settings: Settings) -> int:
     join_processes()
     bases, planned = [], work / "plan.json"
     config = read_config(folder)
-    settings, memory = settled(planned, keys["2-scaled"], config, weights, settings)
+    settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
-    if settings.check or settings.restart or not has_key(work / "1-first-text" / "key.json", keys["1-first-text"]):
+    if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
@@ -3215,7 +3151,7 @@ def run(settings: Settings) -> int:
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
     with opened(work, settings):
-        write_json(planned, {"key": keys["2-scaled"], "memory": memory, "settings": {
+        write_json(planned, {"key": keys["2-healed"], "memory": memory, "settings": {
             name: getattr(settings, name) for name in
             ("method", "window", "gradient_accumulation", "gradient_checkpointing")}})
         run_stages(folder, bases, work, keys, inputs, native, settings)
@@ -3236,7 +3172,7 @@ def with_less_memory(settings: Settings) -> dict:
         raise InputError("faltou memória para conversar com este modelo. Feche outros programas e tente de novo.")
     planned = work_folder(settings) / "plan.json"
     used = asdict(settings)
-    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-scaled"]):
+    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-healed"]):
         used |= load_json(planned)["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
     if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch
