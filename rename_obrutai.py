@@ -2176,12 +2176,17 @@ def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
 
     values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": standard.base_name}
     asked = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
-    known = [(kind_of(question), plain(question), answer) for question, answer in asked]
+    known = [(kind_of(question), SequenceMatcher(None, "", plain(question), autojunk=False), answer)
+             for question, answer in asked]
     used, conversations = Counter(), []
     for question in questions:
         words, kind = plain(question), kind_of(question)
-        alike = sorted(((SequenceMatcher(None, words, other, autojunk=False).ratio(), answer)
-                        for k, other, answer in known if k == kind), reverse=True)[:2]
+        alike = []
+        for k, matcher, answer in known:
+            if k == kind:
+                matcher.set_seq1(words)
+                alike.append((matcher.ratio(), answer))
+        alike = sorted(alike, reverse=True)[:2]
         if alike:
             answer = min((answer for _, answer in alike), key=lambda a: used[a])
             used[answer] += 1
