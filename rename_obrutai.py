@@ -199,6 +199,7 @@ LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
+FIRST_TEXT = 600  # questions, at most, that the base writes for the healing, which goes before the rest
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
@@ -756,16 +757,18 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
 
 # ---- Stages on disk: what a broken-off run goes on from ---------------------------------------------------
 
-# The settings that each stage depends on, besides those of the stages before it.
+# The settings that each stage depends on, besides those of the stages before it; another method needs no other text.
 USES = {
-    "1-self-text": "name author old_names num_self_answers num_self_text max_new_tokens eval_questions window seed",
+    "1-first-text": "name author old_names num_self_text max_new_tokens window seed",
+    "3-self-text": "num_self_answers eval_questions",
     "2-healed": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
-    "3-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
-    "4-self-answers": "",
-    "5-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
+    "4-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
+    "5-self-answers": "",
+    "6-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-self-text": 23, "2-healed": 12, "3-pass-1": 19, "4-self-answers": 2, "5-pass-2": 32, "6-result": 12}
+SHARES = {"1-first-text": 3, "2-healed": 10, "3-self-text": 25, "4-pass-1": 19, "5-self-answers": 2,
+          "6-pass-2": 31, "7-result": 10}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -788,7 +791,7 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     for name, uses in USES.items():
         chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
-    return {**keys, "exam": digest(inputs.test), "6-result": digest([chain, inputs.test])}
+    return {**keys, "exam": digest(inputs.test), "7-result": digest([chain, inputs.test])}
 
 
 def wait() -> None:
@@ -1524,29 +1527,62 @@ def who_it_is(chat: Chat, settings: Settings, inputs: Inputs, trusted: bool) -> 
                                frozenset(plain(" ".join(known)).split()))
 
 
-def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
-    """Let the base write questions and answer them; its own answers tell which of them are about its identity.
+def answer_own(base: Chat, questions: list[str], taken: set[str],
+               old_names: tuple[str, ...]) -> tuple[list[Turn], list[str]]:
+    """Everyday turns with the base's own answers, which also tell the questions about its identity. Questions that are
+    `taken`, in `plain` words, are left out; the others are taken then."""
+    fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
+    taken.update(fresh)
+    turns, identity = [], []
+    for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
+        if mentions(answer.text, old_names):
+            # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
+            if set(plain(answer.text).split()) & FIRST_PERSON:
+                identity.append(question)
+        elif answer.ended and answer.text and not is_loop(answer.text):
+            turns.append(Turn(question, answer.text))
+    return turns, identity
+
+
+def given_questions(inputs: Inputs) -> set[str]:
+    """What the user's rows and the exams ask, in `plain` words: the base is not to write it."""
+    asked = (row.messages[-2]["content"] for row in inputs.rows)
+    return {plain(question) for question in (*inputs.validation, *inputs.test, *asked)}
+
+
+def write_first_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
+    """What the healing needs, and no more: who the base is, and a few hundred everyday turns. A training that does not
+    fit into memory, or goes wrong, is then known before all the rest is written."""
+    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
+    seed = random.Random(f"{settings.seed}/first-text").randrange(2**31)
+    written = write_questions(base, [""] * min(FIRST_TEXT, settings.num_self_text), "escrevendo perguntas", seed)
+    everyday, identity = answer_own(base, [*EVERYDAY_QUESTIONS, *written], given_questions(inputs), old_names)
+    if len(everyday) < 8:
+        raise too_few(everyday)
+    say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
+    return SelfText(standard, identity, everyday, [], [])
+
+
+def too_few(turns: list[Turn]) -> InputError:
+    """What to tell about a base whose `turns` are all that it wrote."""
+    return InputError(f"o modelo base só deu {len(turns)} respostas aproveitáveis às perguntas que ele mesmo "
+                      "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
+
+
+def write_self_text(base: Chat, first: SelfText, settings: Settings, inputs: Inputs) -> SelfText:
+    """Let the base write questions and answer them, as many as it takes to train and to measure with. What the `first`
+    text has taught the healing measures nothing.
 
     A second helping of questions begins like identity questions: they show where identity ends, on both sides.
     """
     rng = random.Random(f"{settings.seed}/self-text")
     row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
-    taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
-    identity: list[str] = []
+    taken, identity = given_questions(inputs), []
 
     def answered(questions: list[str]) -> list[Turn]:
         """New everyday turns; identity questions are put aside."""
-        fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
-        taken.update(fresh)
-        turns = []
-        for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
-            if mentions(answer.text, old_names):
-                # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
-                if set(plain(answer.text).split()) & FIRST_PERSON:
-                    identity.append(question)
-            elif answer.ended and answer.text and not is_loop(answer.text):
-                turns.append(Turn(question, answer.text))
+        turns, about_itself = answer_own(base, questions, taken, first.standard.old_names)
+        identity.extend(about_itself)
         return turns
 
     n = settings.eval_questions
@@ -1565,14 +1601,13 @@ def write_self_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
     close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
     rng.shuffle(everyday)
     rng.shuffle(identity)
-    firm = firm_turns(base, everyday, 2 * n)
+    healed = {plain(turn.question) for turn in first.everyday}
+    firm = firm_turns(base, [turn for turn in everyday if plain(turn.question) not in healed], 2 * n)
     rest = [turn for turn in everyday if turn not in set(firm)] + close
     if len(firm) < n or len(rest) < n:
-        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis às perguntas que ele mesmo "
-                         "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
+        raise too_few(everyday)
     say(f"  Ele escreveu {len(everyday) + len(close)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
-    say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
-    return SelfText(standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
+    return SelfText(first.standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
 
 
 def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
@@ -2535,10 +2570,10 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
                      for entry in load_json(log)]  # round-10 after round-9
-              for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
+              for name, stage_name in (("healing", "2-healed"), ("pass_1", "4-pass-1"), ("pass_2", "6-pass-2"))}
     seconds = {name: load_json(work / name / "key.json")["seconds"]
                for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
-    seconds["6-result"] = round(time.monotonic() - began, 1)
+    seconds["7-result"] = round(time.monotonic() - began, 1)
     paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
     report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
               "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
@@ -2548,7 +2583,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "4-self-answers" / "self_answers.json")
+    self_answers = load_json(work / "5-self-answers" / "self_answers.json")
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
@@ -2889,55 +2924,62 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         current, since = left.pop(name) * (not ready), now
         say(title + " (já pronto)" * ready)
 
-    def listen(partial: Path) -> None:
-        own = write_self_text(base._replace(notes=partial), settings, inputs)
-        save_self_text(partial, own, record_teacher(base, own.everyday, short_window(native, settings)))
+    def listen(write: Callable[[Chat], SelfText], partial: Path) -> None:
+        nonlocal base
+        chat, base = (base or load_chat(folder, settings))._replace(notes=partial), None
+        text = write(chat)
+        save_self_text(partial, text, record_teacher(chat, text.everyday, short_window(native, settings)))
 
-    begin("1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", "1-self-text")
-    own, teacher = read_self_text(stage(work / "1-self-text", keys["1-self-text"], listen))
-    tokenizer, old_names = load_tokenizer(str(folder)), own.standard.old_names
-    seen = {plain(text) for text in (*own.identity_questions, *(turn.question for turn in own.everyday))}
-    test = [question for question in inputs.test if plain(question) not in seen]
-    if not test:
-        raise InputError("todas as perguntas de prova já foram usadas no treino. Escreva outras em TEST_QUESTIONS, ou "
-                         "refaça o treino com --restart.")
-    exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
-    validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
+    begin("1/7 Ouvindo o modelo base: quem ele diz que é", "1-first-text")
+    first, teacher = read_self_text(stage(work / "1-first-text", keys["1-first-text"], functools.partial(
+        listen, lambda chat: write_first_text(chat, settings, inputs))))
     base = None
 
-    begin(f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
+    begin(f"2/7 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
           f"x{settings.rope_factor:g}) e cura", "2-healed")
 
     def rebuild(partial: Path) -> None:
         chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
-        renew_template(chat.tokenizer, settings, old_names)
+        renew_template(chat.tokenizer, settings, first.standard.old_names)
         if settings.rope_factor == 1:
             say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
         else:
             check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
             # An adapter has to fit the base as it is.
-            kept = "full" in settings.method and keep_frequencies(chat, teacher, own)
+            kept = "full" in settings.method and keep_frequencies(chat, teacher, first)
             steps = settings.heal_steps * (1 if kept else 4)
-            log = heal(chat, teacher, own, native, replace(settings, heal_steps=steps), partial)
+            log = heal(chat, teacher, first, native, replace(settings, heal_steps=steps), partial)
         save_stage(chat, partial, log)
 
     healed = stage(work / "2-healed", keys["2-healed"], rebuild)
 
-    begin("3/6 Passo 1: aprender a identidade", "3-pass-1")
+    begin("3/7 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
+    own, teacher = read_self_text(stage(work / "3-self-text", keys["3-self-text"], functools.partial(
+        listen, lambda chat: write_self_text(chat, first, settings, inputs))))
+    seen = {plain(turn.question) for turn in own.everyday + first.everyday} | set(map(plain, own.identity_questions))
+    test = [question for question in inputs.test if plain(question) not in seen]
+    if not test:
+        raise InputError("todas as perguntas de prova já foram usadas no treino. Escreva outras em TEST_QUESTIONS, ou "
+                         "refaça o treino com --restart.")
+    tokenizer = load_tokenizer(str(folder))
+    exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
+    validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
+
+    begin("4/7 Passo 1: aprender a identidade", "4-pass-1")
     renewed = load_tokenizer(str(healed))
     lessons = [without_system(renewed, row.messages) for row in inputs.rows]
     lessons = with_hurried(lessons + answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings))
-    lessons, first = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
-    learnt = last_round(stage(work / "3-pass-1", keys["3-pass-1"], lambda partial: learn_identity(
-        healed, partial, teacher, first, own, validation, native, settings)))
+    lessons, early = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
+    learnt = last_round(stage(work / "4-pass-1", keys["4-pass-1"], lambda partial: learn_identity(
+        healed, partial, teacher, early, own, validation, native, settings)))
 
-    begin("4/6 Respostas do próprio modelo", "4-self-answers")
-    collected = stage(work / "4-self-answers", keys["4-self-answers"], lambda partial: write_json(
+    begin("5/7 Respostas do próprio modelo", "5-self-answers")
+    collected = stage(work / "5-self-answers", keys["5-self-answers"], lambda partial: write_json(
         partial / "self_answers.json", collect_self_answers(load_chat(learnt, settings)._replace(notes=partial),
                                                             lessons, own, settings))) / "self_answers.json"
 
-    begin("5/6 Passo 2: firmar a identidade em conversas longas", "5-pass-2")
-    firm = last_round(stage(work / "5-pass-2", keys["5-pass-2"], lambda partial: consolidate(
+    begin("6/7 Passo 2: firmar a identidade em conversas longas", "6-pass-2")
+    firm = last_round(stage(work / "6-pass-2", keys["6-pass-2"], lambda partial: consolidate(
         learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
 
     def scores_of(name: str, load: Callable[[], Chat], key: str, label: str, exam: Exam) -> Scores:
@@ -2968,22 +3010,22 @@ def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str]
         scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
         if RANK == 0:
             write_json(result / "exam.json", exam._asdict())
-            write_report(result, settings, inputs, own.standard, native, scores, work, keys["6-result"],
+            write_report(result, settings, inputs, own.standard, native, scores, work, keys["7-result"],
                          began)
 
-    if not (work / "6-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
-        discard(work / "6-result")  # its model was moved to an output that is there no more
-    begin("6/6 Salvando, carregando de novo e medindo: antes e depois", "6-result")
+    if not (work / "7-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
+        discard(work / "7-result")  # its model was moved to an output that is there no more
+    begin("7/7 Salvando, carregando de novo e medindo: antes e depois", "7-result")
     untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
-    scores = {"before": scores_of("before", untouched, keys["1-self-text"], "perguntas de prova, antes",
+    scores = {"before": scores_of("before", untouched, keys["3-self-text"], "perguntas de prova, antes",
                                   exam._replace(sparse=True))}
     for name, other in untrained(exam, inputs.rows, settings).items():
-        scores[name] = scores_of(name, untouched, digest([keys["1-self-text"], other.context]),
+        scores[name] = scores_of(name, untouched, digest([keys["3-self-text"], other.context]),
                                  "perguntas de prova, sem treino", other)
     untouched.cache_clear()
-    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["3-pass-1"],
+    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["4-pass-1"],
                                  "perguntas de prova, após o passo 1", exam._replace(lengths=()))
-    publish(stage(work / "6-result", keys["6-result"], finish) / "model", settings)
+    publish(stage(work / "7-result", keys["7-result"], finish) / "model", settings)
     wait()
 
 
@@ -3125,7 +3167,7 @@ def run(settings: Settings) -> int:
         folder = local_folder(settings)
         weights = check_base(folder)
         keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
-        finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
+        finished = has_key(Path(settings.output_dir) / "report.json", keys["7-result"]) and not settings.restart
         check_output(folder, settings, finished)
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
@@ -3147,7 +3189,7 @@ def run(settings: Settings) -> int:
     settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
-    if settings.check or settings.restart or not has_key(work / "1-self-text" / "key.json", keys["1-self-text"]):
+    if settings.check or settings.restart or not has_key(work / "1-first-text" / "key.json", keys["1-first-text"]):
         bases.append(load_chat(folder, settings))
         check_logits(bases[0])
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)

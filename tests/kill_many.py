@@ -43,64 +43,68 @@ OPERATIONS = 1500  # file operations between two kills of the fourth kind, at mo
 # In the order in which the job comes by them, so that a chain can be killed at one after the other.
 SEEN = """
 lock
-1-self-text.partial/key.json
-1-self-text.partial/answers-*
-1-self-text.partial/teacher.safetensors
-1-self-text
+1-first-text.partial/key.json
+1-first-text.partial/answers-*
+1-first-text.partial/teacher.safetensors
+1-first-text
 2-healed.partial/training/checkpoint-*
 2-healed.partial/training/checkpoint-*/optimizer.pt
 2-healed.partial/training/checkpoint-*/complete.json
 2-healed.partial/*model.safetensors
 2-healed
-3-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
-3-pass-1.partial/round-1.partial/training/checkpoint-3?/scheduler.pt
-3-pass-1.partial/round-1.partial/*model.safetensors
-3-pass-1.partial/round-1
-3-pass-1.partial/round-1.partial/training/checkpoint-*/trainer_state.json
-3-pass-1
-4-self-answers.partial/answers-*
-4-self-answers
-5-pass-2.partial/round-1.partial/training/checkpoint-2?
-5-pass-2.partial/round-1.partial/training/checkpoint-9?/rng_state.pth
-5-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
-5-pass-2.partial/round-1.partial/validation.json
-5-pass-2
+3-self-text.partial/answers-*
+3-self-text
+4-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
+4-pass-1.partial/round-1.partial/training/checkpoint-3?/scheduler.pt
+4-pass-1.partial/round-1.partial/*model.safetensors
+4-pass-1.partial/round-1
+4-pass-1.partial/round-1.partial/training/checkpoint-*/trainer_state.json
+4-pass-1
+5-self-answers.partial/answers-*
+5-self-answers
+6-pass-2.partial/round-1.partial/training/checkpoint-2?
+6-pass-2.partial/round-1.partial/training/checkpoint-9?/rng_state.pth
+6-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
+6-pass-2.partial/round-1.partial/validation.json
+6-pass-2
 exam-before.partial/answers-*
 exam-prompt.partial/answers-*
 exam-rows
 exam-pass-1.partial
-6-result.partial/model/model.safetensors
-6-result.partial/answers-*
-6-result.partial/model/report.json
-6-result
+7-result.partial/model/model.safetensors
+7-result.partial/answers-*
+7-result.partial/model/report.json
+7-result
 """.split()
 # The same for operations; the first number says before which one that fits.
 BEFORE = """
-1 rename 1-self-text.partial/key.json.tmp
-2 rename 1-self-text.partial/answers-
-2 remove 1-self-text.partial/answers-
-1 rename 1-self-text.partial$
+1 rename 1-first-text.partial/key.json.tmp
+2 rename 1-first-text.partial/answers-
+2 remove 1-first-text.partial/answers-
+1 rename 1-first-text.partial$
 1 open 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rename 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rmdir 2-healed.partial/training/checkpoint-\\d+
 4 remove 2-healed.partial/training/checkpoint-11/
 1 rmdir 2-healed.partial/training$
 1 rename 2-healed.partial$
-1 remove 3-pass-1.partial/round-1.partial/training/checkpoint-\\d+/complete.json
-5 remove 3-pass-1.partial/round-1.partial/training/checkpoint-2\\d/
-7 remove 3-pass-1.partial/round-1.partial/training/checkpoint-45/
-1 rename 3-pass-1.partial/round-1.partial$
-1 open 3-pass-1.partial/round-1.partial/training/checkpoint-\\d+/trainer_state.json
-6 remove 3-pass-1.partial/round-1.partial/training/checkpoint-22/
-1 remove 3-pass-1.partial/round-1/(adapter_)?model.safetensors
-1 rename 3-pass-1.partial$
-9 remove 5-pass-2.partial/round-1.partial/training/checkpoint-99/
-1 rename 5-pass-2.partial/round-1.partial/validation.json.tmp
-1 remove 5-pass-2.partial/round-1/(adapter_)?model.safetensors
-1 rename 5-pass-2.partial$
-1 open 6-result.partial/model/README.md
-1 rename 6-result.partial$
-1 rename 6-result/model
+2 rename 3-self-text.partial/answers-
+1 rename 3-self-text.partial$
+1 remove 4-pass-1.partial/round-1.partial/training/checkpoint-\\d+/complete.json
+5 remove 4-pass-1.partial/round-1.partial/training/checkpoint-2\\d/
+7 remove 4-pass-1.partial/round-1.partial/training/checkpoint-45/
+1 rename 4-pass-1.partial/round-1.partial$
+1 open 4-pass-1.partial/round-1.partial/training/checkpoint-\\d+/trainer_state.json
+6 remove 4-pass-1.partial/round-1.partial/training/checkpoint-22/
+1 remove 4-pass-1.partial/round-1/(adapter_)?model.safetensors
+1 rename 4-pass-1.partial$
+9 remove 6-pass-2.partial/round-1.partial/training/checkpoint-99/
+1 rename 6-pass-2.partial/round-1.partial/validation.json.tmp
+1 remove 6-pass-2.partial/round-1/(adapter_)?model.safetensors
+1 rename 6-pass-2.partial$
+1 open 7-result.partial/model/README.md
+1 rename 7-result.partial$
+1 rename 7-result/model
 """.strip().splitlines()
 
 
@@ -229,8 +233,8 @@ def wrong_after_kill(folder: Path, expected: dict[str, str], older: dict[str, st
         if (stage / "key.json").is_file() and not stage.name.endswith(".partial"):
             prefix = f"{WORK}/{stage.name}/"
             checked(prefix[:-1], {k[len(prefix):]: v for k, v in expected.items() if k.startswith(prefix)})
-    if (work / "6-result" / "key.json").is_file() and (work / "6-result" / "model").exists():
-        checked(f"{WORK}/6-result/model", result)
+    if (work / "7-result" / "key.json").is_file() and (work / "7-result" / "model").exists():
+        checked(f"{WORK}/7-result/model", result)
     return wrong
 
 
@@ -324,7 +328,7 @@ def main() -> int:
                    (line.split(" ", 1) for line in spread(BEFORE, quarter))],
         "after": [Moment("after", f"{rng.uniform(1, seconds / 3):.2f}") for _ in range(quarter)],
         "older": [*(Moment("before", "", rng.randint(1, OPERATIONS)) for _ in range(options.points - 3 * quarter)),
-                  Moment("before", "rename 6-result/model"), Moment("before", "rmdir 6-result/replaced$")],
+                  Moment("before", "rename 7-result/model"), Moment("before", "rmdir 7-result/replaced$")],
     }
     kills, wrong, number = 0, [], 0
     for name, left in chains.items():

@@ -91,7 +91,7 @@ def call(work, capsys, *flags, deep=False):
     """Run the script in this process, up to where the long work would begin: status, stdout, stderr."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
-        for name in ("write_self_text",) if deep else ("load_model", "write_self_text"):
+        for name in ("write_first_text",) if deep else ("load_model", "write_first_text"):
             patch.setattr(tool, name, accept, raising=False)
         status = tool.main([str(flag) for flag in (*basic_flags(work), *flags)])
     return status, *capsys.readouterr()

@@ -41,13 +41,13 @@ def whole_run(tmp_path_factory):
     """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it."""
     work, guard = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("guard")
     (guard / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-    for name in ("novo", "novo.work/2-healed", "novo.work/3-pass-1.partial/round-1",
-                 "novo.work/6-result.partial/model"):
+    for name in ("novo", "novo.work/2-healed", "novo.work/4-pass-1.partial/round-1",
+                 "novo.work/7-result.partial/model"):
         (work / name).mkdir(parents=True)
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
     (work / "novo" / "report.json").write_text("{}", encoding="utf-8")  # the mark of an earlier result
     (work / "novo.work" / tool.WORK_NOTE).write_text("", encoding="utf-8")  # the mark of an earlier run's stages
-    for name in ("2-healed", "3-pass-1.partial", "6-result.partial"):
+    for name in ("2-healed", "4-pass-1.partial", "7-result.partial"):
         (work / "novo.work" / name / "key.json").write_text('{"key": "of other settings"}', encoding="utf-8")
     (work / "precious.txt").write_text("the user's own", encoding="utf-8")
     base = contents(DEMO)
@@ -98,7 +98,7 @@ def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named
     lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
     scores = {name: tool.Scores(identity, old, leak, retention, 0, lengths, []) for name in ("before", "pass_2")}
     report = {"scores": {name: score._asdict() for name, score in scores.items()},
-              "seconds": {"1-self-text": 60.5, "2-healed": 140}}
+              "seconds": {"1-first-text": 60.5, "2-healed": 140}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert tool.conclude(small_settings("--output-dir", tmp_path)) == status
     said = capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == {*tool.USES, *EXAMS, "6-result"}
+    assert folders == {*tool.USES, *EXAMS, "7-result"}
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
         r"\.(partial|tmp)$|checkpoint-|training|replaced|answers-", str(path.relative_to(stages)))]
@@ -240,7 +240,7 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert set(seconds) == {*tool.USES, *EXAMS, "6-result"}
+    assert set(seconds) == {*tool.USES, *EXAMS, "7-result"}
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
@@ -283,7 +283,7 @@ def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
 def test_each_stage_says_what_it_took_and_what_is_left(whole_run):
     said = whole_run.done.stdout
     ends = re.findall(r"(?m)^  Pronto em (?:\d+ min )?\d+ s; .* faltam uns (?:\d+ min )?\d+ s", said)
-    assert len(ends) == 5 and [int(n) for n in re.findall(r"(?m)^(\d)/6 ", said)] == [1, 2, 3, 4, 5, 6]
+    assert len(ends) == 6 and [int(n) for n in re.findall(r"(?m)^(\d)/7 ", said)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_terminal_ends_with_the_same_table(whole_run):
@@ -398,10 +398,10 @@ def test_the_same_command_again_shows_the_finished_result_and_changes_nothing(wh
 
 def test_the_losses_of_a_pass_are_reported_in_the_order_of_its_rounds(whole_run, tmp_path):
     shutil.copytree(whole_run.work / "novo.work", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "3-pass-1" / "round-1")
+    shutil.rmtree(tmp_path / "4-pass-1" / "round-1")
     rounds = [3, 11, 1, 10, 2, 4, 8, 5, 9, 7, 6]
     for number in rounds:
-        folder = tmp_path / "3-pass-1" / f"round-{number}"
+        folder = tmp_path / "4-pass-1" / f"round-{number}"
         folder.mkdir(parents=True)
         tool.write_json(folder / "log.json", [{"loss": 1.0, "step": 1, "round": number}])
     settings, standard = small_settings(), tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset())
@@ -432,7 +432,7 @@ def test_the_base_is_out_of_memory_when_the_training_begins(tmp_path, monkeypatc
 
     monkeypatch.setattr(tool, "quiet_libraries", lambda _: None)  # this process is not its own
     monkeypatch.setattr(tool, "load_chat", load)
-    monkeypatch.setattr(tool, "write_self_text", lambda *_: own)
+    monkeypatch.setattr(tool, "write_first_text", lambda *_: own)
     monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(0.0, 1.0, 0.0, 1.0, 0, [], []))
     monkeypatch.setattr(tool, "heal", heal)
     with pytest.raises(Healing):
@@ -449,9 +449,9 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
         with tool.opened(work, settings):
             if len(parts) == 1:
                 assert not (work / "old").exists()
-                (work / "1-self-text").mkdir()
+                (work / "1-first-text").mkdir()
                 raise RuntimeError("CUDA out of memory.")
-            return 0 if (work / "1-self-text").exists() else 1
+            return 0 if (work / "1-first-text").exists() else 1
 
     monkeypatch.setattr(tool, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

@@ -352,6 +352,12 @@ PLANTED = (  # what the base might write and must not be trained on
     tool.Answer("quem e voce", True), tool.Answer("?!", True))
 
 
+def write(chat, settings):
+    """All that the base writes."""
+    inputs = tool.check_inputs(settings)
+    return tool.write_self_text(chat, tool.write_first_text(chat, settings, inputs), settings, inputs)
+
+
 @pytest.fixture(scope="module")
 def self_text(demo_chat, tmp_path_factory):
     """Self-text of the demo model, which is made to write some questions that it should not."""
@@ -365,7 +371,7 @@ def self_text(demo_chat, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "generate", generate_and_plant)
-        return tool.write_self_text(demo_chat, settings, tool.check_inputs(settings))
+        return write(demo_chat, settings)
 
 
 def test_the_base_writes_as_many_turns_as_asked_and_no_question_twice(self_text):
@@ -384,22 +390,55 @@ def test_questions_are_asked_for_at_the_rate_at_which_they_turn_out_usable(usabl
     """Of a base that answers every `usable`-th one well, as many more are asked for as that takes."""
     asked = []
 
-    def write(chat, starts, label, seed):
+    def write_questions(chat, starts, label, seed):
         asked.append(len(starts))
         return [f"pergunta {len(asked)} {i}" for i in range(len(starts))]
 
-    monkeypatch.setattr(tool, "write_questions", write)
+    monkeypatch.setattr(tool, "write_questions", write_questions)
     monkeypatch.setattr(tool, "EVERYDAY_QUESTIONS", ("Que horas são?",))
     monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [
         tool.Answer("Certo.", i % usable == 0) for i in range(len(questions))])
     monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
     settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16)
-    own = tool.write_self_text(demo_chat, settings, tool.check_inputs(settings))
+    own = write(demo_chat, settings)
     wanted = 400 + settings.num_self_answers + 32
-    *everyday, close = asked
-    assert len(everyday) == times and everyday[0] == int(1.1 * (wanted - 1)) and close == 2 * (wanted // 4)
+    first, main, *more, close = asked
+    assert first == min(tool.FIRST_TEXT, 400) and close == 2 * (wanted // 4) and len(more) == times - 1
+    assert main == int(1.1 * (wanted - 1))
     turns = len(own.everyday + own.validation + own.held_out)
     assert abs(turns - wanted - close / usable) <= 0.12 * wanted
+
+
+def test_what_the_healing_has_learnt_measures_nothing(demo_chat, tmp_path):
+    settings = small_settings("--num-self-text", 40, "--num-self-answers", 8, "--eval-questions", 6,
+                              "--output-dir", tmp_path / "novo")
+    first = tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
+    assert len(first.everyday) >= 40 and not first.validation + first.held_out
+    own = tool.write_self_text(demo_chat, first, settings, tool.check_inputs(settings))
+    healed, measured = ({tool.plain(turn.question) for turn in turns}
+                        for turns in (first.everyday, own.validation + own.held_out))
+    assert len(measured) == 12 and not measured & healed
+
+
+def test_however_much_text_there_is_to_be_the_healing_waits_for_a_first_helping_only(demo_chat, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tool, "write_questions", lambda chat, starts, *_: asked.append(len(starts)) or [
+        f"pergunta {i}" for i in range(len(starts))])
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer("Certo.", True) for _ in questions])
+    for given in (150, 100_000):
+        settings = small_settings("--overwrite", "--num-self-text", given)
+        tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
+    assert asked == [150, tool.FIRST_TEXT]
+
+
+def test_a_base_that_gives_no_usable_answer_is_refused_before_it_writes_more(demo_chat, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: asked.append(questions) or [
+        tool.Answer("a a a a", False) for _ in questions])
+    settings = small_settings("--overwrite")
+    with pytest.raises(tool.InputError, match=r"só deu 0 respostas.*chat template"):
+        tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
+    assert len(asked) == 2 and len(asked[1]) <= tool.FIRST_TEXT + len(tool.EVERYDAY_QUESTIONS)
 
 
 def test_half_of_the_questions_close_to_identity_begin_like_the_rows_of_the_user(demo_chat, monkeypatch):
@@ -412,9 +451,9 @@ def test_half_of_the_questions_close_to_identity_begin_like_the_rows_of_the_user
     monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
     settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16, "--old-names", "Lumi")
     inputs = tool.check_inputs(settings)
-    own = tool.write_self_text(demo_chat, settings, inputs)
+    own = write(demo_chat, settings)
     rows = {" ".join(row.messages[-2]["content"].split()[:n]) for row in inputs.rows for n in (1, 2, 3)}
-    assert len(own.identity_questions) > 3 * len(inputs.rows) and set(asked[0]) == {""}
+    assert len(own.identity_questions) > 3 * len(inputs.rows) and set(asked[0] + asked[1]) == {""}
     of_rows = sum(start in rows for start in asked[-1]) / len(asked[-1])
     assert 0.5 <= of_rows <= 0.7
 
@@ -435,10 +474,11 @@ def test_a_test_question_that_the_base_wrote_before_is_left_out_of_the_exam(self
     settings = changed(small_settings("--output-dir", tmp_path / "novo"), window=512, max_new_tokens=32)
     inputs = tool.check_inputs(settings)
     keys = tool.stage_keys(settings, inputs, DEMO)
-    stage = tmp_path / "1-self-text"
-    stage.mkdir()
-    tool.save_self_text(stage, own, tool.record_teacher(demo_chat, own.everyday, 128))
-    tool.write_json(stage / "key.json", {"key": keys["1-self-text"]})
+    for name in ("1-first-text", "2-healed", "3-self-text"):
+        stage = tmp_path / name
+        stage.mkdir()
+        tool.save_self_text(stage, own, tool.record_teacher(demo_chat, own.everyday, 128))
+        tool.write_json(stage / "key.json", {"key": keys[name]})
 
     class Sat(Exception):
         """Carries what is asked, and ends the run."""

@@ -980,7 +980,7 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
     assert {name for name in before if four_bits[name] == before[name]} == {"exam"}
     for values in ({"method": "lora"}, {"lora_rank": 8}):
         after = tool.stage_keys(changed(given, **values), inputs, DEMO)
-        assert {name for name in before if after[name] == before[name]} == {"1-self-text", "exam"}
+        assert {name for name in before if after[name] == before[name]} == {"1-first-text", "3-self-text", "exam"}
     for values in ({"gradient_checkpointing": True}, {"gradient_accumulation": 4}):
         assert tool.stage_keys(changed(given, **values), inputs, DEMO) == before
 
@@ -1043,9 +1043,10 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
 
 def test_the_stages_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(lora_run):
     weights = {str(path.relative_to(lora_run.work)) for path in lora_run.work.rglob("*.safetensors")}
-    last = tool.last_round(lora_run.work / "3-pass-1").name
-    assert weights == {"1-self-text/teacher.safetensors", f"2-healed/{tool.LORA_FILE}",
-                       f"3-pass-1/{last}/{tool.LORA_FILE}", f"5-pass-2/round-1/{tool.LORA_FILE}"}
+    last = tool.last_round(lora_run.work / "4-pass-1").name
+    assert weights == {"1-first-text/teacher.safetensors", "3-self-text/teacher.safetensors",
+                       f"2-healed/{tool.LORA_FILE}", f"4-pass-1/{last}/{tool.LORA_FILE}",
+                       f"6-pass-2/round-1/{tool.LORA_FILE}"}
     assert not list(lora_run.work.rglob("*.bin"))
 
 
@@ -1076,7 +1077,7 @@ def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_the_self
     for name in ("novo.work", "linhas.jsonl"):
         copy = shutil.copytree if name == "novo.work" else shutil.copy2
         copy(lora_run.folder / name, tmp_path / name)
-    kept = (tmp_path / "novo.work" / "1-self-text" / "self_text.json").read_bytes()
+    kept = (tmp_path / "novo.work" / "3-self-text" / "self_text.json").read_bytes()
     models = []
 
     def heal(chat, *_):
@@ -1088,11 +1089,12 @@ def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_the_self
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
         patch.setattr(tool, "heal", heal)
-        patch.setattr(tool, "write_self_text", lambda *_: pytest.fail("the self-text was written again"))
+        for name in ("write_first_text", "write_self_text"):
+            patch.setattr(tool, name, lambda *_: pytest.fail("the self-text was written again"))
         patch.setattr(tool, "evaluate", lambda *_: pytest.fail("the base was examined again"))
         with pytest.raises(Reached):
             call(*[flag.replace(str(lora_run.folder), str(tmp_path)) for flag in flags])
     assert models[0] is tool.whole(models[0]) and all(p.requires_grad for p in models[0].parameters())
-    assert (tmp_path / "novo.work" / "1-self-text" / "self_text.json").read_bytes() == kept
+    assert (tmp_path / "novo.work" / "3-self-text" / "self_text.json").read_bytes() == kept
     plan = json.loads((tmp_path / "novo.work" / "plan.json").read_text(encoding="utf-8"))
     assert plan["settings"]["method"] == "full"

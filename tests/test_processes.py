@@ -43,8 +43,8 @@ def test_two_processes_make_the_same_model_as_one_and_speak_once(sharded, alone,
     assert "Traceback (most recent call last):\n  File \"" + str(SCRIPT) not in together.stderr
     assert "FileNotFoundError" not in together.stderr
     steps = [[line for line in done.stdout.splitlines() if line[1:2] == "/"] for done in (alone, together)]
-    assert steps[0] == steps[1] and len(steps[0]) == 6
-    texts = [json.loads((tmp_path / name / "novo.work" / "1-self-text" / "self_text.json").read_text(encoding="utf-8"))
+    assert steps[0] == steps[1] and len(steps[0]) == 7
+    texts = [json.loads((tmp_path / name / "novo.work" / "3-self-text" / "self_text.json").read_text(encoding="utf-8"))
              for name in ("one", "two")]
     assert texts[0]["everyday"] == texts[1]["everyday"] and texts[0]["rows"] == texts[1]["rows"]
     healed = [load_file(tmp_path / name / "novo.work" / "2-healed" / "model.safetensors") for name in ("one", "two")]

@@ -165,7 +165,7 @@ def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "run", tool.conclude)
-    report = {"seconds": {"1-self-text": 60.5}, "scores": {
+    report = {"seconds": {"3-self-text": 60.5}, "scores": {
         name: {**REPORT["scores"]["pass_2"], "distinct": 0, "answers": [
             {"question": "Quem é?", "answer": "Eu.", "problem": ""}]} for name in ("before", "pass_2")}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
