@@ -225,8 +225,8 @@ PROCEDURES = {"replaced": Replaced, "trl": PlainTRL, "trl fp32": FloatTRL, "tool
 
 def limits(shapes, rows, dtype):
     """Operations a second in the three products of each of a model's matrices (how many of each shape), `rows` tokens
-    at a time, and in large square ones; bytes a second read from memory. The best of several tries: others may use the
-    machine."""
+    at a time: of one matrix again and again, and of one after the other, as a model goes through them; in large square
+    ones; bytes a second read from memory. The best of several tries: others may use the machine."""
     import torch
 
     def best(work, *args, **options):
@@ -236,17 +236,26 @@ def limits(shapes, rows, dtype):
             times.append(now())
         return min(after - before for before, after in zip(times, times[1:]))
 
-    operations, seconds, device = 0, 0, "cuda" if torch.cuda.is_available() else "cpu"
+    def one_after_another(x, y, weights):
+        for weight in weights:
+            for a, b in ((x, weight.T), (y, weight), (y.T, x)):
+                torch.mm(a, b)
+
+    operations, seconds, cold, device = 0, 0, 0, "cuda" if torch.cuda.is_available() else "cpu"
     for (inputs, outputs), number in shapes.items():
         x, weight, y = (torch.randn(shape, dtype=dtype, device=device)
                         for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
         for a, b, like in ((x, weight.T, y), (y, weight, x), (y.T, x, weight)):
             seconds += number * best(torch.mm, a, b, out=torch.empty_like(like))
             operations += number * 2 * rows * inputs * outputs
+        weights = torch.randn((number, *weight.shape), dtype=dtype, device=device)
+        cold += best(one_after_another, x, y, weights)
+        del weights
     side = 8192 if device == "cuda" else 1024
     square = torch.randn((side, side), dtype=dtype, device=device)
-    return operations / seconds, 2 * side**3 / best(torch.mm, square, square), 2**30 / best(
-        torch.ones(2**28, device=device).sum)
+    return {"rate": operations / seconds, "cold": operations / cold,
+            "square": 2 * side**3 / best(torch.mm, square, square),
+            "bandwidth": 2**30 / best(torch.ones(2**28, device=device).sum)}
 
 
 def measure(name, size, folder, quick):
@@ -260,6 +269,8 @@ def measure(name, size, folder, quick):
 
     global EPOCHS
     process, meter, first, tool.say.quiet = psutil.Process(), Meter(), [], True
+    if name == "tool":
+        tool.quiet_libraries(tool.parse_settings([]))  # as a run begins: it sets how memory is allocated
     gpu, method = torch.cuda.is_available(), METHOD.get(size, "full")
     EPOCHS = (40, 30) if gpu else EPOCHS
     torch.ones(8, 8, requires_grad=True, device="cuda" if gpu else "cpu").sum().backward()
@@ -294,11 +305,10 @@ def measure(name, size, folder, quick):
                    "jobs": jobs}
         if name == "tool":
             parts = job.settings.gradient_accumulation if gpu else 1
-            rate, square, bandwidth = limits(job.shapes, tool.step_tokens(job.native, job.settings) // parts,
-                                             meter.dtype)
+            tokens = tool.step_tokens(job.native, job.settings) // parts
             shown = ("method", "window", "gradient_accumulation", "gradient_checkpointing")
-            figures |= job.sizes | {"rate": rate, "square": square, "bandwidth": bandwidth, "dtype": str(meter.dtype),
-                                    "settings": {key: getattr(job.settings, key) for key in shown}}
+            figures |= job.sizes | limits(job.shapes, tokens, meter.dtype) | {
+                "dtype": str(meter.dtype), "settings": {key: getattr(job.settings, key) for key in shown}}
     return figures
 
 
@@ -477,9 +487,10 @@ def main():
                   "{} {measured}/{steps}".format(name, **run[name]["jobs"]["100"]["pass 2"]) for name in procedures))
         shares = [median(training(r["limit"]["jobs"]["100"]) / work(r["tool"]["jobs"]["100"]) for r in results[size])
                   for work in (training, steps)]
+        rate, cold, square = (own[key] / 1e9 for key in ("rate", "cold", "square"))
         print(f"tool: {own['settings']}; training at {shares[0]:.0%} of the limit, its steps alone\n"
-              f"at {shares[1]:.0%}, and at {shares[1] * own['rate'] / own['square']:.0%} of what large square "
-              f"products reach ({own['square'] / 1e9:.0f} GFLOP/s)")
+              f"at {shares[1]:.0%}. GFLOP/s of products: as the limit has it {rate:.0f}, one matrix after the other\n"
+              f"{cold:.0f} (of which the steps reach {shares[1] * rate / cold:.0%}), large square ones {square:.0f}")
         for n in AMOUNTS:
             table(results[size], n)
     if demo:
