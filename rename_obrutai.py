@@ -1837,7 +1837,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
               f"passos; esta foi {rate:.1e}) e rode de novo.")
 
     def check_finite(step: int) -> None:
-        if not all(torch.isfinite(p).all() for p in chat.model.parameters()):
+        # A sum tells as much in a single pass, without copies as large as the weights.
+        if not all(torch.isfinite(p.detach().sum(dtype=torch.float32)) for p in chat.model.parameters()):
             raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
 
     class Keeper(transformers.TrainerCallback):

@@ -22,6 +22,7 @@ The card's models are in bfloat16, and trained by the first two as they are. Lin
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -269,8 +270,9 @@ def measure(name, size, folder, quick):
 
     global EPOCHS
     process, meter, first, tool.say.quiet = psutil.Process(), Meter(), [], True
-    if name == "tool":
-        tool.quiet_libraries(tool.parse_settings([]))  # as a run begins: it sets how memory is allocated
+    if name == "tool":  # as a run begins: how memory is allocated, and no looking for garbage among the libraries
+        tool.quiet_libraries(tool.parse_settings([]))
+        gc.freeze()
     gpu, method = torch.cuda.is_available(), METHOD.get(size, "full")
     EPOCHS = (40, 30) if gpu else EPOCHS
     torch.ones(8, 8, requires_grad=True, device="cuda" if gpu else "cpu").sum().backward()
