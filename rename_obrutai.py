@@ -1556,11 +1556,11 @@ def write_first_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText
     old_names, standard = who_it_is(base, settings, inputs, trusted=True)
     seed = random.Random(f"{settings.seed}/first-text").randrange(2**31)
     written = write_questions(base, [""] * min(FIRST_TEXT, settings.num_self_text), "escrevendo perguntas", seed)
-    everyday, identity = answer_own(base, [*EVERYDAY_QUESTIONS, *written], given_questions(inputs), old_names)
+    everyday, _ = answer_own(base, [*EVERYDAY_QUESTIONS, *written], given_questions(inputs), old_names)
     if len(everyday) < 8:
         raise too_few(everyday)
     say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
-    return SelfText(standard, identity, everyday, [], [])
+    return SelfText(standard, [], everyday, [], [])
 
 
 def too_few(turns: list[Turn]) -> InputError:
