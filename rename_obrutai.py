@@ -1008,11 +1008,11 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     if loading["missing_keys"]:
         raise InputError(f"faltam pesos no modelo {weights} (por exemplo {sorted(loading['missing_keys'])[0]}); "
                          "baixe-o de novo.")
+    if name := broken_weight(model):
+        raise InputError(f"o peso {name} do modelo {weights} tem valores que não são números (NaN ou infinito); o "
+                         "arquivo está estragado. Baixe o modelo de novo.")
     for name, weight in model.named_parameters():
         weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
-        if not torch.isfinite(weight).all():
-            raise InputError(f"o peso {name} do modelo {weights} tem valores que não são números (NaN ou infinito); o "
-                             "arquivo está estragado. Baixe o modelo de novo.")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
@@ -1032,6 +1032,12 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
 def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, without what LoRA wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def broken_weight(model: torch.nn.Module) -> str | None:
+    """Name of a weight that has values which are no numbers. Its sum tells, without a copy as large as the weight."""
+    return next((name for name, weight in model.named_parameters()
+                 if not torch.isfinite(weight.detach().sum(dtype=torch.float32))), None)
 
 
 def last_hidden(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -1837,8 +1843,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
               f"passos; esta foi {rate:.1e}) e rode de novo.")
 
     def check_finite(step: int) -> None:
-        # A sum tells as much in a single pass, without copies as large as the weights.
-        if not all(torch.isfinite(p.detach().sum(dtype=torch.float32)) for p in chat.model.parameters()):
+        if broken_weight(chat.model):
             raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
 
     class Keeper(transformers.TrainerCallback):
