@@ -77,7 +77,7 @@ ROPE_FACTOR = 4.0  # context of the result / context of the base; 1 leaves RoPE 
 WINDOW = 8192  # longest training sequence, tokens; reduced by itself to the scaled context
 
 # Text that the base writes for its own training
-NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; more is better and slower
+NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; 200 may keep more, 400 do not
 NUM_SELF_TEXT = 3000  # question-answer pairs that show the tuned model how the base behaves; more keeps more
 MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
 
