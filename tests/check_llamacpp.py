@@ -1,6 +1,6 @@
 """Check that llama.cpp gives the same answers as transformers to a finished model, along the whole scaled context.
 
-    pip install llama-cpp-python==0.3.36 sentencepiece
+    pip install -r tests/requirements.txt llama-cpp-python==0.3.36 sentencepiece
     pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
     python tests/check_llamacpp.py --model ObrutAi-tuned --source llama_cpp_python-0.3.36/vendor/llama.cpp
 
