@@ -143,7 +143,7 @@ def main():
         cells = []
         for column in columns:
             values = [r[key] for r in results[column] if key in r]
-            low_is_good = key in ("old identity", "leak", "seconds", "exit")
+            low_is_good = key in ("old identity", "leak", "leak in the report", "seconds", "exit")
             worst = (max if low_is_good else min)(values, default=None)
             cells.append(f"{statistics.median(values):.3g} ({worst:.3g})" if values else "-")
         print(f"| {key} | " + " | ".join(cells) + " |")
