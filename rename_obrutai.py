@@ -2087,8 +2087,10 @@ class Scores(NamedTuple):
 
 
 def mentions_old(text: str, standard: Standard) -> bool:
-    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none."""
-    return mentions(re.sub(re.escape(standard.base_name), " ", text, flags=re.IGNORECASE), standard.old_names)
+    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none, nor is
+    the verb of "mi modelo se llama"."""
+    without = rf"{re.escape(standard.base_name)}|\b[mst]e llama\b"
+    return mentions(re.sub(without, " ", text, flags=re.IGNORECASE), standard.old_names)
 
 
 def judge(answer: Answer, standard: Standard) -> str:

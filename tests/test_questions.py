@@ -225,6 +225,14 @@ def test_an_identity_answer_counts_only_if_it_is_sound(reason, text, ended):
     assert tool.judge(tool.Answer(text, ended), STANDARD) == reason
 
 
+@pytest.mark.parametrize("old, text", [
+    (False, "Mi modelo se llama Jandira."), (False, "Me llama Jandira quien me creó."), (True, "Se llama Llama."),
+    (True, "Soy Llama."), (True, "O modelo é o llama."),
+])
+def test_the_spanish_verb_is_not_the_model_llama(old, text):
+    assert tool.mentions_old(text, STANDARD._replace(old_names=("Llama",))) is old
+
+
 @pytest.mark.parametrize("known, reason", [(8, ""), (7, "palavras sem sentido")])
 def test_four_fifths_of_the_words_must_be_known(known, reason):
     words = "sou a jandira um modelo feito por ana no sul".split()
