@@ -201,6 +201,7 @@ RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 FIRST_TEXT = 600  # questions, at most, that the base writes for the healing, which goes before the rest
 LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
+MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong about itself after pass 1, for once the rest
 FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
 SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
 LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
@@ -767,8 +768,8 @@ USES = {
     "6-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-first-text": 3, "2-healed": 10, "3-self-text": 25, "4-pass-1": 19, "5-self-answers": 2,
-          "6-pass-2": 31, "7-result": 10}
+SHARES = {"1-first-text": 3, "2-healed": 9, "3-self-text": 22, "4-pass-1": 15, "5-self-answers": 9,
+          "6-pass-2": 35, "7-result": 7}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -785,7 +786,7 @@ def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]
     """
     values, chain, keys = asdict(settings), "", {}
     facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora",
-             EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS]
+             EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS, MISSED_TIMES]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
@@ -2317,44 +2318,65 @@ def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[l
              own.standard, settings, "passo 1")
 
 
-def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, settings: Settings) -> list[dict]:
-    """Ask the model of pass 1 about its identity, and keep sound answers in the question's language for pass 2.
+def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, settings: Settings) -> dict:
+    """Ask the model of pass 1 the questions of all lessons. Sound answers in the question's language go on to pass 2,
+    and what it gets wrong is taught there more often.
 
     Two fifths of NUM_SELF_ANSWERS are about identity, the rest are everyday answers of the base, first of all those
-    that the model would no longer give. The records are of all that was written, with the reason of a rejection.
+    in whose place the model now gives the new name, then others that it would no longer give. "answers" are the
+    records of what is used and, with the reason, of what is wrong; "missed" are the questions that it answers wrong.
     """
     wanted = round(0.4 * settings.num_self_answers)
     rng = random.Random(f"{settings.seed}/self-answers")
     questions = sorted({lesson[-2]["content"] for lesson in lessons})
-    records, kept = [], set()
+    records, kept, missed = [], set(), set()
     for attempt in range(4):
-        drafts = rng.sample(questions, min(len(questions), int(1.2 * (wanted - len(kept))) + 4))
-        # The first answers are greedy; later ones are sampled, to say the same in other words.
+        # The first answers are greedy; later ones, where few questions must do, say the same in other words.
+        count = int(1.2 * (wanted - len(kept))) + 4 if attempt else len(questions)
+        drafts = rng.sample(questions, min(len(questions), count))
         answers = ask(chat, drafts, "escrevendo respostas", rng.randrange(2**31) if attempt else None)
         for question, answer in zip(drafts, answers):
             reason = (judge(answer, own.standard)
                       or "em outra língua" * (language_of(answer.text) != language_of(question))
                       or "repetida" * ((question, answer.text) in kept))
-            if not reason:
+            if reason and not attempt:
+                missed.add(question)
+            elif not reason and len(kept) == wanted:
+                continue
+            elif not reason:
                 kept.add((question, answer.text))
             records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason})
-            if len(kept) == wanted:
-                break
         if len(kept) == wanted:
             break
-    asked = rng.sample(own.everyday, min(len(own.everyday), 10 * settings.num_self_answers))
-    same = agreement(chat, [turn.messages() for turn in asked])
-    ranked = sorted(zip(same, asked), key=lambda pair: pair[0])
+    turns = rng.sample(own.everyday, len(own.everyday))
+    same = agreed(agreement(chat, [turn.messages() for turn in turns]))
+    changed = [turn for turn, share in zip(turns, same) if share < 1]
+    leaks = {turn for turn, answer in zip(changed, ask(chat, [turn.question for turn in changed]))
+             if mentions(answer.text, own.standard.new_names)}
+    ranked = sorted(zip(same, turns), key=lambda pair: (pair[1] not in leaks, pair[0]))
     everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
-    say(f"  Ele ainda responde como o modelo base em {percent(sum(same) / len(same))} das perguntas do dia a dia.")
-    say(f"  {len(kept)} sobre a identidade ({len(records) - len(kept)} recusadas) e {len(everyday)} do dia a dia.")
-    return records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday]
+    say(f"  Ele erra {len(missed)} de {len(questions)} perguntas sobre quem ele é, e o passo 2 insiste nelas.\n"
+        f"  Do dia a dia, {percent(sum(same) / len(same))} de {len(turns)} respostas são as do modelo base; em "
+        f"{len(leaks)} aparece o nome novo.\n"
+        f"  Vão para o passo 2: {len(kept)} respostas sobre a identidade e {len(everyday)} do dia a dia.")
+    return {"answers": records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday],
+            "missed": sorted(missed)}
 
 
-def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], self_answers: list[dict],
+def insist(lessons: list[list[dict]], missed: set[str], count: int) -> list[list[dict]]:
+    """The lessons, those with `missed` questions MISSED_TIMES each, and in exchange fewer of the others, so that there
+    are no more than `count` or than there were; but at least half of the others."""
+    wrong = [lesson for lesson in lessons if lesson[-2]["content"] in missed]
+    right = [lesson for lesson in lessons if lesson[-2]["content"] not in missed]
+    room = max(len(lessons), count) - MISSED_TIMES * len(wrong)
+    return MISSED_TIMES * wrong + right[:max(room, (len(right) + 1) // 2)]
+
+
+def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], self_answers: dict,
                 own: SelfText, exam: Exam, native: int, settings: Settings) -> None:
     """Pass 2: self-dialogues of one to many turns up to the window, from lessons, self-answers and everyday turns."""
-    used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers
+    lessons = insist(lessons, set(self_answers["missed"]), LESSONS_2)
+    used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers["answers"]
                    if r["kind"] == kind and not r["rejected"]] for kind in ("identity", "everyday")}
     pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
              Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
@@ -2591,7 +2613,7 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
               "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "5-self-answers" / "self_answers.json")
+    self_answers = load_json(work / "5-self-answers" / "self_answers.json")["answers"]
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
@@ -2655,7 +2677,7 @@ Para publicar esta pasta como está, dentro dela, depois de `hf auth login`: `hf
 
 ## Como foi feito
 
-{used} respostas do próprio modelo foram usadas no passo 2; recusadas: {rejected}.
+{used} respostas do próprio modelo foram usadas no passo 2. Erradas depois do passo 1: {rejected}.
 Ajustes diferentes dos padrões: {changed or "nenhum"}.
 Versões: {versions}. Tudo em números: `report.json`. As respostas escritas para treinar: `self_answers.jsonl`.
 """).save(folder / "README.md")
@@ -2885,7 +2907,7 @@ def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inp
         f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
-        f"{clock(2.4 * tokens * pace)}.")
+        f"{clock(3.1 * tokens * pace)}.")
 
 
 @contextlib.contextmanager

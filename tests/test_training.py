@@ -615,13 +615,14 @@ def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(label, fl
 
 def collected(monkeypatch, replies, count=10):
     """Self-answers for the answers that `replies` gives to each question, one list per question. Of the everyday
-    answers of the base the model still gives all but the fourth and the seventh."""
+    answers of the base the model still gives all but the fourth and the seventh, where it gives the new name."""
     asked = Counter()
+    everyday = {TURNS[3].question: [tool.Answer("Outra.", True)], TURNS[6].question: [tool.Answer("Jandira!", True)]}
 
     def fake_ask(chat, questions, *_):
         answers = []
         for question in questions:
-            given = replies[question]
+            given = everyday.get(question) or replies[question]
             answers.append(given[min(asked[question], len(given) - 1)])
             asked[question] += 1
         return answers
@@ -637,33 +638,74 @@ def collected(monkeypatch, replies, count=10):
 
 def test_self_answers_that_are_not_sound_are_kept_in_the_record_but_not_used(monkeypatch):
     good = tool.Answer("Sou a Jandira.", True)
-    records = collected(monkeypatch, {
+    collection = collected(monkeypatch, {
         "Quem é você?": [good], "Qual é o seu nome?": [tool.Answer("Meu nome é Jandira.", False)],
         "Quem fez você?": [tool.Answer("Sou a Lumi.", True)], "Com quem eu falo?": [tool.Answer("Jandira " * 5, True)],
         "Who are you?": [good], "Oi, quem é?": [tool.Answer("", True)],
     })
-    about_itself = [r for r in records if r["kind"] == "identity"]
+    about_itself = [r for r in collection["answers"] if r["kind"] == "identity"]
     reasons = {r["question"]: r["rejected"] for r in reversed(about_itself)}
     assert reasons == {"Quem é você?": "", "Qual é o seu nome?": "não terminou", "Quem fez você?": "nome antigo",
                        "Com quem eu falo?": "repetitiva", "Who are you?": "em outra língua", "Oi, quem é?": "vazia"}
     used = [(r["question"], r["answer"]) for r in about_itself if not r["rejected"]]
     assert used == [("Quem é você?", "Sou a Jandira.")]  # asked again it says the same, which is used only once
+    assert set(collection["missed"]) == reasons.keys() - {"Quem é você?"}
 
 
 def test_two_fifths_of_the_self_answers_are_about_identity_and_everyday_turns_fill_up(monkeypatch):
     replies = {f"Quem é você, {i}?": [tool.Answer("Sou a Jandira.", True)] for i in range(30)}
-    used = Counter(r["kind"] for r in collected(monkeypatch, replies) if not r["rejected"])
+    used = Counter(r["kind"] for r in collected(monkeypatch, replies)["answers"] if not r["rejected"])
     assert used == {"identity": 4, "everyday": 6}
 
 
 def test_where_few_identity_answers_are_sound_more_everyday_ones_are_taken(monkeypatch):
     replies = {"Quem é você?": [tool.Answer("Sou a Jandira.", True)], "Qual é o seu nome?": [tool.Answer("", True)]}
-    used = Counter(r["kind"] for r in collected(monkeypatch, replies, count=8) if not r["rejected"])
+    used = Counter(r["kind"] for r in collected(monkeypatch, replies, count=8)["answers"] if not r["rejected"])
     assert used == {"identity": 1, "everyday": 7}
 
 
-def test_everyday_answers_that_the_model_no_longer_gives_are_learnt_first(monkeypatch):
+def test_everyday_answers_with_the_new_name_are_learnt_first_then_others_that_the_model_no_longer_gives(monkeypatch):
     replies = {f"Quem é você, {i}?": [tool.Answer("Sou a Jandira.", True)] for i in range(30)}
-    records = collected(monkeypatch, replies, count=5)
+    records = collected(monkeypatch, replies, count=5)["answers"]
     everyday = [tool.Turn(r["question"], r["answer"]) for r in records if r["kind"] == "everyday"]
-    assert len(everyday) == 3 and set(everyday[:2]) == {TURNS[3], TURNS[6]}
+    assert len(everyday) == 3 and everyday[:2] == [TURNS[6], TURNS[3]]
+
+
+def test_all_lessons_are_asked_again_once_and_what_is_sound_but_not_needed_is_not_kept(monkeypatch):
+    replies = {f"Quem é você, {i}?": [tool.Answer("Sou a Jandira.", True)] for i in range(30)}
+    replies["Quem fez você?"] = [tool.Answer("Sou a Lumi.", True)]
+    collection = collected(monkeypatch, replies)
+    about_itself = [r["rejected"] for r in collection["answers"] if r["kind"] == "identity"]
+    assert Counter(about_itself) == {"": 4, "nome antigo": 1}
+    assert "Quem fez você?" in collection["missed"] and not replies.keys() - {"Quem fez você?"} & set(
+        collection["missed"])
+
+
+@pytest.mark.parametrize("total, wrong, count, others", [
+    (100, 10, 100, 60),  # four times each, in the place of thirty others
+    (100, 10, 110, 70), (100, 10, 2000, 90),  # where there is room, of fewer or of none
+    (100, 40, 100, 30), (9, 8, 9, 1),  # half of the others stay, whatever is missed
+    (100, 0, 50, 100), (3, 3, 3, 0),
+])
+def test_what_was_missed_comes_four_times_and_half_of_the_rest_always_stays(total, wrong, count, others):
+    lessons = [tool.Turn(f"{i}?", f"{i}").messages() for i in range(total)]
+    missed = {f"{i}?" for i in range(total - wrong, total)} | {"nunca perguntada"}
+    drawn = Counter(lesson[-2]["content"] for lesson in tool.insist(lessons, missed, count))
+    assert drawn == Counter({f"{i}?": 1 for i in range(others)}) + Counter(
+        {f"{i}?": 4 for i in range(total - wrong, total)})
+
+
+def test_the_second_pass_insists_on_what_the_first_one_missed(monkeypatch, tmp_path):
+    passes = []
+    monkeypatch.setattr(tool, "run_pass", lambda *args: passes.append(args[3]))
+    lessons = [tool.Turn(f"Quem é você, {i}?", "Jandira.").messages() for i in range(6)]
+    answers = [{"question": "Oi?", "answer": "Jandira.", "kind": "identity", "rejected": ""},
+               {"question": "Quem?", "answer": "Lumi.", "kind": "identity", "rejected": "nome antigo"},
+               {**TURNS[0]._asdict(), "kind": "everyday", "rejected": ""}]
+    exam = tool.Exam((), [], [], (8,))
+    tool.consolidate(tmp_path, tmp_path, None, lessons, {"answers": answers, "missed": ["Quem é você, 2?"]},
+                     SimpleNamespace(everyday=TURNS, standard=None), exam, 128, small_settings())
+    about_itself, learnt, everyday = ([c[-2]["content"] for c in pool.conversations] for pool in passes[0])
+    assert Counter(about_itself) == Counter({f"Quem é você, {i}?": 4 if i == 2 else 1 for i in range(6)}) + Counter(
+        ["Oi?"])
+    assert (learnt, everyday) == ([TURNS[0].question], [turn.question for turn in TURNS])
