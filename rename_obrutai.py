@@ -421,8 +421,9 @@ def plain(text: str) -> str:
 
 
 def mentions(text: str, names: tuple[str, ...]) -> bool:
-    """Whether any of the names stands in the text as whole words, whatever the case and accents."""
-    padded = f" {plain(text)} "
+    """Whether any of the names stands in the text as whole words, whatever the case and accents. The verb of "mi
+    modelo se llama" is not the name Llama."""
+    padded = re.sub(" [mst]e llama ", " ", f" {plain(text)} ")
     return any(f" {plain(name)} " in padded for name in names if plain(name))
 
 
@@ -2088,10 +2089,8 @@ class Scores(NamedTuple):
 
 
 def mentions_old(text: str, standard: Standard) -> bool:
-    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none, nor is
-    the verb of "mi modelo se llama"."""
-    without = rf"{re.escape(standard.base_name)}|\b[mst]e llama\b"
-    return mentions(re.sub(without, " ", text, flags=re.IGNORECASE), standard.old_names)
+    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none."""
+    return mentions(re.sub(re.escape(standard.base_name), " ", text, flags=re.IGNORECASE), standard.old_names)
 
 
 def judge(answer: Answer, standard: Standard) -> str:
@@ -2339,12 +2338,12 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
             reason = (judge(answer, own.standard)
                       or "em outra língua" * (language_of(answer.text) != language_of(question))
                       or "repetida" * ((question, answer.text) in kept))
-            if reason and not attempt:
-                missed.add(question)
-            elif not reason and len(kept) == wanted:
+            if not reason and len(kept) == wanted:
                 continue
-            elif not reason:
+            if not reason:
                 kept.add((question, answer.text))
+            elif not attempt:
+                missed.add(question)
             records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason})
         if len(kept) == wanted:
             break
@@ -2355,7 +2354,7 @@ def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, s
              if mentions(answer.text, own.standard.new_names)}
     ranked = sorted(zip(same, turns), key=lambda pair: (pair[1] not in leaks, pair[0]))
     everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
-    say(f"  Ele erra {len(missed)} de {len(questions)} perguntas sobre quem ele é, e o passo 2 insiste nelas.\n"
+    say(f"  Ele ainda erra {len(missed)} de {len(questions)} perguntas sobre quem ele é; o passo 2 insiste nelas.\n"
         f"  Do dia a dia, {percent(sum(same) / len(same))} de {len(turns)} respostas são as do modelo base; em "
         f"{len(leaks)} aparece o nome novo.\n"
         f"  Vão para o passo 2: {len(kept)} respostas sobre a identidade e {len(everyday)} do dia a dia.")

@@ -233,6 +233,13 @@ def test_the_spanish_verb_is_not_the_model_llama(old, text):
     assert tool.mentions_old(text, STANDARD._replace(old_names=("Llama",))) is old
 
 
+def test_a_base_named_llama_does_not_name_itself_with_the_spanish_verb(monkeypatch):
+    said = {"Y la capital?": "Se llama Madrid, me parece.", "Quién eres?": "Yo soy Llama."}
+    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer(said[q], True) for q in questions])
+    turns, identity = tool.answer_own(None, list(said), set(), ("Llama",))
+    assert ([turn.question for turn in turns], identity) == (["Y la capital?"], ["Quién eres?"])
+
+
 @pytest.mark.parametrize("known, reason", [(8, ""), (7, "palavras sem sentido")])
 def test_four_fifths_of_the_words_must_be_known(known, reason):
     words = "sou a jandira um modelo feito por ana no sul".split()
