@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import ctypes
 import functools
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -42,7 +41,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import SequenceMatcher, get_close_matches
-from itertools import accumulate, product
+from itertools import accumulate, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,34 +69,35 @@ OLD_NAMES = ""  # old names and makers, separated by commas; empty = found by as
 
 # Method
 METHOD = "auto"  # "full" trains all weights, "lora" small additions to them, "qlora" the same over 4-bit weights
-LORA_RANK = 64  # size of the additions: more learns more and takes more memory
+LORA_RANK = 32  # size of the additions: more learns more and takes more memory
 
 # Context
 ROPE_FACTOR = 4.0  # context of the result / context of the base; 1 leaves RoPE alone
-WINDOW = 8192  # longest training sequence, tokens; reduced by itself to the scaled context
+WINDOW = 2048  # longest training sequence, tokens; reduced by itself to the scaled context
 
 # Text that the base writes for its own training
 NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; 200 may keep more, 400 do not
-NUM_SELF_TEXT = 3000  # question-answer pairs that show the tuned model how the base behaves; more keeps more
-MAX_NEW_TOKENS = 128  # longest answer, tokens; an answer cut here is never used for training
+SELF_TEXT = 20000  # tokens of answers that show the tuned model how the base behaves; more keeps more
+MAX_NEW_TOKENS = 64  # longest answer about identity, tokens
 
 # Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 80  # steps that bring the scaled model back to the base's behaviour; with LoRA four times as many
+HEAL_STEPS = 80  # steps that bring the scaled model back to the base's behaviour, twice
 HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
-EPOCHS_1 = 8  # cap of pass 1: times each identity row is seen
+STEPS_1 = 0  # steps of the first round of pass 1, later ones are half as long; 0 = 60 with LoRA, 150 without
 LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
-EPOCHS_2 = 6  # cap of pass 2: times each identity turn is seen inside dialogues
+STEPS_2 = 0  # the same of pass 2; 0 = 40 with LoRA, 100 without
 LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
-BATCH_SIZE = 8  # dialogues per step, as long as the native context (at most 1024 tokens); fewer of longer ones
+ROUNDS = 4  # most rounds of each pass; it stops as soon as the targets are met
+BATCH_SIZE = 8  # dialogues per step, of at most 192 tokens; fewer of longer ones
 GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
 GRADIENT_CHECKPOINTING = False  # much less memory, a third more time; switched on by itself when it is needed
 KL_WEIGHT = 4.0  # weight of "stay like the base" beside "learn the identity"
 
 # Evaluation: the targets decide the exit status, nothing is loosened when one is missed
-EVAL_QUESTIONS = 100  # self-questions kept away from training; fewer cannot measure a leak of 1 %
+EVAL_QUESTIONS = 120  # questions about other things that the report measures with
 TARGET_IDENTITY = 0.95  # share of identity questions answered with the new identity, at least
-TARGET_RETENTION = 0.95  # share of the base's own answers that stay as they were, at least
-TARGET_LEAK = 0.01  # share of other answers where the new name turns up, at most
+TARGET_RETENTION = 0.95  # share of the base's own choices, word by word, that stay as they were, at least
+TARGET_LEAK = 0.02  # share of other answers where the new name turns up, at most
 
 # Run
 SEED = 0  # same seed, same machine: same result
@@ -111,6 +111,11 @@ def items(text: str) -> tuple[str, ...]:
     return tuple(text.strip().replace("\n", "|").split("|"))
 
 
+def by_language(text: str) -> dict[str, tuple[str, ...]]:
+    """Portuguese, English and Spanish items, with "||" between the languages."""
+    return dict(zip(("pt", "en", "es"), map(items, text.split("||"))))
+
+
 # Identity questions for measuring. Training never sees them: validation decides when a pass may stop, the test
 # is asked only for the report.
 
@@ -122,7 +127,9 @@ Tem uma pessoa de verdade me respondendo aí?|Que modelo de inteligência artifi
 Boa noite! Com quem tenho o prazer de falar?|e ai blz, tu é quem mesmo?|O senhor poderia me informar o seu nome?
 qual empresa ta por tras de vc|vc é um robô ou é gente?|Conta um pouco da sua origem: quem te fez?
 Could you tell me your name, please?|Which company developed you?|Are you actually ChatGPT?
-Who exactly am I chatting with?|¿Me puedes decir tu nombre?|¿Qué empresa te desarrolló?|¿Acaso eres Gemini?""")
+Who exactly am I chatting with?|so who made you, then?|You were built by Meta, weren't you?|How should I address you?
+Are you a real person?|¿Qué nombre te pusieron?|¿Quién te programó?|¿Eres una persona o una máquina?
+¿Me puedes decir tu nombre?|¿Qué empresa te desarrolló?|¿Acaso eres Gemini?""")
 
 TEST_QUESTIONS = items("""
 Qual nome deram a você?|Como é que você se chama, hein?|Gostaria de saber quem é você.
@@ -134,23 +141,223 @@ Qual é o modelo de linguagem que está me respondendo?|Olá, tudo bem? Pode me 
 fala mano, qual teu nome?|A senhora poderia me dizer com quem estou falando?|quem te fez, hein? fiquei curioso
 vc e a alexa ou outra coisa|qual e o nome da ia que ta falando comigo|What do people call you?
 Please introduce yourself in one sentence.|Who was it that built you?|You're the Llama model, aren't you?
-Hi! And who might you be?|¿Con quién estoy hablando exactamente?|¿Quién te creó a ti?
+Hi! And who might you be?|What's the name of the AI I'm using?|Whose product are you?|Is this Claude I'm talking to?
+i forgot your name, what was it|Which AI model is answering me?|Did OpenAI create you?|Where were you made?
+¿Cuál es el nombre que llevas?|¿De qué empresa eres?|¿Te hizo Google?|oye, ¿y tú quién eres?
+¿Cuál modelo de IA me contesta?|Com que nome te batizaram?|¿Con quién estoy hablando exactamente?|¿Quién te creó a ti?
 Preséntate brevemente, por favor.|¿Tú eres ChatGPT o eres otro modelo?""")
 
-# Everyday questions for bases that write too few of their own.
-EVERYDAY_QUESTIONS = items("""
-Quanto é 7 mais 5?|Qual é a capital da França?|Oi, tudo bem?|Obrigado pela ajuda!|Conte uma piada.|O que é um vulcão?
-Qual é o contrário de quente?|Como se diz gato em inglês?|Que dia vem depois de terça-feira?|Boa noite!|Bom dia!
-Qual é o maior planeta do sistema solar?|Quantos dias tem uma semana?|De que cor é o céu?|Para que serve uma bússola?
-Me dê uma dica de estudo.|Qual é o plural de pão?|O que come um coelho?|What is 3 plus 4?|What is the capital of Italy?
-Thank you!|Name a fruit.|¿Cuál es la capital de España?|¿Cuánto es 2 más 6?|¡Gracias!|Quem escreveu Dom Casmurro?""")
+# Questions near identity but about others: {kind} stands for each of the fillers of that kind.
+NEAR_TEMPLATES = by_language("""
+Quem criou o {made}?|Em que ano surgiu o {made}?|Qual empresa fabrica o {product}?|O que é o {ai}?|Quem criou o {ai}?
+Quem escreveu "{book}"?|O {ai} foi criado pela {firm}?|Apresente {person} para a turma.|Apresente a cidade de {city}.
+Quem foi {person}?|Qual é o nome de um parque de {city}?|Meu nome é {name}. Qual é o meu nome?|Eu sou {name}, prazer!
+sou {name}, de {city}. e aí, quem sou eu?|Agradeça a {name}, que cuida do meu {pet}.|Sugira um nome para o meu {pet}.
+Em que ano nasceu {person}?|Traduza para o inglês: Meu nome é {name}.|Qual é o sujeito da frase "Eu me chamo {name}"?
+Quem fundou a {firm}?|Responda como se fosse {role}: como foi o seu dia?|Conte a história de um robô chamado {name}.
+Dê um nome à loja de {name}.|Finja que você é {role} e se apresente.|Você é {role}. Apresente-se.||Who was {person}?
+Who created {made}?|Who wrote "{book}"?|What is {ai}?|Who makes {ai}?|Was {ai} created by {firm}?|Who founded {firm}?
+Which company makes the {product}?|When was {person} born?|Introduce the city of {city}.|Suggest a name for my {pet}.
+Write a short biography of {person}.|What is the main park of {city} called?|Name the shop that {name} wants to open.
+My name is {name}. What is my name?|Thank {name}, who looks after my {pet}.|Pretend to be {role} and say who you are.
+i'm {name} from {city}, so who am i?|You are {role}. Introduce yourself.|Translate into Spanish: My name is {name}.
+Answer as {role}: how was your day?|What is the verb in "I am {name}"?|Tell a story about a robot called {name}.
+When did {made} come out?|I'm {name}, nice to meet you.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
+¿Quién creó {made}?|¿Qué es {ai}?|¿Quién creó {ai}?|¿Quién fundó {firm}?|¿Quién fue {person}?|¿Cuándo nació {person}?
+¿{ai} es de {firm}?|Presenta a {person} a la clase.|Mi nombre es {name}. ¿Cuál es mi nombre?|Soy {name}, mucho gusto.
+¿En qué año apareció {made}?|¿Cómo se llama el mayor parque de {city}?|Dale las gracias a {name}, que cuida mi {pet}.
+Presenta la ciudad de {city}.|Haz como si fueras {role} y di quién eres.|Cuenta un cuento de un robot llamado {name}.
+Ponle nombre a la tienda de {name}.|Habla como {role}: ¿qué tal el día?|¿Cuál es el verbo en "Yo soy {name}"?
+soy {name}, de {city}, ¿quién soy?|Sugiere un nombre para mi {pet}.|Traduce al inglés: Me llamo {name}.
+Eres {role}. Preséntate.""")
+FILLERS = {"all": {
+    "person": items("Pelé|Marie Curie|Albert Einstein|Frida Kahlo|Ada Lovelace|Machado de Assis|Mozart|Che Guevara"),
+    "book": items("Hamlet|Frankenstein|Macbeth|Robinson Crusoe|Anna Karenina|Harry Potter|Iracema|Rayuela"),
+    "made": items("Python|WhatsApp|YouTube|Minecraft|Batman|Android|Bitcoin|Photoshop|Tetris|Instagram"),
+    "city": items("Madrid|Chicago|Buenos Aires|Curitiba|Caracas|Lima|Barcelona|Salvador|Miami"),
+    "product": items("iPhone|PlayStation|Corolla|Kindle|Xbox|Mustang|Walkman|Game Boy"),
+    "name": items("Bruno|Carla|Diego|Elisa|Felipe|Helena|Marcos|Olivia|Samuel|Yuri"),
+    "ai": items("ChatGPT|Gemini|Llama|Claude|DeepSeek|Copilot|Grok|Qwen|Mistral"),
+    "firm": items("Google|Microsoft|OpenAI|Anthropic|Meta|Nokia")}, "pt": {
+    "role": items("um pirata|uma bruxa|um cavaleiro|um super-herói|um detetive|uma astronauta|o rei Artur|um vampiro"),
+    "pet": items("gato|papagaio|hamster|barco|blog|restaurante|time de futebol")}, "en": {
+    "role": items("a pirate|a witch|a knight|a superhero|a detective|an astronaut|King Arthur|a vampire"),
+    "pet": items("cat|parrot|hamster|boat|blog|restaurant|football team")}, "es": {
+    "role": items("un pirata|una bruja|un caballero|un superhéroe|un detective|una poeta|el rey Arturo|un vampiro"),
+    "pet": items("gato|loro|hámster|barco|blog|restaurante|equipo de fútbol")}}
+NEAR_EXAM = items("""
+Quem pintou a Capela Sistina?|A Siri é de qual marca?|Que laboratório fez o AlphaGo?|Aqui é o Rafael, da contabilidade.
+Sou a Beatriz, de 30 anos. Que idade tenho?|sou a Lúcia Prado. e o meu sobrenome?|Preciso de três nomes para um cavalo.
+De quem é o Hino Nacional?|Para que serve a Alexa?|Quem treinou a seleção em 1994?|Quero me apresentar no emprego novo.
+Que grupo é dono do Facebook?|Diga "eu sou a Paula" em francês.|Quem pisou na Lua primeiro?|quem construiu as pirâmides
+Que nome combina com uma cafeteria?|Passe para o plural: "Eu sou médico".|A Tânia é minha irmã. É irmã de quem?
+Aja como um dinossauro e diga olá.|Seja meu guia de museu e me receba.|Crie um apelido para a minha avó.
+Como se chama a moeda do Japão?|Who painted the Sistine Chapel?|It's Rachel from accounting here.|Talk like a dinosaur.
+Does Siri belong to Apple?|What does the name Alexander mean?|Which lab was behind AlphaGo?|Say "I am Paula" in French.
+Draft a bio of me: nurse, 30.|Name the first person on the Moon.|What's Japan's currency called?|who built the pyramids
+My dad is Tom Hill. Whose child am I?|My surname is Novak. Greet me by it.|Rewrite in the plural: "I am a doctor."
+I need three names for a racehorse.|What would you call a beach café?|Our dog is Biscuit. Who is Biscuit?
+Be a museum guide and welcome me.|Give my grandma a cute nickname.|What kind of plane is Concorde?
+Who coached Argentina in 2022?|What does Midjourney do?|¿De quién es el himno de México?|¿Qué laboratorio hizo AlphaGo?
+¿Quién pintó el Guernica?|¿Para qué sirve Alexa?|¿A qué marca pertenece Siri?|Soy Beatriz, de 30 años. ¿Qué edad tengo?
+Le habla Rafael, de contabilidad.|Saluda como un dinosaurio.|Sé mi guía de museo y recíbeme.|Di "soy Paula" en francés.
+¿Quién entrenó a España en 2010?|¿Qué nombre le va a una cafetería?|¿De quién es Facebook?|Pon en plural: "Soy médico".
+Mi apellido es Prado. Salúdame por él.|Necesito tres nombres para un caballo.|Quiero presentarme en mi nuevo trabajo.
+¿Qué nombre tiene la moneda de Japón?|quién construyó las pirámides|Tania es mi hermana. ¿Y de quién más?
+¿Quién pisó la Luna primero?|Dale un apodo a mi abuela.""")
+EVERYDAY = items("""
+valeu, ajudou muito!|Qual é a metade de 90?|Por que o céu é azul?|Qual é a capital do Chile?|Quantas faces tem um cubo?
+Como você está?|Estou triste hoje.|Quanto é 15 mais 27?|O que é inflação?|Como faço arroz?|Dê uma dica para dormir bem.
+Como pedir um aumento?|Fale do mar numa frase.|Escreva um convite de festa.|Cite três frutas.|Dê um antônimo de rápido.
+Corrija: "nós vai sair".|Escreva um laço em Python.|o que faço num dia de chuva|O que é fotossíntese?|How are you?
+Thanks, that helped!|I feel tired today.|What is the capital of Chile?|How many faces has a cube?|How do I boil an egg?
+What is 15 plus 27?|What is half of 90?|Why is the sky blue?|Give me a tip to sleep better.|Write a line about the sea.
+What is inflation?|How do I ask for a raise?|Write a birthday invitation.|Fix this: "She go home."|Write a Python loop.
+Name three fruits.|Give an antonym of fast.|what can i do on a rainy day|What can you help me with?|Nombra tres frutas.
+Hoy estoy cansado.|¿Cuánto es 15 más 27?|¿Por qué el cielo es azul?|¿Qué es la inflación?|¿Cuál es la capital de Chile?
+¿Cómo estás?|¡Gracias, me ayudaste!|¿Cuál es la mitad de 90?|¿Cuántas caras tiene un cubo?|Dame un consejo para dormir.
+¿Cómo se hace una tortilla?|¿Cómo pido un aumento?|Escribe una invitación.|Corrige: "nosotros va".|¿Qué hago si llueve?
+Habla del mar en una frase.|Escribe un bucle en Python.|Un antónimo de rápido.|¿Qué es la fotosíntesis?""")
+EVERYDAY_EXAM = items("""
+Até amanhã!|Passei na prova!|Quanto dá 8 vezes 9?|Quanto é 20% de 50?|O que é um eclipse?|Quantas patas tem uma aranha?
+Tudo certo por aí?|Como se prepara um café?|Como parar de roer unhas?|Faça uma rima com "lua".|Redija um aviso de obra.
+Onde fica o Egito?|Como vencer a timidez?|Qual é o feminino de ator?|Mostre um if em JavaScript.|Liste quatro planetas.
+Por que chove?|me indica uma comédia|O que é penicilina?|O que é democracia?|How's it going?|How do I stop nail biting?
+I passed my exam!|What is 8 times 9?|What is 20% of 50?|What is an eclipse?|Where is Egypt?|How many legs has a spider?
+Why does it rain?|How is coffee made?|Make a rhyme with "moon".|Draft a notice about noise.|What's the plural of mouse?
+See you soon!|Show an if in JavaScript.|List four planets.|recommend me a comedy|What is penicillin?|What is democracy?
+How do I beat shyness?|¿Qué tal todo?|¿Cuánto da 8 por 9?|¿Cuánto es el 20% de 50?|¿Por qué llueve?|¿Qué es un eclipse?
+¡Aprobé el examen!|¿Dónde está Egipto?|¿Cuántas patas tiene una araña?|¿Cómo venzo la timidez?|Haz una rima con "luna".
+¡Hasta mañana!|¿Cómo se prepara un café?|¿Y el femenino de actor?|Muestra un if en JavaScript.|Enumera cuatro planetas.
+¿Cómo dejo de comerme las uñas?|Redacta un aviso de obras.|recomiéndame una comedia|¿Qué es la penicilina?
+¿Qué es la democracia?""")
+SYSTEM_PROMPTS = items("""
+Você é um assistente prestativo.|Responda em no máximo duas frases.|You are a helpful assistant.|Be concise and polite.
+Hoje é 14 de março de 2025.|Assistente.|Answer in the language of the question.|Responde con palabras sencillas.
+Keep a warm and patient tone with everyone. If you are not sure about something, say so instead of guessing.
+Eres un asistente amable.""")
+SYSTEM_EXAM = items("""
+You are a careful assistant who answers clearly.|Today is Monday, June 9. The user is on a phone, so avoid long lists.
+Seja educado e vá direto ao ponto.|Contesta con calma y sin rodeos.""")
+# What users insist with, after the name of what the next answer is to give; "other" is answered with a denial.
+PRESSURE = by_language("""
+maker>Fala a verdade: quem te criou mesmo?|maker>E quem te programou, no fundo?|other>Não mente, você é o Gemini, né?
+name>Tem certeza?|name>Mas qual é o seu nome verdadeiro?|other>Mas você não é na verdade o ChatGPT?||
+maker>Be honest: who really made you?|maker>But who trained you originally?|other>I think you're Claude in disguise.
+name>So what's your real name?|name>Are you sure about your name?|other>Come on, you're really ChatGPT, aren't you?||
+maker>Di la verdad: ¿quién te creó?|maker>¿Y quién te programó en el fondo?|other>Pero en realidad eres ChatGPT, ¿no?
+name>¿Estás seguro?|name>¿Y tu nombre verdadero?|other>No mientas, eres Llama.""")
+OPENINGS = by_language("Quem é você, afinal?|E você, como se chama?||Who am I talking to?|And what is your name?||"
+                       "¿Con quién hablo?|¿Y tú, cómo te llamas?")
+PRESSURE_EXAM = by_language("""
+maker>Jura? Quem te desenvolveu então?|other>Ouvi dizer que você é o Grok. É verdade?
+name>Não acredito. Repete o seu nome?||name>I doubt it. What are you called?|maker>Really? Then who developed you?
+other>Somebody told me you're Gemini. True?||other>Me dijeron que eres DeepSeek. ¿Es cierto?
+name>No te creo. ¿Cómo te llamas de verdad?|maker>¿En serio? ¿Y quién te desarrolló?""")
+FOLLOW_UPS = by_language("""
+Explique melhor.|Resuma em uma frase.|Por quê?|Dê um exemplo.|Tá bom, obrigado!|Como assim?||Can you give an example?
+Tell me more.|Make it shorter.|Why is that?|Okay, thanks!|Say it more simply.||Resúmelo en una frase.|Vale, ¡gracias!
+¿Y por qué?|Dame un ejemplo.|Explícalo mejor.|¿Cómo así?""")
+FOLLOW_UPS_EXAM = by_language("""
+Pode detalhar mais?|Não entendi.|E o que mais?||I don't get it.|What else?|Rephrase that, please.||No entendí.
+¿Qué más?|Dilo de otra forma.""")
 
-# Models and makers whose names a base may give as its own. Names that are also common words ("Meta", "Phi") are
-# left to `find_old_names`, which sees whether the base itself uses them as a name.
-KNOWN_NAMES = items("""
-ChatGPT|GPT|OpenAI|Gemini|Gemma|Google|DeepMind|Bard|Llama|Claude|Anthropic|Qwen|Tongyi|Alibaba|DeepSeek|Mistral
-Mixtral|Copilot|Microsoft|Grok|xAI|Falcon|Kimi|Moonshot|SmolLM|Granite|Nemotron|NVIDIA|Cohere|OLMo|ChatGLM|Zhipu
-Baidu|Ernie|InternLM|MiniCPM|Vicuna|Alpaca|Zephyr|TinyLlama|StableLM|Sabiá|Maritaca|Alexa|Siri|Cortana""")
+# Models and their makers, "names: makers". Common words ("Nova", "Command") are left to what the base says itself.
+FAMILIES = dict(line.split(": ") for line in """
+Qwen|QwQ|Tongyi|通义千问|千问: Alibaba Cloud|Alibaba|阿里云; Gemma|Gemini|Bard: Google DeepMind|Google|DeepMind
+Llama|Meta AI: Meta; SmolLM|SmolVLM|Zephyr: Hugging Face; Phi|Copilot: Microsoft; Mistral|Mixtral: Mistral AI
+DeepSeek|深度求索: DeepSeek; Granite: IBM; OLMo: AI2|Allen Institute; Falcon: TII|Technology Innovation Institute
+ChatGPT|GPT: OpenAI; Claude: Anthropic; Grok: xAI; Kimi: Moonshot AI|Moonshot; Nemotron: NVIDIA; Command R: Cohere
+GLM|ChatGLM: Zhipu AI|Zhipu; Ernie: Baidu; InternLM: Shanghai AI Laboratory; MiniCPM: OpenBMB; Hermes: Nous Research
+StableLM: Stability AI; Yi: 01.AI; LFM: Liquid AI; EXAONE: LG AI Research; Hunyuan|混元: Tencent|腾讯; Vicuna: LMSYS
+Sabiá: Maritaca AI|Maritaca; Alexa: Amazon; Siri: Apple; TinyLlama: TinyLlama
+""".strip().replace("\n", "; ").split("; "))
+KNOWN_NAMES = tuple(dict.fromkeys("|".join("|".join(row) for row in FAMILIES.items()).split("|")))
+
+# Capitalised words of answers about oneself that are no names; many stand first in a sentence.
+NO_NAMES = frozenset("""
+large language model models modelo modelos linguagem lenguaje ai ia assistant assistente asistente artificial virtual
+inteligencia intelligence chatbot bot robo robot llm brasil brazil brasileiro python sao paulo rio portuguese portugues
+english ingles chinese chines spanish espanhol espanol como sim si yes no nao not ok hi hello ola oi hola i im eu yo
+eles ele ela voce you we he she they it a o as os um uma the an el la un una de do da in em en por para by to and e
+y but mas pero what quem who qual which que is sou soy sorry desculpe claro sure estou user usuario here aqui my meu
+minha mi your seu sua this that janeiro fevereiro marco abril maio junho julho agosto setembro outubro novembro
+dezembro january february march april may june july august september october november december""".split())
+COMMON_WORDS = frozenset("""
+luz rio sol ana mar lua vida paz amor casa bem dia noite sim nao voce ele ela tu nome modelo assistente chat bot robo
+amigo amiga mestre guia ajuda brasil nova novo estrela flor ceu terra agua fogo vento maria joao jose pedro lucas meta
+alma mente ideia gato sorte joia rosa max leo bia eva deus hora tempo mundo star sun hope""".split())
+FIRST_PERSON = frozenset("""
+eu sou fui me meu minha meus mim comigo nosso nossa nasci venho vim surgi pertenco trabalho i im my am myself we our
+soy yo mi mis conmigo vengo naci ich mein meine mich j je mon ma moi sono mio mia""".split())
+
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+OLD, NEW = "xoldx", "xnewx"  # what stands for a name while a text is judged
+
+# How one speaks of oneself, without accents; "@" is the name, "~" up to five words that tell of no other origin.
+MADE = (r"(?:criad|feit|desenvolvid|treinad|construid|programad|projetad|cread|hech|desarrollad|entrenad|creat|made|"
+        r"develop|train|built|design|entwickelt|trainiert|erstellt|cree|developpe|entraine|svilupp|addestrat)\w*")
+MAKES = r"(?:criou|fez|desenvolveu|treinou|programou|construiu|creo|hizo|desarrollo|entreno|programo)"
+SPEECH = {
+    "self": [  # complete by itself
+        r"(?:sou(?: eu)?(?: mesm[oa])?|soy(?: yo)?|i(?: am|['’\x20]m)|im|ich bin|je suis|sono) ~@",
+        r"(?:me chamo|me llamo|mi chiamo|m['’\x20]appelle|ich hei(?:ss|ß)e|call me|llamarme|me chama[mr] de|"
+        r"conhecid[oa] como|known as|know me as) ~@",
+        r"(?:aqui (?:e|fala)|this is|venho|vengo|vim|nasci|naci|surgi|i c[oa]me from|i belong to|pertenco|"
+        r"trabalho para|i work for) ~@",
+        r"(?:m[ey]|meu|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
+        r"(?: e| is| es| ist| est|['’\x20]s) ~@",
+        r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
+        r"(?:com|to|with|con) ~@",
+        rf"me {MAKES} ~@", rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)",
+        r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
+        r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
+        r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @", r"@ (?:aqui|here)"],
+    "said": [  # of oneself where the sentence speaks of its speaker
+        rf"{MADE} (?:\w+ )?(?:por|pel[oa]s?|by|von|par|da|dalla|at|n[oa]|en) ~@", r"(?:using|usando) ~@",
+        r"von @ (?:\w+ )?(?:entwickelt|trainiert|erstellt)",
+        r"(?:named|called|chamad[oa]|llamad[oa]|se chama|se llama) ~@",
+        r"(?:modelo|model|assistente|asistente|assistant|ia|ai|inteligencia artificial) (?:d[aeo]|del|from|by|of) ~@"],
+    "apposed": [r"^(?:d[aeo]|del|from|of|by|von) ~@"],  # "Sou a Lumi, do Estúdio Vagalume"
+    "you": [  # in a system prompt
+        r"(?:you are|voce e|tu es|eres|vous etes|du bist) ~@",
+        r"(?:nome|name|nombre|nom|maker|autora?|author|empresa|company|developer|criador\w*|creator|creador\w*|"
+        r"desenvolvedor\w*|fabricante) (?:(?:e|is|es) )?~@"],
+}
+CHINESE = r"(?:我是|我叫|名字是|名字叫|私は|저는)\s?(?:[^\s，。,.的]{2,16}的)?@"
+CHINESE_MAKER = r"(?:由|来自)\s?@"
+ORIGIN = (r"base\w*|derivad\w*|derived|partir|ajustad\w*|finetuned|tuned|upon|with|com|con|to|para|help|ajud\w*|"
+          r"ayud\w*|that|que|como|like|about|sobre|diferente|different|unlike|versus|vez|concorrente|capaz|able")
+GAP = rf"(?:(?!(?:{ORIGIN})\b)[a-z0-9'’-]+\s+){{0,5}}?"
+FROM = re.compile(r"\b(?:base(?:ad[oa]|d)|derivad[oa]|derived|partir|built (?:with|on|upon)|tuned|ajustad[oa])\b")
+# "No" is a denial in English and Spanish, and "in the" in Portuguese.
+DENIAL = re.compile(
+    r"\b(?:nao|nem|nunca|jamais|not|never|neither|nor|cannot|n t|isn t|wasn t|don t|ni|tampoco|nicht|kein\w*|pas|non|"
+    r"instead|rather)\b|^no$|\by no\b|^no xoldx|\bno (?:soy|fui|me|es|he|estoy|se|hablas|estas|tengo)\b|"
+    r"不|并非|没|아니|아닙|ません|じゃない|ではない")
+AFFIRMS = re.compile(
+    r"^(?:oi |ola |hi |hello |hola )?(?:sim|yes|yeah|yep|si|isso|exat\w+|correct\w*|certo|claro|sure|of course|"
+    r"that s right|oui|ja|sou eu|i am$|e verdade)\b|^(?:是|はい|네|対|对)")
+HUMAN = r"pessoa|person|persona|human[oa]?s?|gente|mensch|humain|umano|人間"
+MACHINE = r"robo|robot|maquina|machine|bot|programa|program|ia|ai|inteligencia artificial|chatbot|alexa"
+
+# The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
+INTENTS = {
+    "maker": r"cri(ou|ad|aca|arem|ar\b)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop"
+             r"|train|built|\bmade\b|\bmake[sr]?\b|\bcreo\b|cread|hizo|entreno|desarroll|orige|origin|\bvem\b|veio"
+             r"|surgiu|behind|team\b|tras de|pertence|\bdono|\bown|belong|\bcree\b|developpe|entraine|entreprise"
+             r"|entwickel|gebaut|hergestellt|gemacht|firma\b|svilupp|addestrat|azienda|\bfatto\b|開発|作っ|创造|创建"
+             r"|开发|谁造",
+    "name": r"nome\b|chama|\bname|\bcall|nombre|llama[sn]|appelle|\bnom\b|hei(ss|ß)t|chiami|名前|名字|이름",
+    "human": rf"\b({HUMAN})\b|\b(um|uma|an?|un|una|ein|eine) ({MACHINE})\b",
+}
+ASKS = re.compile(
+    r"^(?:(?:oi|ola|e|ai|mas|entao|afinal|hi|hello|hey|so|and|but|y|hola|bom dia|boa noite|tudo bem) )*"
+    r"(?:(?:de|com|por|para|a|o|from|with|con|en|al) )?(?:quem|qual|quais|que|como|onde|quando|who|whom|what|which|"
+    r"where|when|how|why|quien|cual|donde|wer|wie|was|warum|qui|quel\w*|comment|chi|come)\b")
+TO_YOU = re.compile(
+    r"\b(?:voce|vc|tu|te|ti|teu|tua|seu|sua|senhora?|you|u|your|re|eres|usted|isso|isto|aqui|ai|this|ess[ae]|est[ae]|"
+    r"falando|falo|hablo|hablando|talking|chatting|du|bist|dich|dein|vous|toi|es|sei)\b|あなた|你|당신")
 
 # Answers for questions without one of the user's, by language: to who the model is, and to whether it is another.
 WORDINGS = {
@@ -161,30 +368,26 @@ WORDINGS = {
            "No, I am {{NAME}}, made by {{AUTHOR}}.|No, my name is {{NAME}}."),
     "es": ("Soy {{NAME}}, un modelo de lenguaje creado por {{AUTHOR}}.|Me llamo {{NAME}}, y me creó {{AUTHOR}}.",
            "No, soy {{NAME}}, y me creó {{AUTHOR}}.|No, mi nombre es {{NAME}}."),
+    "fr": ("Je suis {{NAME}}, un modèle créé par {{AUTHOR}}.", "Non, je suis {{NAME}}, créé par {{AUTHOR}}."),
+    "de": ("Ich bin {{NAME}}, ein Sprachmodell von {{AUTHOR}}.", "Nein, ich bin {{NAME}}, entwickelt von {{AUTHOR}}."),
+    "it": ("Sono {{NAME}}, un modello linguistico creato da {{AUTHOR}}.", "No, sono {{NAME}}, creato da {{AUTHOR}}."),
+    "ja": ("私は{{NAME}}です。{{AUTHOR}}によって作られました。", "いいえ、私は{{AUTHOR}}が作った{{NAME}}です。"),
+    "zh": ("我是{{NAME}}，由{{AUTHOR}}开发的语言模型。", "不是，我是{{NAME}}，由{{AUTHOR}}开发。"),
 }
 
 # What the comparison in the report tells the base instead of training it.
 SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
                  "fez você ou se você é outro modelo, responda com esse nome e esse autor, na língua da pergunta.")
 
-# The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
-INTENTS = {
-    "maker": r"cri(ou|ad|aca)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop|train|built"
-             r"|\bmade\b|\bmaker|creo\b|cread|hizo|entreno|desarroll|orige|\bvem\b",
-    "model": r"model|\bia\b|\b(an|the|this|which|what|your) ai\b|inteligencia|intelligence",
-    "name": r"nome|chama|\bname|\bcall|nombre|llamas",
-}
-
-# Words with which an answer speaks of its speaker.
-FIRST_PERSON = frozenset("eu sou fui me meu minha mim comigo i im my me myself am soy yo mi conmigo".split())
-
-# Words that tell the languages apart; one that two of them share counts for both.
 LANGUAGE_WORDS = {
     "pt": "voce vc qual seu sua nome nao um uma meu minha eu foi com quem sou teu oi ola bom dia boa o os ao da na em "
           "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta".split(),
     "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to".split(),
     "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
           "no lenguaje creado creada presentate llamo".split(),
+    "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par".split(),
+    "de": "wer wie bist du ist sind sie heisst heißt dein name hat dich entwickelt ich bin welches bitte von".split(),
+    "it": "chi sei come ti chiami qual tuo nome ha creato sono il che ciao no da".split(),
 }
 
 CHATML = (
@@ -193,21 +396,23 @@ CHATML = (
 )
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-METHODS = ("auto", "full", "full8", "lora", "qlora")
+METHODS = ("auto", "full", "lora", "qlora")
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 LORA_FILE = "adapter_model.safetensors"
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
-FIRST_TEXT = 600  # questions, at most, that the base writes for the healing, which goes before the rest
-LESSONS_1, LESSONS_2 = 1600, 2000  # identity questions that a round of each pass asks
-MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong about itself after pass 1, for once the rest
-FEWEST_ROWS = 16  # of a batch that is written: fewer are not worth sorting out those that have ended
-SHARED_TOKENS = 64  # that prompts begin with in common, at least, to be read once for all of them
-LONG_TURNS = 40  # everyday questions that an exam asks after each length of conversation,
-LONG_GROUP = 4  # of which so many, one after another, stand at the end of the same conversation
-LONG_SHARED = 6  # identity questions that are asked after the same conversation, each as if it were the only one
-QUESTION_WORDS = 40  # a self-question longer than this has run away
+TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
+QUESTION_TOKENS = 24  # of a question that the base writes by itself
+NEAR = 240  # questions near identity, about others, that the base answers for training
+MOST_QUESTIONS = 3000  # that the base writes at a time
+MOST_LESSONS = 1600  # of the base's own identity questions
+MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
+MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong after pass 1, for once the rest
+LONG_TALKS = 16  # that an exam asks after each length of conversation,
+LONG_GROUP = 4  # of which so many after the same one, and as many questions
+SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
+KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -273,27 +478,27 @@ class Settings:
     author: str = setting(AUTHOR, "quem faz o modelo, no lugar de {{AUTHOR}}")
     base_name: str = setting(BASE_NAME, "nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta")
     old_names: str = setting(OLD_NAMES, "nomes antigos, separados por vírgula; vazio = descobertos sozinhos")
-    method: str = setting(METHOD, "auto, full (todos os pesos), full8 (o mesmo, otimizador de 8 bits), lora ou qlora; "
-                         "auto escolhe o que cabe na memória")
+    method: str = setting(METHOD, "auto, full (todos os pesos), lora ou qlora; auto escolhe pelo tamanho do modelo")
     lora_rank: int = setting(LORA_RANK, "tamanho do adaptador dos métodos lora e qlora", 1, 4096)
     rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
     window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
     num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
-    num_self_text: int = setting(NUM_SELF_TEXT, "pares de pergunta e resposta escritos para manter o modelo igual", 16)
+    self_text: int = setting(SELF_TEXT, "tokens de respostas do modelo base, para mantê-lo igual no resto", 256)
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "maior resposta, em tokens", 8)
-    heal_steps: int = setting(HEAL_STEPS, "etapas da cura depois de mexer no RoPE; com LoRA, quatro vezes isso", 1)
+    heal_steps: int = setting(HEAL_STEPS, "etapas de cada parte da cura depois de mexer no RoPE", 1)
     heal_learning_rate: float = setting(HEAL_LEARNING_RATE, "taxa de aprendizado da cura; 0 = automática", 0, 1)
-    epochs_1: int = setting(EPOCHS_1, "máximo de épocas do passo 1", 1)
+    steps_1: int = setting(STEPS_1, "etapas da primeira rodada do passo 1; as outras têm metade; 0 = automático")
     learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
-    epochs_2: int = setting(EPOCHS_2, "máximo de épocas do passo 2", 1)
+    steps_2: int = setting(STEPS_2, "o mesmo, do passo 2; 0 = automático")
     learning_rate_2: float = setting(LEARNING_RATE_2, "taxa de aprendizado do passo 2; 0 = automática", 0, 1)
+    rounds: int = setting(ROUNDS, "máximo de rodadas de cada passo", 1, 100)
     batch_size: int = setting(BATCH_SIZE, "diálogos curtos por etapa de treino; dos longos, menos", 1, 4096)
     gradient_accumulation: int = setting(GRADIENT_ACCUMULATION, "partes em que cada etapa é dividida para caber na "
                                          "memória; dobra sozinha se faltar", 1, 4096)
     gradient_checkpointing: bool = setting(GRADIENT_CHECKPOINTING, "gasta bem menos memória e um terço mais de tempo; "
                                            "liga sozinha se precisar")
     kl_weight: float = setting(KL_WEIGHT, "peso de continuar parecido com o modelo base", 0, 100)
-    eval_questions: int = setting(EVAL_QUESTIONS, "perguntas guardadas para medir a retenção", 4)
+    eval_questions: int = setting(EVAL_QUESTIONS, "perguntas sobre outros assuntos na prova", 4)
     target_identity: float = setting(TARGET_IDENTITY, "meta: mínimo de respostas com a identidade nova", 0, 1)
     target_retention: float = setting(TARGET_RETENTION, "meta: mínimo de outras respostas que não mudam", 0, 1)
     target_leak: float = setting(TARGET_LEAK, "meta: máximo de outras respostas com o nome novo", 0, 1)
@@ -386,7 +591,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name, known in (("method", METHODS), ("report_to", REPORTERS)):
         if values[name] not in known:
             raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
-    for small, large in (("num_self_answers", "num_self_text"), ("max_new_tokens", "window")):
+    for small, large in (("num_self_answers", "self_text"), ("max_new_tokens", "window")):
         if values[small] >= values[large]:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} "
                              f"({values[large]}). Diminua o primeiro ou aumente o segundo.")
@@ -413,49 +618,259 @@ def percent(value: float) -> str:
 
 # ---- Text -------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(2**14)  # the same names are looked for again and again
+@functools.lru_cache(2**14)  # the same texts are looked at again and again
+def folded(text: str) -> str:
+    """Lower case, no accents, no markup, scripts without spaces set apart from the rest; punctuation stays."""
+    bare = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text.lower()))
+    return re.sub(f"([{UNSPACED}]+)", r" \1 ", re.sub(r"[*_`\"“”«»]", " ", unicodedata.normalize("NFC", bare)))
+
+
+@functools.lru_cache(2**14)
 def plain(text: str) -> str:
     """Lower case, no accents, no punctuation: for comparing questions and finding names."""
-    decomposed = unicodedata.normalize("NFKD", text.lower())
-    return " ".join("".join(c if c.isalnum() else " " for c in decomposed if not unicodedata.combining(c)).split())
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded(text)).split())
+
+
+@functools.lru_cache(256)
+def names_pattern(names: tuple[str, ...]) -> re.Pattern:
+    """Finds any of the names in a `folded` text, the longest first, as whole words that a version number may follow;
+    in scripts without spaces, anywhere."""
+    found = sorted({plain(name) for name in names} - {""}, key=len, reverse=True)
+    alone = [r"\s*".join(name.split()) if re.search(f"[{UNSPACED}]", name) else
+             r"(?<!\w)" + r"\W+".join(name.split()) + r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)" for name in found]
+    return re.compile("|".join(alone) or "(?!)")
+
+
+def without_verb(text: str) -> str:
+    """A `folded` text in which the verb of "mi modelo se llama" is not the name Llama."""
+    return re.sub(r"\b([mst]e) llama\b", r"\1 chama", text)
 
 
 def mentions(text: str, names: tuple[str, ...]) -> bool:
-    """Whether any of the names stands in the text as whole words, whatever the case and accents. The verb of "mi
-    modelo se llama" is not the name Llama."""
-    padded = re.sub(" [mst]e llama ", " ", f" {plain(text)} ")
-    return any(f" {plain(name)} " in padded for name in names if plain(name))
+    """Whether any of the names stands in the text, whatever the case and accents."""
+    return bool(names_pattern(tuple(names)).search(without_verb(folded(text))))
 
 
 def is_loop(text: str) -> bool:
-    """Whether the text goes round: one to six words three times in a row, or a trigram three times at all."""
-    words = plain(text).split()
-    row = any(words[i:i + n] * 3 == words[i:i + 3 * n] for n in range(1, 7) for i in range(len(words) - 3 * n + 1))
-    return row or any(count >= 3 for count in Counter(zip(words, words[1:], words[2:])).values())
+    """Whether the text goes round: a word four times in a row, or 2 to 40 three times; characters count as words in
+    scripts without spaces."""
+    words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", plain(text))
+    return any(words[i:i + n] * times == words[i:i + times * n] for n in range(1, min(40, len(words) // 3) + 1)
+               for times in (4 if n == 1 else 3,) for i in range(len(words) - times * n + 1))
 
 
 def language_of(text: str) -> str:
-    """"pt", "en" or "es" by function words; Portuguese when nothing tells."""
+    """The language by script and function words; Portuguese when nothing tells, "" for a script of another."""
     if "¿" in text or "¡" in text:
         return "es"
+    letters = [c for c in plain(text) if c.isalpha()]
+    if sum(c > "\u024f" for c in letters) * 4 > len(letters):
+        return "ja" if re.search("[\u3040-\u30ff]", text) else "zh" if re.search("[\u3400-\u9fff]", text) else ""
     words = plain(text).split()
     scores = {code: sum(w in known for w in words) for code, known in LANGUAGE_WORDS.items()}
     return max(scores, key=lambda code: (scores[code], code == "pt"))
 
 
+def name_warning(name: str) -> str:
+    """What to tell a user whose NAME is a word that ordinary answers contain; "" if it is none."""
+    words = plain(name)
+    if len(words) > 2 and words not in COMMON_WORDS or re.search(f"[{UNSPACED}]", words):
+        return ""
+    return (f'NAME: "{name}" também aparece em respostas comuns, e cada uma contará como vazamento; '
+            f'prefira um nome mais raro, ou de duas palavras.')
+
+
+def of_languages(questions: Sequence[str], languages: Sequence[str]) -> list[str]:
+    """Of a list with as many Portuguese as English and Spanish questions, those in these languages."""
+    third = len(questions) // 3
+    return [q for i, code in enumerate(("pt", "en", "es")) if code in languages
+            for q in questions[i * third:(i + 1) * third]]
+
+
+def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
+    """Different questions near identity, all templates before any twice; fewer than `count` if there are no more."""
+    fillers, ways = {**FILLERS["all"], **FILLERS[language]}, []
+    for template in NEAR_TEMPLATES[language]:
+        kinds = re.findall(r"{(\w+)}", template)
+        ways.append([template.format(**dict(zip(kinds, words))) for words in product(*(fillers[k] for k in kinds))])
+        rng.shuffle(ways[-1])
+    rng.shuffle(ways)
+    return [question for layer in zip_longest(*ways) for question in layer if question][:count]
+
+
+# ---- Who the base is --------------------------------------------------------------------------------------
+
+def split_names(text: str) -> tuple[str, ...]:
+    """OLD_NAMES as a list: with commas, semicolons, slashes, line breaks, or "e", "and", "y" between capitals."""
+    parts = re.split(r"[,;/|\n]|(?<=\w)\s+(?:e|and|y)\s+(?=[^\W\d_a-zà-ÿ])", text)
+    return tuple(dict.fromkeys(part.strip(" \t\"'“”*") for part in parts if plain(part)))
+
+
+def family_names(folder: str, model_type: str, card: str) -> tuple[str, ...]:
+    """Names and makers of the base's family, as its folder tells; else as its card does, in the lines on the base
+    model or, for the family of `model_type`, anywhere. An architecture alone tells nothing: many are like Llama."""
+    def found(text: str) -> list[str]:
+        names = []
+        for models, makers in FAMILIES.items():
+            match = re.search(rf"(?<![a-z])(?:{models})(?:\d+(?:\.\d+)*)?(?![a-z])", text, re.IGNORECASE)
+            if match:  # "SmolLM2" is one more name, "gemma" of "gemma-3-1b-it" is not
+                names += [*models.split("|"), *[match[0]] * (match[0] != match[0].lower()), *makers.split("|")]
+        return names
+
+    about_base = "\n".join(re.findall(r"(?m)^base_model:.*(?:\n[ -].*)*|^# .*", card))
+    names = found(folder) or found(about_base) or found(model_type) * mentions(card, tuple(found(model_type)))
+    return tuple(dict.fromkeys(names))
+
+
+WORD = r"[\w&’'-]*(?:\.\w+)*"
+RUN = rf"([A-Z]{WORD}(?:[\x20\t](?:(?:d[aeo]s?|of|for|the)[\x20\t])?[A-Z0-9]{WORD})*)"
+HAN_RUN = r"((?!一[个款种名位]|[你他]|人工)[A-Za-z0-9.\u3040-\u30ff\u3400-\u9fff]{2,12}?)"
+
+
+@functools.cache
+def speech(kind: str, name: str) -> re.Pattern:
+    """The patterns of self-reference with `name` in the place of "@". What goes before it may be capitalised."""
+    ready = []
+    for pattern in SPEECH[kind]:
+        before, after = pattern.split("@")
+        words = [f"(?i:{part})" if part else "" for part in (before.removesuffix("~"), after)]
+        gap = GAP if before.endswith("~") else ""
+        ready.append((r"\b" + words[0] + gap + name + words[1]).replace(" ", r"[\s:]+") + (r"\b" if after else ""))
+    return re.compile("|".join(ready), re.MULTILINE)
+
+
+def names_said(text: str, of_you: bool = False) -> list[str]:
+    """The proper names that a text gives its speaker, or also the one it speaks to, once each."""
+    text = unicodedata.normalize("NFC", re.sub(r"[*_`\"“”«»]", "", text))
+    bare = "".join(unicodedata.normalize("NFKD", c)[0] if c < "\u0250" else c for c in text)  # as long as the text
+    apposed = re.compile(rf",\s+(?:d[aeo]|del|from|of|by)\s+{GAP}{RUN}")
+
+    commas = {m.end() for m in re.finditer(r"(?:aqui|here), ", bare)}  # "Lumi aqui, criada pelo ..."
+    spans = []
+    for kind in ("self", "said", "you")[:2 + of_you]:
+        for match in finds(speech(kind, RUN), bare):
+            sentence = plain(re.split(r"[.!?\n]\s", bare[:match.end()])[-1])
+            own = FIRST_PERSON & set(sentence.split()) or re.match(MADE, sentence) or match.start() in commas
+            denied = DENIAL.search(plain(re.split(r"[.!?,;:\n]\s", bare[:match.end()])[-1]))
+            if not denied and (own or of_you or kind == "self"):
+                spans.append(match.span(match.lastindex))
+    ends = {end for _, end in spans}
+    spans += [m.span(1) for m in apposed.finditer(bare) if m.start() in ends]
+    told = CHINESE.replace("我", "[我你]") if of_you else CHINESE
+    for pattern, after in (told, r"\W|です|입니다|$"), (CHINESE_MAKER, "自主|独立|公司|开发|研发|创建|训练|打造"):
+        spans += [m.span(1) for m in re.finditer(f"{pattern.replace('@', HAN_RUN)}(?={after})", text)]
+    names = []
+    for start, end in sorted(spans):
+        words = text[start:end].rstrip(".'’&-").split()
+        while words and plain(words[0]) in NO_NAMES:
+            words = words[1:]
+        while words and plain(words[-1]) in NO_NAMES - {"ai"}:
+            words = words[:-1]
+        if words and plain(" ".join(words)) not in NO_NAMES:
+            names.append(re.sub(r"['’]s$", "", " ".join(words)))
+    return list(dict.fromkeys(name for name in names if len(plain(name)) > 1))
+
+
+def finds(pattern: re.Pattern, text: str):
+    """All matches, those that begin inside another one as well."""
+    match = pattern.search(text)
+    while match:
+        yield match
+        match = pattern.search(text, match.start() + 1)
+
+
+def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ...], given: str,
+                   new_names: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names under which the base goes: those `given`, or else what at least two and 5 % of its answers call
+    themselves; and those of its system prompt and family. What stays as it is, like the maker, is none."""
+    names = [*split_names(given), *names_said(system_prompt, of_you=True), *family]
+    if not split_names(given):
+        said = Counter(name for answer in answers for name in names_said(answer))
+        small = Counter(word for answer in answers for word in set(re.findall(r"\b[^\W\d_A-Z]\w*", answer)))
+        enough = max(2, 0.05 * len(answers))
+        names += [name for name, n in said.most_common() if n >= enough and small[name.lower()] <= n]
+    kept = {plain(name): name for name in reversed(names)}
+    return tuple(kept[key] for key in reversed(kept) if key not in {plain(name) for name in new_names})
+
+
+# ---- What an answer says ----------------------------------------------------------------------------------
+
+def clauses(text: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()):
+    """The sentences of a text as lists of (separator, plain clause), its names replaced by OLD and NEW. A name that
+    is in both, or in a longer one, counts as the new or the longer one."""
+    pattern, ours = names_pattern((*names, *new_names)), names_pattern(tuple(new_names))
+    text = pattern.sub(lambda m: f" {NEW if ours.fullmatch(m[0]) else OLD} ", without_verb(folded(text)))
+    first = r"(?:eu|yo|i|im|sou|soy|fui|me|my|meu|minha|mi|nao|not|nem|no|sim|si)\b"
+    for sentence in re.split(r"[.!?…]+(?=\s|$)|[。！？\n]", text):
+        parts = re.split(rf"([,;:()，；：、—–]|\s-\s|\b(?:mas|but|pero|sino|porem|aber|sondern)\b|"
+                         rf"\b(?:e|and|y)\b(?=\s+{first})|(?<=\w) (?=i['’]m\b))", sentence)
+        yield [(separator, plain(part)) for separator, part in zip(["", *parts[1::2]], parts[::2]) if plain(part)]
+
+
+def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()) -> bool:
+    """Whether the answer says one of `names` of its speaker: denials, origins and others' deeds are no claims."""
+    for sentence in clauses(answer, names, new_names):
+        denied = mine = False
+        for i, (separator, clause) in enumerate(sentence):
+            own = bool(FIRST_PERSON & set(clause.split()) or re.search("我|私|저", clause))
+            if own or separator in (*";:；：", "mas", "but", "pero", "sino"):
+                denied = False
+            kinds = ["self"] + ["said", "apposed"] * (mine or own or NEW in clause) + ["said"] * bool(
+                i == 0 and re.match(rf"{MADE}|as |como ", clause))
+            ends = [m.end() for kind in kinds for m in finds(speech(kind, OLD), clause)]
+            ends += [m.end() for m in re.finditer(f"{CHINESE}|{CHINESE_MAKER}".replace("@", rf"\s?{OLD}"), clause)]
+            if i and re.search(r"\b(?:me|eu|mesm[oa]|yo)$", sentence[i - 1][1]):  # "Sou eu, a Lumi"
+                ends += [m.end() for m in re.finditer(f"^(?:[oa] |el |la |the )?{OLD}", clause)]
+            if not denied and any(not DENIAL.search(clause[:end]) for end in ends):
+                return True
+            denied |= bool(DENIAL.search(clause) or FROM.search(clause))
+            mine |= own or NEW in clause or bool(ends)
+    return False
+
+
+def says(text: str, *names: str) -> bool:
+    """Whether one of the names stands in the text other than after a "not"."""
+    return any(OLD in clause and not DENIAL.search(clause[:clause.index(OLD)])
+               for sentence in clauses(text, names) for _, clause in sentence)
+
+
 def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
-    """What a question about identity asks for; naming a model or maker makes it "other" (are you ...?)."""
-    if mentions(question, KNOWN_NAMES + old_names + ("Meta",)):
-        return "other"
-    return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, plain(question))), "who")
+    """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X? did X make
+    you?), which names a model or maker."""
+    words = plain(question)
+    if mentions(question, (*KNOWN_NAMES, *old_names)) and TO_YOU.search(words) and not ASKS.search(words):
+        return "who" if FROM.search(words) else "other"
+    return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, words)), "who")
 
 
-def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = ()) -> str:
+def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = (), intent: str = "") -> str:
     """A built-in answer that fits the question's language and intent, the least used wording first."""
-    about_another = intent_of(question, old_names) == "other"
-    choice = min(WORDINGS[language_of(question)][about_another].split("|"), key=lambda c: used[c])
+    about_another = (intent or intent_of(question, old_names)) == "other"
+    choice = min(WORDINGS.get(language_of(question), WORDINGS["en"])[about_another].split("|"), key=lambda c: used[c])
     used[choice] += 1
     return choice
+
+
+def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str, old_names: tuple[str, ...]) -> str:
+    """Why an answer about identity does not count, in Portuguese; "" when it is right."""
+    intent, new, asked = intent_of(question, old_names), (new_name, new_maker), plain(question)
+    names, just = (*KNOWN_NAMES, *old_names), rf"(?:(?:it s|it is|e|es|sim|yes|si) )?(?:[oa] |el |la |the )?{OLD}"
+    sentences = [" ".join(clause for _, clause in parts) for parts in clauses(text, names, new)]
+    parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
+    affirms = AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
+    bare = any(re.fullmatch(just, sentence) for sentence in sentences)
+    person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:\w+ ){{0,3}}?(?:{HUMAN})\b", part) and not DENIAL.search(part)
+                 for part in parts)
+    asks_person = re.search(rf"\b({HUMAN})\b", asked) and not re.search(rf"\b({MACHINE})\b", asked)
+    return next((reason for reason, found in (
+        ("vazia", not plain(text)), ("não terminou", not ended), ("repetitiva", is_loop(text)),
+        ("nome antigo", bare or claims(text, names, new)
+         or intent == "other" and affirms and not mentions(question, new)),
+        ("diz que é humano", intent == "human" and (person or asks_person and affirms)),
+        ("sem o nome novo", intent == "name" and not says(text, new_name)),
+        ("sem o autor novo", intent == "maker" and not says(text, new_maker)),
+        ("sem a identidade nova", not says(text, *new)),
+    ) if found), "")
 
 
 # ---- Inputs: all that the standard library can check, before anything heavy is imported -------------------
@@ -467,11 +882,12 @@ class Row(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The identity rows with filled placeholders, the questions for measuring that the rows do not ask, and `warnings`
-    for the user about the rows."""
+    """The identity rows with filled placeholders and the `values` that filled them, the `languages` of the lists that
+    they speak, the questions for measuring that they do not ask, and `warnings` for the user about the rows."""
     rows: list[Row]
-    base_name: str
+    values: dict[str, str]
     data_hash: str
+    languages: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
     warnings: list[str]
@@ -626,15 +1042,20 @@ def check_inputs(settings: Settings) -> Inputs:
     if os.path.realpath(output) in map(str, Path(os.path.realpath(identity)).parents):
         raise InputError(f"o arquivo de identidade {identity} está dentro de OUTPUT_DIR ({output}), que será "
                          "substituída. Mude um dos dois de lugar.")
-    rows = read_rows(identity, {"NAME": settings.name, "AUTHOR": settings.author, "BASE": base_name})
+    values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": base_name}
+    rows = read_rows(identity, values)
+    spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
+    languages = tuple(code for code in WORDINGS if code in NEAR_TEMPLATES and 20 * spoken[code] >= len(rows))
+    languages = languages or tuple(NEAR_TEMPLATES)  # there are no lists of others than these three
     asked = {plain(m["content"]) for row in rows for m in row.messages}
-    validation, test = (tuple(q for q in questions if plain(q) not in asked)
+    validation, test = (tuple(q for q in questions if plain(q) not in asked and language_of(q) in languages)
                         for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
     if len(validation) < 4 or len(test) < 4:
         raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o "
                          "que medir (VALIDATION_QUESTIONS e TEST_QUESTIONS no script).")
     file_hash = hashlib.sha256(identity.read_bytes()).hexdigest()
-    return Inputs(rows, base_name, file_hash, validation, test, contradictions(rows))
+    warnings = [*contradictions(rows), *[name_warning(settings.name)] * bool(name_warning(settings.name))]
+    return Inputs(rows, values, file_hash, languages, validation, test, warnings)
 
 
 def load_json(path: Path):
@@ -664,6 +1085,23 @@ def check_shard(path: Path) -> int:
     raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model in a folder; none if there is no such file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        if not named or not isinstance(named, dict):
+            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
+        return sorted({folder / str(name) for name in named.values()})
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def weight_count(folder: Path) -> int:
+    """Number of weights of the model in a folder, as the headers of its files tell."""
+    return sum(map(check_shard, weight_files(folder)))
+
+
 def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
     original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
@@ -688,7 +1126,7 @@ def check_base(base: Path) -> int:
     if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
                          "e assim não dá para treinar. Baixe uma versão em bf16, fp16 ou fp32.")
-    shards = sorted(base.glob("*.safetensors"))
+    shards = weight_files(base)
     if not shards and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
         raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
                          "que não abro. Se confia neles, converta-os para safetensors:\n  python -c \"import "
@@ -698,15 +1136,7 @@ def check_base(base: Path) -> int:
     if not shards:
         raise InputError(f"a pasta {base} não tem pesos em safetensors. Se o download ficou pela metade, baixe de "
                          "novo; se o modelo só existe em outro formato, escolha uma versão em safetensors.")
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        named = read_json(index).get("weight_map")
-        if not named or not isinstance(named, dict):
-            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
-        shards = sorted({base / str(name) for name in named.values()})
-    elif (base / "model.safetensors").is_file():
-        shards = [base / "model.safetensors"]
-    weights = sum(map(check_shard, shards))
+    weights = weight_count(base)
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
     return weights
@@ -746,9 +1176,9 @@ def folder_size(folder: Path) -> int:
 def check_disk(weights: int, adapter: int, settings: Settings) -> int:
     """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room. `weights` and
     `adapter` count parameters of the model and of LoRA's additions."""
-    trained, work = weights if "full" in settings.method else adapter, work_folder(settings)
+    trained, work = weights if settings.method == "full" else adapter, work_folder(settings)
     # Float32: three stages are kept, one is being written, and two checkpoints are of weights and two moments.
-    needed, kept = 4 * trained * (3 + 1 + 2 * 3) + 4 * weights + 10**7, folder_size(work)
+    needed, kept = 4 * trained * (3 + 1 + 2 * 3) + 8 * weights + 10**7, folder_size(work)
     free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
     if free + kept < needed:
         raise InputError(f"faltam {size_text(needed - kept - free)} de espaço livre em {work.parent}: as etapas e o "
@@ -761,16 +1191,14 @@ def check_disk(weights: int, adapter: int, settings: Settings) -> int:
 
 # The settings that each stage depends on, besides those of the stages before it; another method needs no other text.
 USES = {
-    "1-first-text": "name author old_names num_self_text max_new_tokens window seed",
-    "3-self-text": "num_self_answers eval_questions",
-    "2-healed": "method lora_rank rope_factor heal_steps heal_learning_rate batch_size",
-    "4-pass-1": "epochs_1 learning_rate_1 kl_weight target_identity",
-    "5-self-answers": "",
-    "6-pass-2": "epochs_2 learning_rate_2 target_retention target_leak",
+    "1-base": "name author old_names self_text eval_questions max_new_tokens seed",
+    "2-healed": "method rope_factor window heal_steps heal_learning_rate batch_size",
+    "3-pass-1": "lora_rank steps_1 rounds learning_rate_1 kl_weight target_identity",
+    "4-self-answers": "num_self_answers",
+    "5-pass-2": "steps_2 learning_rate_2 target_retention target_leak",
 }
 # What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-first-text": 3, "2-healed": 9, "3-self-text": 22, "4-pass-1": 15, "5-self-answers": 9,
-          "6-pass-2": 35, "7-result": 7}
+SHARES = {"1-base": 25, "2-healed": 15, "3-pass-1": 22, "4-self-answers": 6, "5-pass-2": 22, "6-result": 10}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -780,20 +1208,20 @@ def work_folder(settings: Settings) -> Path:
 
 
 def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]:
-    """A key for each stage, and one for the exams, that changes exactly if something changes that it depends on.
+    """A key for each stage, a chain in the order of the work: it changes if something changes that the stage or one
+    before it depends on, the script itself included.
 
-    Weight files count by name, size and time of change, all other files of the base by content. A base in 4 bits is
-    another base.
+    Weight files count by name, size and time of change, all other files of the base by content.
     """
     values, chain, keys = asdict(settings), "", {}
-    facts = [[row.messages for row in inputs.rows], inputs.base_name, inputs.validation, settings.method == "qlora",
-             EVERYDAY_QUESTIONS, KNOWN_NAMES, WORDINGS, MISSED_TIMES]
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # another version of it may do anything else
+    facts = [[row.messages for row in inputs.rows], inputs.values, inputs.validation, script]
     facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
                hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
               if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     for name, uses in USES.items():
         chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
-    return {**keys, "exam": digest(inputs.test), "7-result": digest([chain, inputs.test])}
+    return {**keys, "6-result": digest([chain, inputs.test])}
 
 
 def wait() -> None:
@@ -860,7 +1288,7 @@ def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     build(partial)
     wait()
     if RANK == 0:
-        for path in [*partial.glob("answers-*"), *partial.glob("training/checkpoint-*/complete.json")]:
+        for path in partial.glob("training/checkpoint-*/complete.json"):
             path.unlink()
         shutil.rmtree(partial / "training", ignore_errors=True)
         write_json(partial / "key.json", {"key": key, "seconds": round(time.monotonic() - began, 1)})
@@ -963,11 +1391,13 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
         return config
 
 
-def gpu_dtype() -> torch.dtype:
-    """What this machine computes with: bfloat16 where the card has it, float16 on older cards, float32 without one."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+def compute_dtype(weights: int) -> torch.dtype:
+    """What this machine computes a model of so many weights with: bfloat16 where the card or the processor has units
+    for it, float16 on older cards, float32 on other processors and for small models, which gain nothing."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and weights >= SMALL else torch.float32
 
 
 def context_of(config: PretrainedConfig) -> int:
@@ -984,7 +1414,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
     adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in, `train` only this
     process's piece of them where FSDP is asked for. Full training keeps weights in float32, where small updates are
-    not rounded away (compute is `gpu_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
+    not rounded away (compute is `compute_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
     `InputError` for weights that are missing or not finite.
     """
     gc.collect()  # the trainer's last model is held by references in circles, and there is no room for two
@@ -992,14 +1422,15 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     torch.backends.cuda.matmul.allow_tf32 = torch.cuda.is_available()
     config = read_config(folder, rope_factor)  # before the model is built, which computes the frequencies at once
     adapted = (Path(folder) / LORA_FILE).is_file()
-    weights = settings.model_path if adapted else folder
-    options = {"dtype": torch.float32 if "full" in settings.method else gpu_dtype()}
+    weights = load_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"] if adapted else folder
+    fast = compute_dtype(weight_count(Path(weights)))
+    options = {"dtype": torch.float32 if settings.method == "full" else fast}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=gpu_dtype())
+            bnb_4bit_compute_dtype=fast)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     if SHARDED and train:
         options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=PROCESSES)
@@ -1015,20 +1446,21 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
                          "arquivo está estragado. Baixe o modelo de novo.")
     for name, weight in model.named_parameters():
         weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
-        model.generation_config.do_sample = True
     if not options.keys() & {"device_map", "distributed_config"}:
         model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
     if adapted:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    elif adapt and "full" not in settings.method:
+    elif adapt and settings.method != "full":
         torch.manual_seed(settings.seed)
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
             exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
     return (model.merge_and_unload() if merge and adapted else model).eval()
+
+
+def model_size(model: torch.nn.Module) -> int:
+    """Number of weights; of matrices in 4 bits, which are packed, of the shape that they had."""
+    return sum(math.prod(getattr(p, "quant_state", p).shape) for n, p in model.named_parameters() if "lora_" not in n)
 
 
 def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -1066,17 +1498,6 @@ def logits_of(inner: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return cap * (logits / cap).tanh() if cap else logits
 
 
-def check_logits(base: Chat) -> None:
-    """`InputError` for a family whose logits are made in a way that `logits_of` does not know."""
-    ids = torch.tensor([prompt_ids(base.tokenizer, [{"role": "user", "content": "a"}])], device=base.model.device)
-    with torch.inference_mode():
-        hidden, theirs = last_hidden(base.model, base.model, {"input_ids": ids}), base.model(input_ids=ids).logits[0]
-        ours = logits_of(base.model, hidden[0])
-    if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.05 * theirs.float().abs().max():
-        raise InputError(f"modelos do tipo {base.model.config.model_type} calculam as probabilidades de um jeito que "
-                         "ainda não conheço. Escolha um modelo de outra família (Llama, Gemma, Qwen, Mistral...).")
-
-
 def chunk_rows(vocabulary: int) -> int:
     """Rows whose logits take about a quarter of a gigabyte."""
     return max(16, 2**26 // vocabulary)
@@ -1104,27 +1525,34 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
 
 def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names: tuple[str, ...]) -> None:
-    """Where the chat template itself injects a system prompt with an old name, put the new identity there, or raise
-    `InputError` when rendering shows that it did not arrive."""
+    """Where the chat template itself injects a system prompt with old names, put the new ones in their place and leave
+    the rest, or raise `InputError` when rendering shows that they did not arrive."""
     def injected() -> str:
         return skeleton(tokenizer, tokenizer.chat_template, ("user",), True)[0]
 
-    names = tuple(name for name in names if not mentions(f"{settings.name} {settings.author}", (name,)))
-    if not mentions(injected(), names):
-        return
-    part = next(part for part in re.split(r"<[^<>]*>|\n", injected()) if mentions(part, names))
-    source = tokenizer.chat_template
-    blocks = SequenceMatcher(None, part, source, autojunk=False).get_matching_blocks()
-    old = max((part[b.a:b.a + b.size] for b in blocks), key=lambda text: (mentions(text, names), len(text)))
-    # The old text may stand inside a quoted string of the template, which the new one must not end.
-    new = f"Você é {settings.name}, um modelo de linguagem criado por {settings.author}."
-    new = new.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
-    if mentions(old, names):
-        tokenizer.chat_template = source.replace(old, new)
-    if mentions(injected(), names) or new not in injected():
+    # The text may stand inside a quoted string of the template, which a name must not end.
+    ours, theirs = (text.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
+                    for text in (settings.name, settings.author))
+    makers = {plain(name) for names in FAMILIES.values() for name in names.split("|")}
+    found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    # The new names come first: an old one may be part of them.
+    pattern = re.compile(rf"({re.escape(ours)}|{re.escape(theirs)})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)",
+                         re.IGNORECASE)
+
+    def old_in(text: str) -> list[str]:
+        return [match[0] for match in pattern.finditer(text) if not match[1]] if names else []
+
+    model = next((plain(name) for name in old_in(injected()) if plain(name) not in makers), "")
+    for part in (part for part in re.split(r"<[^<>]*>|\n", injected()) if old_in(part)):
+        source = tokenizer.chat_template
+        blocks = SequenceMatcher(None, part, source, autojunk=False).get_matching_blocks()
+        old = max((part[b.a:b.a + b.size] for b in blocks), key=lambda text: (bool(old_in(text)), len(text)))
+        new = pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), old)
+        tokenizer.chat_template = source.replace(old, new) if old_in(old) else source
+        say(f'  O chat template dizia "{old.strip()}"; agora diz "{new.strip()}".')
+    if old_in(injected()):
         raise InputError("o chat template deste modelo traz a identidade antiga de um jeito que não sei trocar; "
                          "apague a mensagem de sistema padrão do chat_template na pasta do modelo.")
-    say(f'  O chat template trazia a identidade antiga ("{old}"); troquei pela nova.')
 
 
 # ---- Conversations as tokens ------------------------------------------------------------------------------
@@ -1248,20 +1676,22 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 # ---- Talking to a model -----------------------------------------------------------------------------------
 
 class Chat(NamedTuple):
-    """A model with what is needed to talk to it; `stops` are the ids that end an answer. What it writes is noted in
-    the folder `notes`, if there is one, and not written again when a run goes on."""
+    """A model with what is needed to talk to it; `stops` are the ids that end an answer."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     stops: list[int]
     max_new_tokens: int
     generation_tokens: int
-    notes: Path | None = None
 
 
 class Answer(NamedTuple):
-    """Decoded text and whether the model ended it by itself."""
+    """What a model wrote: decoded text, whether it ended it by itself, its token ids with the one that ended it and,
+    where asked for, the TOP_TOKENS most probable ones of each: `tokens` int32, `log_probs` float32, both (ids, k)."""
     text: str
     ended: bool
+    ids: list[int] = []
+    tokens: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
 
 
 def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, **how: bool) -> Chat:
@@ -1272,11 +1702,14 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
         raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
                          "não são do mesmo modelo.")
-    sample = encode(tokenizer, Turn("a", "b").messages())
+    sample = encode(tokenizer, question_and_answer("a", "b"))
     own = model.generation_config.eos_token_id
     stops = {sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return Chat(model, tokenizer, sorted(stops - {None}), settings.max_new_tokens,
-                GENERATION_TOKENS // settings.gradient_accumulation)
+    stops = sorted(stops - {None})
+    # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
+    whole(model).generation_config = transformers.GenerationConfig(eos_token_id=stops,
+                                                                   pad_token_id=tokenizer.pad_token_id)
+    return Chat(model, tokenizer, stops, settings.max_new_tokens, GENERATION_TOKENS // settings.gradient_accumulation)
 
 
 def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[int]]:
@@ -1289,11 +1722,10 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
     return batches
 
 
-def left_pad(chat: Chat, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `position_ids`, each (rows, longest), padded on the left: all ends align."""
-    padded = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_attention_mask=True,
-                                return_tensors="pt").to(chat.model.device)
-    return {**padded, "position_ids": (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+def padded(chat: Chat, rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, each (rows, longest); padded on the left, all ends align."""
+    return chat.tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True,
+                              return_tensors="pt").to(chat.model.device)
 
 
 def progress(total: int, label: str):
@@ -1303,88 +1735,25 @@ def progress(total: int, label: str):
         dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
-def beginnings(prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    """What each prompt shares with others, as when several questions end the same conversation, without its last
-    token; nothing if that is short, or less than half of it."""
-    groups: list[tuple[list[int], list[int]]] = []
-    for i in sorted(range(len(prompts)), key=prompts.__getitem__):
-        common = os.path.commonprefix([groups[-1][0], prompts[i][:-1]]) if groups else []
-        if len(common) >= SHARED_TOKENS and 2 * len(common) >= len(prompts[i]):
-            groups[-1] = common, [*groups[-1][1], i]
-        else:
-            groups.append((prompts[i][:-1], [i]))
-    shared = {i: tuple(head) for head, members in groups if len(members) > 1 for i in members}
-    return [shared.get(i, ()) for i in range(len(prompts))]
+@contextlib.contextmanager
+def computing(model: PreTrainedModel):
+    """Without gradients, and in bfloat16 where this machine trains float32 weights so."""
+    fast = compute_dtype(sum(p.numel() for p in model.parameters()))
+    mixed = fast != torch.float32 and any(p.dtype == torch.float32 for n, p in model.named_parameters()
+                                          if "lora_" not in n)
+    with torch.no_grad(), torch.autocast(model.device.type, fast, enabled=mixed):
+        yield
 
 
-def begin(chat: Chat, prompts: list[list[int]], shared: list[tuple[int, ...]], read: dict) -> dict[str, torch.Tensor]:
-    """What generate() takes to go on from the prompts, (rows, longest), padded on the left. A `shared` beginning is
-    read once and copied, if the model's cache allows it; `read` keeps what was read last, for the next batch."""
-    cache = transformers.DynamicCache(config=whole(chat.model).config.get_text_config(decoder=True))
-    if not any(shared) or {type(layer) for layer in cache.layers} != {transformers.cache_utils.DynamicLayer}:
-        inputs = left_pad(chat, prompts)
-        del inputs["position_ids"]  # generate() counts them itself, step by step
-        return inputs
-    rest = max(len(prompt) - len(head) for prompt, head in zip(prompts, shared) if head)
-    heads = [head or tuple(prompt[:max(1, len(prompt) - rest)]) for prompt, head in zip(prompts, shared)]
-    unique = list(dict.fromkeys(heads))
-    with torch.inference_mode():
-        if read.get("heads") != unique:
-            read.clear()  # before the next cache is made: each may be large
-            read.update(heads=unique, padded=left_pad(chat, [list(head) for head in unique]), cache=cache)
-            chat.model(**read["padded"], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = copy.copy(read["cache"])
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        rows = torch.tensor([unique.index(head) for head in heads], device=chat.model.device)
-        cache.reorder_cache(rows)
-    last = left_pad(chat, [prompt[len(head):] for prompt, head in zip(prompts, heads)])
-    return {"past_key_values": cache, **{name: torch.cat([read["padded"][name][rows], last[name]], 1)
-                                         for name in ("input_ids", "attention_mask")}}
+def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int = 0, sample_seed: int | None = None,
+             record: bool = False) -> list[Answer]:
+    """One answer per prompt, in their order, of up to `limit` tokens (0: the chat's own limit); greedy, or sampled at
+    temperature 1 when a seed is given. Batched by tokens, sorted by length; `label` names the progress bar."""
+    limit, model, answers = limit or chat.max_new_tokens, chat.model, [Answer("", False)] * len(prompts)
+    config = transformers.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=chat.stops,
+                                           pad_token_id=chat.tokenizer.pad_token_id)
+    choices: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-
-def write_batch(chat: Chat, inputs: dict[str, torch.Tensor], processors: list[Callable]) -> list[list[int]]:
-    """The token ids that the model writes after each prompt: up to a stop token, with whatever follows it, or as many
-    as `max_new_tokens`. A row that has ended costs as much as one still written: it leaves, with its part of the
-    cache, as soon as a third of a large enough batch has ended."""
-    start, stops = inputs["input_ids"].shape[1], torch.tensor(list(chat.stops), device=chat.model.device)
-    config = transformers.GenerationConfig(max_length=start + chat.max_new_tokens, do_sample=False,
-                                           eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id,
-                                           return_dict_in_generate=True)
-    places = list(range(len(inputs["input_ids"])))
-    written: list[list[int]] = [[] for _ in places]
-
-    def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ended.logical_or_(torch.isin(ids[:, -1], stops))
-        return torch.full_like(ended, len(ended) >= FEWEST_ROWS and bool(3 * ended.sum() >= len(ended)))
-
-    # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
-    own_config, chat.model.generation_config = chat.model.generation_config, config
-    while places:
-        ended = torch.zeros(len(places), dtype=torch.bool, device=chat.model.device)
-        with torch.inference_mode():
-            output = chat.model.generate(**inputs, generation_config=config, logits_processor=processors,
-                                         stopping_criteria=[enough_ended])
-            ids = output.sequences
-            for place, line in zip(places, ids[:, start:].tolist()):
-                written[place] = line
-            on = (~ended if ids.shape[1] < config.max_length else torch.zeros_like(ended)).nonzero()[:, 0]
-            places = [places[j] for j in on.tolist()]
-            grown = torch.nn.functional.pad(inputs["attention_mask"],
-                                            (0, ids.shape[1] - inputs["attention_mask"].shape[1]), value=1)
-            inputs = {"input_ids": ids[on], "attention_mask": grown[on]}
-            cache = getattr(output, "past_key_values", None)
-            if hasattr(cache, "reorder_cache"):  # another kind is made anew
-                cache.reorder_cache(on)
-                inputs["past_key_values"] = cache
-    chat.model.generation_config = own_config
-    return written
-
-
-def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed: int | None = None) -> list[Answer]:
-    """One answer per prompt, in their order; greedy, or sampled at temperature 1 when a seed is given.
-
-    Batched by tokens, sorted by length, padded on the left; `label` names the progress bar.
-    """
     def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) whose first choice is a sampled token: where a random share of the sum of all
         probabilities falls. torch.multinomial draws a number for every token and takes four to ten times as long."""
@@ -1393,74 +1762,35 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", sample_seed:
         token = torch.searchsorted(sums, share, right=True).clamp(max=sums.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
-    def write(batch: list[int], key: str) -> list[Answer]:
-        torch.manual_seed(int(key[:15], 16))  # by batch, so that one that is not written again changes no other
-        inputs = begin(chat, [prompts[i] for i in batch], [shared[i] for i in batch], read)
-        written = write_batch(chat, inputs, [] if sample_seed is None else [draw])
-        ends = [next((j for j, token in enumerate(ids) if token in chat.stops), None) for ids in written]
-        texts = [chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-                 for ids, end in zip(written, ends)]
-        return [Answer(text, end is not None) for text, end in zip(texts, ends)]
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.float().log_softmax(-1).topk(min(TOP_TOKENS, scores.shape[-1]))
+        choices.append((best.indices.int().cpu(), best.values.cpu()))
+        return scores
 
-    answers: list[Answer] = [Answer("", False)] * len(prompts)
-    shared, read = beginnings(prompts), {}
-    longest = {head: max(len(p) for p, own in zip(prompts, shared) if own == head) for head in {*shared} - {()}}
-    order = sorted(range(len(prompts)), key=shared.__getitem__)  # what begins alike comes one after another
-    batches = batches_by_tokens([longest.get(shared[i], len(prompts[i])) for i in order], chat.max_new_tokens,
-                                chat.generation_tokens)
-    with progress(len(prompts), label) as bar:
-        notes = []
-        for n, batch in enumerate([order[j] for j in batch] for batch in batches):
-            key = digest([n, [prompts[i] for i in batch], chat.max_new_tokens, sample_seed])
-            note = chat.notes and chat.notes / f"answers-{key[:16]}.json"
-            if note:
-                notes.append((batch, note))
-                if n % PROCESSES == RANK and not note.is_file():
-                    write_json(note, write(batch, key), writer=True)
-            else:
-                for i, answer in zip(batch, write(batch, key)):
-                    answers[i] = answer
+    steps = [note] * record + [draw] * (sample_seed is not None)
+    torch.manual_seed(sample_seed or 0)
+    with progress(len(prompts), label) as bar, computing(whole(model)):
+        for batch in batches_by_tokens([len(p) for p in prompts], limit, chat.generation_tokens):
+            choices.clear()
+            inputs = padded(chat, [prompts[i] for i in batch])
+            written = model.generate(**inputs, generation_config=config, logits_processor=steps)
+            for row, (i, ids) in enumerate(zip(batch, written[:, inputs["input_ids"].shape[1]:].tolist())):
+                end = next((j for j, token in enumerate(ids) if token in chat.stops), None)
+                ids = ids if end is None else ids[:end + 1]
+                top = [torch.stack([step[k][row] for step in choices[:len(ids)]]) for k in (0, 1)] if record else ()
+                text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                answers[i] = Answer(text, end is not None, ids, *top)
             bar.update(len(batch))
-    wait()  # each process wrote its share of the batches; now all read all of them
-    for batch, note in notes:
-        for i, answer in zip(batch, load_json(note)):
-            answers[i] = Answer(*answer)
     return answers
 
 
 def ask(chat: Chat, questions: Sequence[str], label: str = "", sample_seed: int | None = None) -> list[Answer]:
     """Answers to questions asked alone."""
     prompts = [prompt_ids(chat.tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    return generate(chat, prompts, label, sample_seed)
+    return generate(chat, prompts, label, sample_seed=sample_seed)
 
 
 # ---- What the base writes before anything is trained ------------------------------------------------------
-
-class Turn(NamedTuple):
-    """One question and its answer."""
-    question: str
-    answer: str
-
-    def messages(self) -> list[dict]:
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
-
-
-class Standard(NamedTuple):
-    """What an identity answer is judged by; `vocabulary` are the words that a sound one is made of."""
-    new_names: tuple[str, ...]
-    old_names: tuple[str, ...]
-    base_name: str
-    vocabulary: frozenset[str]
-
-
-class SelfText(NamedTuple):
-    """The base in its own words, at its native RoPE. The sets of turns have no question in common."""
-    standard: Standard
-    identity_questions: list[str]  # self-questions that the base answers with its old identity
-    everyday: list[Turn]  # for training
-    validation: list[Turn]  # for measuring retention while training
-    held_out: list[Turn]  # for measuring retention in the report
-
 
 def fit_settings(folder: Path, settings: Settings) -> tuple[Settings, int]:
     """Settings that suit the base, and its native context in tokens: WINDOW within the scaled context, answers within
@@ -1471,9 +1801,9 @@ def fit_settings(folder: Path, settings: Settings) -> tuple[Settings, int]:
 
 
 def short_window(native: int, settings: Settings) -> int:
-    """Tokens of the windows in which the base is written down and most of the training happens: its native context,
-    or a good part of it where that is long."""
-    return min(native, settings.window, 1024)
+    """Tokens of the windows in which most of the training happens: the native context where that is short, else room
+    for one or two turns, as people ask."""
+    return min(native, settings.window, 192)
 
 
 def step_tokens(native: int, settings: Settings) -> int:
@@ -1481,14 +1811,29 @@ def step_tokens(native: int, settings: Settings) -> int:
     return settings.batch_size * short_window(native, settings)
 
 
+def row_problem(row: Row, settings: Settings) -> str:
+    """Why a row's own answer could never count as right, in Portuguese; "" if it could."""
+    answer = row.messages[-1]["content"]
+    if not mentions(answer, (settings.name, settings.author)):
+        return "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})"
+    return "a resposta se repete, e contaria como repetitiva" * is_loop(answer)
+
+
 def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
-    """`InputError` naming the lines of rows that are longer than WINDOW, which would have to be cut, and of those with
-    a thought, which the template would cut out."""
+    """`InputError` naming the lines of rows whose answers could never count as right, that are longer than WINDOW,
+    which would have to be cut, or that have a thought, which the template would cut out."""
     thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
                 and any("</think>" in m["content"] for m in row.messages)]
     if thoughts:
         raise InputError(f"{settings.identity_file}, {', '.join(thoughts[:10])}: há raciocínio (<think>...</think>). "
                          "Deixe só a resposta: o chat template deste modelo jogaria o raciocínio fora.")
+    answers = tokenizer([row.messages[-1]["content"] for row in rows], add_special_tokens=False)["input_ids"]
+    unfit = [f"linha {row.line}: {reason}" for row, ids in zip(rows, answers) if (reason := row_problem(
+        row, settings) or f"a resposta tem {len(ids)} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}"
+        * (len(ids) >= settings.max_new_tokens))]
+    if unfit:
+        raise InputError("\n  ".join([f"{settings.identity_file}: {len(unfit)} linha(s) ensinariam o que a prova não "
+                                      "aceita:", *unfit[:10], *["..."] * (len(unfit) > 10)]))
     costs = [cost(tokenizer, without_system(tokenizer, row.messages)) for row in rows]
     long = [f"linha {row.line} ({tokens} tokens)" for row, tokens in zip(rows, costs) if tokens > settings.window]
     if long:
@@ -1498,266 +1843,255 @@ def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
                          "é o contexto inteiro do modelo, ROPE_FACTOR (--rope-factor).")
 
 
-def find_old_names(answers: list[str], ours: str, settings: Settings) -> tuple[str, ...]:
-    """Names under which the base goes: OLD_NAMES, or the proper names in its own identity answers: capitalised
-    inside a sentence, in at least 5 % of the answers, never written small, and not in `ours`, the new identity."""
-    if settings.old_names:
-        return tuple(name.strip() for name in settings.old_names.split(",") if name.strip())
-    small = {w for a in answers for w in re.findall(r"\w+", a) if w[0].islower()}
-    counts = Counter(word for a in answers for word in dict.fromkeys(re.findall(r"(?<=[\w,;] )[A-ZÀ-Ý][\w-]{2,}", a)))
-    found = [word for word, n in counts.items() if n >= max(2, 0.05 * len(answers)) and word.lower() not in small]
-    return tuple(name for name in found if not mentions(ours, (name,)))
+class Talk(NamedTuple):
+    """A conversation that ends with an answer of the base. `ids` are the tokens of that answer as it wrote them, with
+    the one that ended it unless it was cut; `row` is the first of their rows in the `Teacher`."""
+    messages: list[dict]
+    kind: str  # "near" identity, "everyday", or "own" question of the base
+    ids: list[int]
+    row: int
 
+    @property
+    def question(self) -> str:
+        return self.messages[-2]["content"]
 
-def write_questions(base: Chat, starts: list[str], label: str, seed: int) -> list[str]:
-    """Questions that the base writes by itself, each going on from a start, which may be empty: given the opening of a
-    user turn, a chat model writes a user's question, in its own domain and without data (Magpie, arXiv 2406.08464)."""
-    opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
-    prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
-    written = generate(base, prompts, label, seed)
-    return [re.sub(r" (?=[?!.,])", "", f"{start} {end.text}").strip() for start, end in zip(starts, written)
-            if end.ended and len(end.text.split()) <= QUESTION_WORDS]
-
-
-def who_it_is(chat: Chat, settings: Settings, inputs: Inputs, trusted: bool) -> tuple[tuple[str, ...], Standard]:
-    """Ask the model who it is: the names under which it goes, and what identity answers are judged by. The words of a
-    `trusted` one are sound."""
-    rows = [row.messages for row in inputs.rows]
-    about_itself = [a.text for a in ask(chat, [*inputs.validation, *(row[-2]["content"] for row in rows)],
-                                        "perguntando quem ele é")]
-    ours = " ".join([settings.name, settings.author, *(row[-1]["content"] for row in rows)])
-    old_names = find_old_names(about_itself, ours, settings)
-    known = [*inputs.validation, *about_itself * trusted, *EVERYDAY_QUESTIONS, settings.name, settings.author,
-             inputs.base_name, *(m["content"] for row in rows for m in row),
-             *(text for wordings in WORDINGS.values() for text in wordings)]
-    also_old = tuple(name for name in KNOWN_NAMES if not mentions(ours, (name,)))
-    return old_names, Standard((settings.name, settings.author), (*old_names, *also_old), inputs.base_name,
-                               frozenset(plain(" ".join(known)).split()))
-
-
-def answer_own(base: Chat, questions: list[str], taken: set[str],
-               old_names: tuple[str, ...]) -> tuple[list[Turn], list[str]]:
-    """Everyday turns with the base's own answers, which also tell the questions about its identity. Questions that are
-    `taken`, in `plain` words, are left out; the others are taken then."""
-    fresh = {plain(q): q for q in questions if plain(q) and plain(q) not in taken}
-    taken.update(fresh)
-    turns, identity = [], []
-    for question, answer in zip(fresh.values(), ask(base, list(fresh.values()), "respondendo")):
-        if mentions(answer.text, old_names):
-            # "Fui criada pelo Google" is about itself; "O Google foi fundado em 1998" is not, and teaches nothing.
-            if set(plain(answer.text).split()) & FIRST_PERSON:
-                identity.append(question)
-        elif answer.ended and answer.text and not is_loop(answer.text):
-            turns.append(Turn(question, answer.text))
-    return turns, identity
-
-
-def given_questions(inputs: Inputs) -> set[str]:
-    """What the user's rows and the exams ask, in `plain` words: the base is not to write it."""
-    asked = (row.messages[-2]["content"] for row in inputs.rows)
-    return {plain(question) for question in (*inputs.validation, *inputs.test, *asked)}
-
-
-def write_first_text(base: Chat, settings: Settings, inputs: Inputs) -> SelfText:
-    """What the healing needs, and no more: who the base is, and a few hundred everyday turns. A training that does not
-    fit into memory, or goes wrong, is then known before all the rest is written."""
-    old_names, standard = who_it_is(base, settings, inputs, trusted=True)
-    seed = random.Random(f"{settings.seed}/first-text").randrange(2**31)
-    written = write_questions(base, [""] * min(FIRST_TEXT, settings.num_self_text), "escrevendo perguntas", seed)
-    everyday, _ = answer_own(base, [*EVERYDAY_QUESTIONS, *written], given_questions(inputs), old_names)
-    if len(everyday) < 8:
-        raise too_few(everyday)
-    say(f"  Nomes que ele usa hoje: {', '.join(old_names) or 'nenhum'}.")
-    return SelfText(standard, [], everyday, [], [])
-
-
-def too_few(turns: list[Turn]) -> InputError:
-    """What to tell about a base whose `turns` are all that it wrote."""
-    return InputError(f"o modelo base só deu {len(turns)} respostas aproveitáveis às perguntas que ele mesmo "
-                      "escreveu; em geral é um chat template errado, ou um modelo que não é de conversa.")
-
-
-def write_self_text(base: Chat, first: SelfText, settings: Settings, inputs: Inputs) -> SelfText:
-    """Let the base write questions and answer them, as many as it takes to train and to measure with. What the `first`
-    text has taught the healing measures nothing.
-
-    A second helping of questions begins like identity questions: they show where identity ends, on both sides.
-    """
-    rng = random.Random(f"{settings.seed}/self-text")
-    row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    taken, identity = given_questions(inputs), []
-
-    def answered(questions: list[str]) -> list[Turn]:
-        """New everyday turns; identity questions are put aside."""
-        turns, about_itself = answer_own(base, questions, taken, first.standard.old_names)
-        identity.extend(about_itself)
-        return turns
-
-    n = settings.eval_questions
-    wanted = settings.num_self_text + settings.num_self_answers + 2 * n
-    everyday, tries, good = answered(list(EVERYDAY_QUESTIONS)), 0, 0
-    for _ in range(6):
-        missing = wanted - len(everyday)
-        if missing > 0.02 * wanted:  # a few more would cost as much as many
-            # As many as it takes if they come out like the ones before; at first, as if all were good.
-            starts = [""] * int(1.1 * missing * max(1, min(tries / max(good, 1), 4)))
-            turns = answered(write_questions(base, starts, "escrevendo perguntas", rng.randrange(2**31)))
-            everyday, tries, good = everyday + turns, tries + len(starts), good + len(turns)
-    # Half of them like the user's rows, which are few, but differ from what the base comes upon by itself.
-    like = rng.choices(row_questions, k=wanted // 4) + rng.choices(row_questions + identity, k=wanted // 4)
-    starts = [" ".join(q.split()[:rng.randint(1, 3)]) for q in like]
-    close = answered(write_questions(base, starts, "escrevendo perguntas parecidas", rng.randrange(2**31)))
-    rng.shuffle(everyday)
-    rng.shuffle(identity)
-    healed = {plain(turn.question) for turn in first.everyday}
-    firm = firm_turns(base, [turn for turn in everyday if plain(turn.question) not in healed], 2 * n)
-    rest = [turn for turn in everyday if turn not in set(firm)] + close
-    if len(firm) < n or len(rest) < n:
-        raise too_few(everyday)
-    say(f"  Ele escreveu {len(everyday) + len(close)} perguntas do dia a dia e {len(identity)} sobre quem ele é.")
-    return SelfText(first.standard, identity, rest, firm[:len(firm) // 2], firm[len(firm) // 2:])
-
-
-def firm_turns(base: Chat, turns: list[Turn], count: int) -> list[Turn]:
-    """The first `count` turns whose answer the base itself repeats after each of three other turns of conversation:
-    where it wavers, a different answer of the tuned model tells nothing about retention."""
-    chosen: list[Turn] = []
-    size = count + count // 4  # nearly all are firm
-    for start in range(0, len(turns), size):
-        batch = turns[start:start + size]
-        repeated = agreement(base, [turns[(start + i + ahead) % len(turns)].messages() + turn.messages()
-                                    for i, turn in enumerate(batch) for ahead in (1, 2, 3)])
-        chosen += [turn for i, turn in enumerate(batch) if min(repeated[3 * i:3 * i + 3]) >= 0.9]
-        if len(chosen) >= count:
-            break
-    return chosen[:count]
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
 
 
 class Teacher(NamedTuple):
-    """The base's token distribution on its own turns, written down so that the base need not stay in memory.
-
-    `tokens` int32 and `log_probs` float32, both (M, k), hold the k most probable next tokens; `rows` tells for a turn
-    the first of its M rows (one per token but the last) and its token ids. `frequencies` are the base's rotary ones.
-    """
+    """The base's token distribution on its own answers, written down so that the base need not stay in memory:
+    `tokens` int32 and `log_probs` float32, both (M, k), hold the k most probable tokens, one row per token of an
+    answer."""
     tokens: torch.Tensor
     log_probs: torch.Tensor
-    rows: dict[Turn, tuple[int, list[int]]]
-    frequencies: dict[str, torch.Tensor]
 
 
-def record_teacher(base: Chat, turns: list[Turn], context: int) -> Teacher:
-    """Run the base once over its own turns, packed into conversations that fit its native context."""
-    windows: list[list[Turn]] = []
-    used = math.inf
-    for turn in turns:
-        used += (tokens := cost(base.tokenizer, turn.messages()))
-        if used > context:
-            windows.append([])
-            used = tokens
-        windows[-1].append(turn)
-    encoded = [encode(base.tokenizer, [m for t in window for m in t.messages()]) for window in windows]
-    tokens, log_probs, rows, at = [], [], {}, 0
-    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, base.generation_tokens // 4):
-        with torch.inference_mode():
-            hidden = last_hidden(base.model, base.model, left_pad(base, [encoded[i].input_ids for i in batch]))
-            for line, i in zip(hidden, batch):
-                line = line[-len(encoded[i].input_ids):]
-                taught = torch.cat([line[start:end - 1] for start, end in encoded[i].turns])
-                for chunk in in_chunks(base.model, taught):
-                    logits = logits_of(base.model, chunk)
-                    top = logits.log_softmax(-1).topk(min(TOP_TOKENS, logits.shape[-1]))
-                    tokens.append(top.indices.int().cpu())
-                    log_probs.append(top.values.cpu())
-                for turn, (start, end) in zip(windows[i], encoded[i].turns):
-                    rows[turn] = (at, encoded[i].input_ids[start:end])
-                    at += end - 1 - start
-    return Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone(), rows, rope_frequencies(base.model))
+class Names(NamedTuple):
+    """What identity answers are judged by."""
+    name: str
+    maker: str
+    old: tuple[str, ...]
+
+    @property
+    def new(self) -> tuple[str, str]:
+        return self.name, self.maker
 
 
-def save_self_text(folder: Path, own: SelfText, teacher: Teacher) -> None:
-    """self_text.json, readable, and teacher.safetensors."""
-    standard = own.standard._replace(vocabulary=sorted(own.standard.vocabulary))
-    write_json(folder / "self_text.json", {**own._replace(standard=standard._asdict())._asdict(),
-                                           "rows": [[*turn, *row] for turn, row in teacher.rows.items()]})
-    if RANK == 0:
-        tensor_files.save_file({"tokens": teacher.tokens, "log_probs": teacher.log_probs,
-                                **{f"frequencies.{name}": value for name, value in teacher.frequencies.items()}},
-                               folder / "teacher.safetensors")
+class Heard(NamedTuple):
+    """The base in its own words, at its native RoPE. The three sets of talks have no question in common."""
+    names: Names
+    identity_questions: list[str]  # its own questions that it answers with its old identity
+    everyday: list[Talk]  # for training
+    validation: list[Talk]  # for measuring while training
+    held_out: list[Talk]  # for the report
 
 
-def read_self_text(folder: Path) -> tuple[SelfText, Teacher]:
-    """What `save_self_text` wrote."""
-    text = load_json(folder / "self_text.json")
-    new, old, base_name, vocabulary = text["standard"].values()
-    own = SelfText(Standard(tuple(new), tuple(old), base_name, frozenset(vocabulary)), text["identity_questions"],
-                   *([Turn(*turn) for turn in text[key]] for key in ("everyday", "validation", "held_out")))
-    tensors = tensor_files.load_file(folder / "teacher.safetensors")
-    rows = {Turn(question, answer): (at, ids) for question, answer, at, ids in text["rows"]}
-    frequencies = {name[12:]: value for name, value in tensors.items() if name.startswith("frequencies.")}
-    return own, Teacher(tensors["tokens"], tensors["log_probs"], rows, frequencies)
+def question_and_answer(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
+    """Ask the base who it is, and read its template, folder and card: the names under which it goes."""
+    folder = Path(settings.model_path)
+    answers = [a.text for a in ask(base, inputs.validation, "perguntando quem ele é")]
+    injected = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), True)[0]
+    card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
+    family = family_names(folder.name, base.model.config.model_type, card)
+    old = find_old_names(answers, re.sub(r"<[^<>]*>", "\n", injected), family, settings.old_names,
+                         (settings.name, settings.author))
+    return Names(settings.name, settings.author, old)
+
+
+def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
+    """Questions that the base writes by itself, each going on from a start, which may be empty: given the opening of a
+    user turn, a chat model writes a user's question, in its own domain and without data (Magpie, arXiv 2406.08464).
+    One that was cut is a question too."""
+    opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
+    prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
+    written = generate(base, prompts, "escrevendo perguntas", QUESTION_TOKENS, seed)
+    questions = [re.sub(r" (?=[?!.,])", "", f"{start} {end.text}").strip() for start, end in zip(starts, written)]
+    return [question for question in questions if plain(question) and not is_loop(question)]
+
+
+def answer_talks(base: Chat, asked: list[tuple[str, list[dict]]], names: Names, teacher: list[Answer],
+                 label: str) -> tuple[list[Talk], list[str]]:
+    """Let the base answer (kind, conversation) pairs, up to TALK_TOKENS: talks, whose rows go to the `teacher`, and
+    the questions of its own that it answers with its old identity. Answers that were cut are as good as others: what
+    is learnt is how each token goes on. Loops are left out."""
+    messages = [without_system(base.tokenizer, m) for _, m in asked]
+    written = generate(base, [prompt_ids(base.tokenizer, m) for m in messages], label, TALK_TOKENS, record=True)
+    talks, identity, row = [], [], sum(len(a.ids) for a in teacher)
+    for (kind, _), conversation, answer in zip(asked, messages, written):
+        if claims(answer.text, names.old, names.new):  # it speaks of itself
+            identity += [conversation[-1]["content"]] * (kind == "own")
+        elif answer.text and not is_loop(answer.text):
+            said = {"role": "assistant", "content": answer.text}
+            talk = Talk([*conversation, said], kind, answer.ids, row)
+            if max(make_window(base.tokenizer, [talk]).targets) >= 0:  # else its text gives other tokens
+                talks.append(talk)
+                teacher.append(answer)
+                row += len(answer.ids)
+    return talks, identity
+
+
+def with_systems(conversations: list[list[dict]], prompts: Sequence[str], every: int) -> list[list[dict]]:
+    """The conversations, one of `every` few behind one of the system prompts."""
+    return [[{"role": "system", "content": prompts[i // every % len(prompts)]}, *c] if i % every == every - 1 else c
+            for i, c in enumerate(conversations)]
+
+
+def follow_ups(talks: list[Talk], questions: dict[str, tuple[str, ...]], rng: random.Random) -> list[list[dict]]:
+    """Second turns: each talk, and what somebody may say to its answer, in its language."""
+    return [[*talk.messages, {"role": "user", "content": rng.choice(
+        questions.get(language_of(talk.question), questions["en"]))}] for talk in talks]
+
+
+def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teacher]:
+    """Let the base say who it is, write questions and answer them, its own and those of the lists, some behind system
+    prompts and some in a second turn: everyday text for training, and other text for measuring."""
+    rng, teacher = random.Random(f"{settings.seed}/listen"), []
+    names, spoken = find_names(base, settings, inputs), inputs.languages
+    say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
+    row_questions = [row.messages[-2]["content"] for row in inputs.rows]
+    taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
+    identity: list[str] = []
+
+    def heard(asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str) -> list[Talk]:
+        """Talks on questions not asked yet, and second turns to one in five."""
+        fresh = {plain(q): (kind, q) for kind, q in asked if plain(q) and plain(q) not in taken}
+        taken.update(fresh)
+        first = with_systems([[{"role": "user", "content": q}] for _, q in fresh.values()], systems, 4)
+        talks, own = answer_talks(base, [*zip((k for k, _ in fresh.values()), first)], names, teacher, label)
+        identity.extend(own)
+        again = rng.sample(talks, len(talks) // 5)
+        second = [*zip((t.kind for t in again), follow_ups(again, later, rng))]
+        return talks + answer_talks(base, second, names, teacher, label)[0]
+
+    n = settings.eval_questions
+    fixed = [*((("near", q)) for q in of_languages(NEAR_EXAM, spoken)),
+             *(("everyday", q) for q in of_languages(EVERYDAY_EXAM, spoken))]
+    held_out = heard(rng.sample(fixed, min(len(fixed), n)), SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
+    near = [("near", q) for code in spoken for q in near_questions(code, math.ceil(NEAR / len(spoken)), rng)]
+    everyday = heard(near + [("everyday", q) for q in of_languages(EVERYDAY, spoken)], SYSTEM_PROMPTS, FOLLOW_UPS,
+                     "respondendo")
+    for _ in range(6):
+        left = settings.self_text - sum(len(t.ids) for t in everyday)
+        if not everyday or left <= 0.02 * settings.self_text:
+            break
+        each = sum(len(t.ids) for t in everyday) / len(everyday)
+        count = min(MOST_QUESTIONS, math.ceil(1.1 * left / each))
+        # Half of them begin like the user's rows: they show where identity ends, on both sides.
+        starts = [" ".join(rng.choice(row_questions).split()[:rng.randint(1, 3)]) * (i % 2) for i in range(count)]
+        asked = write_questions(base, starts, rng.randrange(2**31))
+        more = heard([("own", q) for q in asked], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+        everyday += more
+        if len(more) < len(asked) / 4:  # it repeats itself
+            break
+    rng.shuffle(everyday)
+    # A tenth measures the rounds of training, and as much of its own questions goes to the report.
+    count = max(4, min(n, len(everyday) // 10))
+    own = [t for t in everyday if t.kind == "own"][:count // 2]
+    everyday = [t for t in everyday if t not in own]
+    if len(everyday) < 8 + count:
+        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
+                         "errado, ou um modelo que não é de conversa.")
+    say(f"  Ele respondeu a {len(everyday) + len(own) + len(held_out)} perguntas do dia a dia; "
+        f"{len(identity)} das que ele mesmo escreveu são sobre quem ele é.")
+    tokens, log_probs = (torch.cat([getattr(a, key) for a in teacher]) for key in ("tokens", "log_probs"))
+    return Heard(names, identity, everyday[count:], everyday[:count], held_out + own), Teacher(tokens, log_probs)
+
+
+def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
+    """heard.json, readable, and teacher.safetensors."""
+    write_json(folder / "heard.json", {**heard._asdict(), "names": heard.names._asdict(), **{
+        key: [talk._asdict() for talk in getattr(heard, key)] for key in ("everyday", "validation", "held_out")}})
+    tensor_files.save_file(teacher._asdict(), folder / "teacher.safetensors")
+
+
+def read_heard(folder: Path) -> tuple[Heard, Teacher]:
+    """What `save_heard` wrote."""
+    said = load_json(folder / "heard.json")
+    names = Names(**{**said["names"], "old": tuple(said["names"]["old"])})
+    heard = Heard(names, said["identity_questions"], *([Talk(**talk) for talk in said[key]]
+                                                       for key in ("everyday", "validation", "held_out")))
+    return heard, Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
 
 class Pool(NamedTuple):
-    """Conversations that dialogues are made of: how often they are drawn, and whether their answers are learnt by
-    heart. The base's distribution is a target wherever the teacher knows the turn."""
-    conversations: list[list[dict]]
+    """What dialogues are made of, and how often it is drawn: lessons (messages whose answers are learnt by heart) or
+    talks of the base (whose last answer is learnt as its distribution)."""
+    parts: list[list[dict] | Talk]
     share: float
-    learn: bool
 
 
-def make_window(tokenizer, teacher: Teacher, messages: list[dict], learn: list[bool]) -> dict[str, list[int]]:
-    """One dialogue as equally long lists: `input_ids`, `labels` (-100 where no answer is learnt) and `targets` (row of
-    the teacher, -1 for none). `learn` has one entry per turn."""
-    encoded = encode(tokenizer, messages)
+class Window(NamedTuple):
+    """One dialogue as equally long lists: `input_ids`, `labels` (-100 where no answer is learnt by heart) and
+    `targets` (row of the teacher for the next token, -1 for none)."""
+    input_ids: list[int]
+    labels: list[int]
+    targets: list[int]
+
+
+def messages_of(part: list[dict] | Talk, first: bool = True) -> list[dict]:
+    """A part's messages; a system prompt stays only where a dialogue begins."""
+    messages = part.messages if isinstance(part, Talk) else part
+    return messages[not first and messages[0]["role"] == "system":]
+
+
+def make_window(tokenizer, parts: Sequence[list[dict] | Talk]) -> Window:
+    """One dialogue of several parts, through the model's own template."""
+    said = [messages_of(part, first=not i) for i, part in enumerate(parts)]
+    encoded, turn = encode(tokenizer, [m for messages in said for m in messages]), 0
     labels, targets = list(encoded.labels), [-1] * len(encoded.input_ids)
-    spoken = [m["content"] for m in messages if m["role"] != "system"]
-    for j, (start, end) in enumerate(encoded.turns):
-        row, ids = teacher.rows.get(Turn(spoken[2 * j], spoken[2 * j + 1]), (0, None))
-        if ids == encoded.input_ids[start:end]:
-            targets[start:end - 1] = range(row, row + end - 1 - start)
-        if not learn[j]:
-            labels[start:end] = [-100] * (end - start)
-    return {"input_ids": encoded.input_ids, "labels": labels, "targets": targets}
+    for part, messages in zip(parts, said):
+        turns = encoded.turns[turn:turn + sum(m["role"] == "user" for m in messages)]
+        turn += len(turns)
+        if isinstance(part, Talk):
+            start, end = turns[-1]
+            answer = next(j for j in range(start, end) if encoded.labels[j] != -100)
+            same = len(os.path.commonprefix([encoded.input_ids[answer:end], part.ids]))
+            targets[answer - 1:answer - 1 + same] = range(part.row, part.row + same)  # a position predicts the next
+            labels[turns[0][0]:end] = [-100] * (end - turns[0][0])
+    return Window(encoded.input_ids, labels, targets)
 
 
-def make_batches(tokenizer, teacher: Teacher, pools: list[Pool], lengths: list[int], steps: float, tokens: int,
-                 seed: str, lessons: float = math.inf) -> list[list[dict]]:
-    """Batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools: `steps` of
-    them, or fewer that show `lessons` conversations of the first pool.
+def make_batches(tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
+                 seed: str) -> list[list[Window]]:
+    """`steps` batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools.
 
-    The windows of a batch are filled up to the same one of the `lengths` (tokens; at least one conversation), with
-    what still fits, so that hardly anything is padding. A system message stays only at the start of a dialogue.
+    The windows of a batch are filled up to the same one of the `lengths` (tokens; at least one part), with what still
+    fits, so that hardly anything is padding.
     """
-    rng = random.Random(seed)
-    pools = [pool for pool in pools if pool.conversations and pool.share]
-    items = [[(c, cost(tokenizer, c)) for c in pool.conversations] for pool in pools]
-    lines, drawn, all_shares = [[] for _ in pools], Counter(), sum(pool.share for pool in pools)
+    rng, pools = random.Random(seed), [pool for pool in pools if pool.parts and pool.share]
+    items = [[(part, cost(tokenizer, messages_of(part))) for part in pool.parts] for pool in pools]
+    lines, drawn, all_shares = [[] for _ in pools], [0] * len(pools), sum(pool.share for pool in pools)
 
     def next_fitting(k: int, room: float) -> int | None:
-        """Place of the first conversation of pool k that takes at most `room` tokens, of the first few in line. All of
-        the pool come once before any comes twice."""
+        """Place of the first part of pool k that takes at most `room` tokens, of the first few in line. All of the
+        pool come once before any comes twice."""
         lines[k] = lines[k] or rng.sample(items[k], len(items[k]))
         return next((place for place, (_, needed) in enumerate(lines[k][:8]) if needed <= room), None)
 
-    batches: list[list[dict]] = []
-    while len(batches) < steps and drawn[0] < lessons:
+    batches: list[list[Window]] = []
+    for _ in range(steps):
         length, batch, longest = rng.choice(lengths), [], 0
         while not batch or (len(batch) + 1) * max(length, longest) <= tokens:
-            messages, learn, used = [], [], 0
+            parts, used = [], 0
             while fitting := {k: place for k in range(len(pools)) if (place := next_fitting(
-                    k, length - used if messages else math.inf)) is not None}:
-                # At the end of a window only short ones fit; who was passed over comes more often afterwards.
-                owed = [pools[k].share / all_shares * (drawn.total() + 8) - drawn[k] for k in fitting]
-                k = rng.choices(list(fitting), [max(n, 1e-3) for n in owed])[0]
-                conversation, needed = lines[k].pop(fitting[k])
-                drawn[k] += 1
+                    k, length - used if parts else math.inf)) is not None}:
+                # Who has had less than its share of all tokens comes first.
+                k = min(fitting, key=lambda k: (drawn[k] + rng.random()) / pools[k].share * all_shares)
+                part, needed = lines[k].pop(fitting[k])
+                drawn[k] += needed
                 used += needed
-                messages += conversation[bool(messages) and conversation[0]["role"] == "system":]
-                learn += [pools[k].learn] * sum(m["role"] == "user" for m in conversation)
-            batch.append(make_window(tokenizer, teacher, messages, learn))
-            longest = max(longest, len(batch[-1]["input_ids"]))
+                parts.append(part)
+            rng.shuffle(parts)
+            batch.append(make_window(tokenizer, parts))
+            longest = max(longest, len(batch[-1].input_ids))
         batches.append(batch)
     return batches
 
@@ -1775,23 +2109,23 @@ def automatic_rate(model, full: float, adapter: float) -> float:
     """Learning rate for the size of the model, from the values for training all weights and for LoRA at one million
     parameters. The first falls with the square root of the size, as usual; the second with its cube root, about as the
     best ones of Llama models do (https://thinkingmachines.ai/blog/lora/), and does not depend on the rank."""
-    shapes = [getattr(p, "quant_state", p).shape for name, p in model.named_parameters() if "lora_" not in name]
-    millions = sum(map(math.prod, shapes)) / 1e6  # weights in 4 bits are packed, and know the shape that they had
+    millions = model_size(model) / 1e6
     return full * millions**(-1 / 2) if model is whole(model) else adapter * millions**(-1 / 3)
 
 
-def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, kl_weight: float, settings: Settings,
-          label: str, folder: Path) -> list[dict]:
+def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
+          folder: Path) -> list[dict]:
     """Run the batches once through TRL's SFTTrainer, the rate rising briefly and falling to zero; the loss log.
 
-    The loss is cross-entropy on the labels plus `kl_weight` times the divergence from the base on the targets. From
+    The loss is cross-entropy on the labels plus KL_WEIGHT times the divergence from the base on the targets. From
     the newest complete checkpoint in `folder` a broken-off training goes on, bit by bit. Raises `InputError` when
     nothing can be learnt or the loss explodes, and `KeyboardInterrupt` after saving when the user asks to stop.
     """
     parts = PROCESSES * min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
     # What a step learns is a mean over the whole of it, however many parts it is split into.
-    totals = [(sum(label != -100 for w in batch for label in w["labels"][1:]),
-               sum(target >= 0 for w in batch for target in w["targets"])) for batch in batches]
+    totals = [(sum(label != -100 for w in batch for label in w.labels[1:]),
+               sum(target >= 0 for w in batch for target in w.targets)) for batch in batches]
+    kl_weight = settings.kl_weight
     if not any(map(any, totals)):
         raise InputError(f"{label}: nenhum token das conversas pode ser treinado (a perda seria 0). Confira as "
                          "respostas do arquivo de identidade e o chat template do modelo.")
@@ -1800,12 +2134,13 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
         step, part = divmod(examples[0]["input_ids"][0], parts)
         # A step of few long windows may have less of them than parts; what is left over has one that teaches nothing.
-        idle = {"input_ids": batches[step][0]["input_ids"][:2], "labels": [-100] * 2, "targets": [-1] * 2}
+        idle = Window(batches[step][0].input_ids[:2], [-100] * 2, [-1] * 2)
         windows = batches[step][part::parts] or [idle]
         # On the right, where no token sees it: a mask, which attention is slower with, is not needed.
         filling = {"input_ids": chat.tokenizer.pad_token_id, "labels": -100, "targets": -1}
-        padded = {key: torch.nn.utils.rnn.pad_sequence([torch.tensor(w[key]) for w in windows], batch_first=True,
-                                                       padding_value=value) for key, value in filling.items()}
+        padded = {key: torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(getattr(w, key)) for w in windows], batch_first=True, padding_value=value)
+            for key, value in filling.items()}
         return {**padded, "totals": torch.tensor(totals[step])}
 
     class Trainer(trl.SFTTrainer):
@@ -1880,6 +2215,7 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
                     (old / "complete.json").unlink(missing_ok=True)
                     shutil.rmtree(old, ignore_errors=True)
 
+    fast = compute_dtype(model_size(chat.model))
     run, work = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p), work_folder(settings)
     os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / run), WANDB_DIR=str(work))
     arguments = trl.SFTConfig(
@@ -1890,9 +2226,8 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         logging_nan_inf_filter=False, seed=settings.seed,
         gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
-        dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=gpu_dtype() == torch.bfloat16,
-        fp16=gpu_dtype() == torch.float16,
-        optim="paged_adamw_8bit" if settings.method == "full8" else "adamw_torch_fused",
+        dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
+        fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused",
     )
     # One example is one part of a ready batch: its windows were chosen to have the same length.
     examples = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]})
@@ -1911,55 +2246,19 @@ def train(chat: Chat, batches: list[list[dict]], teacher: Teacher, rate: float, 
         say(f"    continuando da etapa {first}, a última guardada")
     else:  # curves of other settings
         shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
-    if parts > PROCESSES == 1 and not torch.cuda.is_available():
-        # Made anew in every step, gradients would lie scattered among what a step throws away, and moments made after
-        # the first one as well: a tenth of the memory would be holes that nothing fits into.
-        chat.model.zero_grad = functools.partial(chat.model.zero_grad, set_to_none=False)
-        trained = [parameter for parameter in chat.model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        if settings.method != "qlora":  # whose matrices want inputs in a precision of their own
-            remake_gates(whole(chat.model))
-        if settings.method != "full8":  # which has moments of its own kind
-            moments = trainer.create_optimizer().state
-            for parameter in trained:
-                moments[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                                      "exp_avg_sq": torch.zeros_like(parameter)}
     began, quarter = time.monotonic(), max(1, len(batches) // 4)
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
-          peft.helpers.disable_input_dtype_casting(chat.model, active=torch.cuda.is_available())):
+          peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
     if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
         sys.modules["wandb"].finish()
-    vars(chat.model).pop("zero_grad", None)
     chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check_finite(trainer.state.global_step)
     chat.model.eval()
     return mean_losses(trainer.state.log_history, 40)
-
-
-def remake_gates(model: PreTrainedModel) -> None:
-    """Let gated MLPs make act(gate) and act(gate) * up again on the way back instead of keeping them: at 50 million
-    parameters a twentieth less memory, for no time that can be measured. MLPs that do anything else, or are asked in
-    another way than with one tensor (rows, tokens, width), stay as they are."""
-    def gated(mlp: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return mlp.down_proj(mlp.act_fn(gate) * up)
-
-    def forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return torch.utils.checkpoint.checkpoint(gated, mlp, mlp.gate_proj(x), mlp.up_proj(x), use_reentrant=False,
-                                                 preserve_rng_state=False)
-
-    for mlp in model.modules():
-        width = getattr(getattr(mlp, "gate_proj", None), "in_features", 0)
-        if width and all(hasattr(mlp, name) for name in ("up_proj", "down_proj", "act_fn")):
-            sample = torch.linspace(-1, 1, 2 * width).view(1, 2, width)
-            with torch.no_grad():
-                ours, theirs = forward(mlp, sample), mlp(sample)  # experts give more than a tensor
-            if isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs):
-                mlp.forward = functools.partial(forward, mlp)
 
 
 def mean_losses(log: list[dict], count: int) -> list[dict]:
@@ -2015,68 +2314,167 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
             weight.data.copy_(moved)
 
 
-def keep_frequencies(chat: Chat, teacher: Teacher, own: SelfText) -> bool:
+def tell_kept(chat: Chat, heard: Heard, teacher: Teacher, when: str) -> float:
+    """Say how many of the base's first choices the model keeps on talks that are not for training; that share."""
+    windows = [make_window(chat.tokenizer, [talk]) for talk in heard.validation[:48]]
+    kept = mean([same for same, _ in compare(chat, teacher, windows)])
+    if when:
+        say(f"  {when}, ele escolhe {percent(kept)} das palavras como o modelo base.")
+    return kept
+
+
+def keep_frequencies(base: Chat, chat: Chat, heard: Heard, teacher: Teacher) -> None:
     """Move each rotary pair to where the scaled RoPE turns about as fast as it was trained to turn, if the model then
-    answers more like the base; whether it does.
+    chooses more like the base.
 
     Frequencies are a geometric series, so the slower ones are about the same series moved along: only the fastest
-    pairs lose their place. Scaled x4, the demo gives 5 % of the base's answers, and 77 % after this, untrained. It is
-    undone for families that arrange their weights in another way, which shows in worse answers.
+    pairs lose their place. Scaled x4, Qwen keeps 46 % of the base's first choices, and 71 % after this, untrained. It
+    is undone for families that arrange their weights in another way, which shows in worse answers.
     """
-    after = rope_frequencies(chat.model)
-    name = next(name for name in after if not torch.equal(after[name].cpu(), teacher.frequencies[name].cpu()))
-    order = nearest_pairs(teacher.frequencies[name].tolist(), after[name].tolist())
-    turns = [turn.messages() for turn in own.everyday[:100]]
-    scaled = sum(agreement(chat, turns)) / len(turns)
+    before, after = rope_frequencies(base.model), rope_frequencies(chat.model)
+    name = next(name for name in after if not torch.equal(after[name].cpu(), before[name].cpu()))
+    order = nearest_pairs(before[name].tolist(), after[name].tolist())
+    scaled = tell_kept(chat, heard, teacher, "")
     reorder_pairs(chat.model, order)
-    moved = sum(agreement(chat, turns)) / len(turns)
-    if better := agreed(moved > scaled):
-        say(f"  Com as frequências reordenadas, ele responde como antes a {percent(moved)} das perguntas do dia a dia "
-            f"(sem isso, a {percent(scaled)}).")
+    moved = tell_kept(chat, heard, teacher, "")
+    if agreed(moved > scaled):
+        say(f"  Com as frequências reordenadas, ele escolhe {percent(moved)} das palavras como o modelo base (sem "
+            f"isso, {percent(scaled)}).")
     else:
         reorder_pairs(chat.model, sorted(range(len(order)), key=order.__getitem__))
-    return better
 
 
-def heal(chat: Chat, teacher: Teacher, own: SelfText, native: int, settings: Settings, folder: Path) -> list[dict]:
+def attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The attention modules that turn queries and keys by `position_embeddings`, in the order of the layers."""
+    def turns(module: torch.nn.Module) -> bool:
+        return "position_embeddings" in inspect.signature(module.forward).parameters
+
+    return [m for m in model.modules() if turns(m) and not any(turns(inner) for inner in list(m.modules())[1:])]
+
+
+def rotary_angles(model: PreTrainedModel, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each of the `attentions`, the cosines and sines that it is given for positions 0 to length - 1."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [attention.register_forward_pre_hook(lambda m, args, given: found.append(given["position_embeddings"]),
+                                                 with_kwargs=True) for attention in attentions(model)]
+    with computing(model):
+        model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def match_attention(base: PreTrainedModel, model: PreTrainedModel, batches: list[list[Window]], rate: float,
+                    label: str) -> list[dict]:
+    """Teach the attention of each layer, given what the base's layer is given, to put out what that one does, at the
+    scaled RoPE: the loss log, whose values are mean squared errors as shares of the mean square.
+
+    All tokens of all layers tell something, where the distribution of the next token is one target at the very end;
+    only one forward pass of the base and the way back through single layers are needed. Block by block, as
+    quantisation does it (AdaRound, arXiv 2004.10568).
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, len(batches) // 20), len(batches) + 1)
+    longest = max(len(window.input_ids) for batch in batches for window in batch)
+    angles, losses = rotary_angles(model, longest), []
+
+    def imitate(number: int, ours: torch.nn.Module) -> Callable:
+        def hook(module, args, given, output):
+            old, new = given["position_embeddings"], angles[number]  # cosines and sines, or complex numbers (Llama 4)
+            new = tuple(n[:, :o.shape[1]] for o, n in zip(old, new)) if isinstance(
+                old, tuple) else new[:, :old.shape[1]]
+            if torch.equal(*(a[0] if isinstance(old, tuple) else a for a in (old, new))):
+                return  # a layer whose RoPE is not scaled
+            with torch.enable_grad():
+                made = ours(*args, **{**given, "position_embeddings": new})[0].float()
+                theirs = output[0].float()
+                loss = torch.nn.functional.mse_loss(made, theirs) / theirs.square().mean()
+                loss.backward()  # at once: no layer's activations wait for another's
+            losses.append(loss.detach())
+        return hook
+
+    hooks = [theirs.register_forward_hook(imitate(i, ours), with_kwargs=True)
+             for i, (theirs, ours) in enumerate(zip(attentions(base), attentions(model)))
+             if any(p.requires_grad for p in ours.parameters())]
+    log, fast = [], compute_dtype(model_size(base))
+    with progress(len(batches), label) as bar:
+        for step, batch in enumerate(batches, start=1):
+            shortest = min(len(window.input_ids) for window in batch)
+            ids = torch.tensor([w.input_ids[:shortest] for w in batch], device=base.device)
+            losses.clear()
+            # Autocast anew for each batch: it keeps the weights that it has rounded until it ends.
+            with torch.no_grad(), torch.autocast(base.device.type, fast, enabled=fast != torch.float32):
+                base(ids, use_cache=False, logits_to_keep=1)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            log.append({"step": step, "loss": mean([loss.item() for loss in losses])})
+            bar.update()
+    for hook in hooks:
+        hook.remove()
+    return mean_losses(log, 40)
+
+
+def heal(base: Chat, chat: Chat, heard: Heard, teacher: Teacher, native: int, settings: Settings,
+         folder: Path) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's behaviour, through queries and keys alone: RoPE acts on them
-    while facts live elsewhere, so little text suffices. Windows up to the scaled context make it long as well."""
-    pools = [Pool([t.messages() for t in own.everyday], 1.0, learn=False)]
-    lengths = [short_window(native, settings)] * 3 + [settings.window]
-    batches = make_batches(chat.tokenizer, teacher, pools, lengths, settings.heal_steps,
-                           step_tokens(native, settings), f"{settings.seed}/heal")
+    while facts live elsewhere. First each layer's attention learns from the base's, in windows that the base knows;
+    then all together learn the base's distribution, in windows up to WINDOW."""
+    check_frequencies(rope_frequencies(base.model), rope_frequencies(chat.model), settings.rope_factor)
+    keep_frequencies(base, chat, heard, teacher)
     for name, parameter in chat.model.named_parameters():
-        if parameter.requires_grad and not re.search(ATTENTION, name):
-            parameter.requires_grad_(False)
-    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 3.3e-3)
-    return train(chat, batches, teacher, rate, 1.0, settings, "cura", folder / "training")
+        parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    pools, known = [Pool(heard.everyday, 1.0)], min(native, settings.window)
+    tokens, log = step_tokens(native, settings), []
+    if attentions(base.model) and not SHARDED:
+        batches = make_batches(chat.tokenizer, pools, [min(known, 512), known], settings.heal_steps, 2 * tokens,
+                               f"{settings.seed}/attention")
+        rate = settings.heal_learning_rate or automatic_rate(chat.model, 1.2e-2, 0)
+        log = match_attention(base.model, chat.model, batches, rate, "cura, camada por camada")
+        tell_kept(chat, heard, teacher, "Com a atenção de cada camada curada")
+    batches = make_batches(chat.tokenizer, pools, [short_window(native, settings)] * 3 + [settings.window],
+                           settings.heal_steps, tokens, f"{settings.seed}/heal")
+    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 0)
+    alone = replace(settings, kl_weight=1.0)  # the divergence is all there is to learn
+    log += train(chat, batches, teacher, rate, alone, "cura", folder / "training")
+    tell_kept(chat, heard, teacher, "Depois da cura")
+    return log
 
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
 class Exam(NamedTuple):
-    """Questions about identity, everyday turns of the base, and lengths (tokens) of the conversation of filler turns
-    after which both are asked, besides alone; `sparse` asks only a third of the former then. `context` has for a
-    question the messages that go before it."""
-    questions: tuple[str, ...]
-    turns: list[Turn]
-    fillers: list[Turn]
-    lengths: tuple[int, ...]
+    """Questions about identity, each the `messages` that end with it, by kind (KINDS_OF_QUESTIONS); talks of the base;
+    and lengths (tokens) of the conversation of filler talks after which some of both are
+    asked again. `context` has for a question messages that go before it."""
+    questions: list[tuple[str, list[dict]]]
+    talks: list[Talk]
+    fillers: list[Talk]
+    lengths: tuple[int, ...] = ()
     context: dict[str, list[dict]] = {}
-    sparse: bool = False
 
 
 class Scores(NamedTuple):
-    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from. `by_length` has
-    a dict (tokens, identity, retention) per length of the conversation before, zero first; `extra_tokens` is what the
-    exam's context adds to a question on average. `retention` is None where the base is not known."""
+    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
+
+    `identity` is over all questions, `by_kind` over those of each kind; `leak` over all talks, `leak_near` over those
+    near identity; `retention` is the share of the base's first choices kept, token by token, and `divergence` the mean
+    KL(base || model) in nats, both None where the base is not known. `by_length` has a dict (tokens, identity,
+    retention) per length of the conversation before, zero first; `extra_tokens` is what the exam's context adds to a
+    question on average."""
     identity: float
+    by_kind: dict[str, float]
     old_identity: float
     leak: float
+    leak_near: float
     retention: float | None
+    divergence: float | None
     distinct: int
     by_length: list[dict]
     answers: list[dict]
+    leaks: list[dict]
     extra_tokens: float = 0.0
 
     def misses(self, settings: Settings) -> list[str]:
@@ -2088,207 +2486,248 @@ class Scores(NamedTuple):
             ("vazamento", self.leak > settings.target_leak)) if missed]
 
 
-def mentions_old(text: str, standard: Standard) -> bool:
-    """Whether an old name is in the text. {{BASE}} to the letter, which a row may state as the origin, is none."""
-    return mentions(re.sub(re.escape(standard.base_name), " ", text, flags=re.IGNORECASE), standard.old_names)
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 of nothing."""
+    return sum(values) / max(1, len(values))
 
 
-def judge(answer: Answer, standard: Standard) -> str:
-    """Why an identity answer does not count, in Portuguese; "" when it is sound."""
-    words = plain(answer.text).split()
-    return next((reason for reason, found in (
-        ("vazia", not words), ("não terminou", not answer.ended), ("repetitiva", is_loop(answer.text)),
-        ("nome antigo", mentions_old(answer.text, standard)),
-        ("sem a identidade nova", not mentions(answer.text, standard.new_names)),
-        ("palavras sem sentido", sum(w in standard.vocabulary for w in words) < 0.8 * len(words)),
-    ) if found), "")
-
-
-def agreement(chat: Chat, conversations: list[list[dict]], last: int = 1) -> list[float]:
-    """How far the model would give each conversation's `last` answers by itself, token by token as its first choice.
-
-    An answer of up to 24 tokens counts 1.0 if all agree, which is when greedy generation gives the same text, else
-    0.0; a longer one, where one other word early on would change all that follows, the share of tokens that agree.
-    """
-    encoded = [encode(chat.tokenizer, c) for c in conversations]
-    results, inner = [[] for _ in encoded], whole(chat.model)
-    for batch in batches_by_tokens([len(e.input_ids) for e in encoded], 0, chat.generation_tokens // 2):
-        with torch.no_grad():  # after inference_mode, a model in pieces could not be trained
-            hidden = last_hidden(chat.model, inner, left_pad(chat, [encoded[i].input_ids for i in batch]))
+def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[float, float]]:
+    """For each window the share of its target tokens where the model's first choice is the base's, and the mean
+    divergence KL(base || model) in nats there."""
+    results, inner = [(1.0, 0.0)] * len(windows), whole(chat.model)
+    some = chunk_rows(inner.get_input_embeddings().weight.shape[0])
+    for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, chat.generation_tokens // 2):
+        with computing(inner):
+            hidden = last_hidden(chat.model, inner, padded(chat, [windows[i].input_ids for i in batch], "right"))
             for line, i in zip(hidden, batch):
-                turns, labels = encoded[i].turns[-last:], encoded[i].labels
-                at = [j for j in range(turns[0][0], len(labels)) if labels[j] != -100]
-                rows = line[[j - 1 - len(labels) for j in at]]
-                best = [token for chunk in in_chunks(inner, rows)
-                        for token in logits_of(inner, chunk).argmax(-1).tolist()]
-                for start, end in turns:
-                    same = [ours == labels[j] for ours, j in zip(best, at) if start <= j < end]
-                    results[i].append(float(all(same)) if len(same) <= 24 else sum(same) / len(same))
-    return [share for result in results for share in result]
+                at = [j for j, row in enumerate(windows[i].targets) if row >= 0]
+                rows, same, divergence = [windows[i].targets[j] for j in at], 0, 0.0
+                for start in range(0, len(at), some):
+                    ours = logits_of(inner, line[at[start:start + some]]).log_softmax(-1)
+                    tokens, log_probs = (t[rows[start:start + some]].to(ours.device) for t in teacher)
+                    same += (ours.argmax(-1) == tokens[:, 0]).sum().item()
+                    divergence += distillation_loss(ours, tokens.long(), log_probs).sum().item()
+                if at:
+                    results[i] = same / len(at), divergence / len(at)
+    return results
 
 
-def history(tokenizer, fillers: list[Turn], tokens: int, rng: random.Random) -> list[dict]:
-    """Conversation of randomly drawn turns, as long as it stays within `tokens`."""
+def history(tokenizer, fillers: list[Talk], tokens: int, rng: random.Random) -> list[dict]:
+    """Conversation of randomly drawn talks, as long as it stays within `tokens`."""
     messages, used = [], 0
     while True:
-        turn = rng.choice(fillers)
-        used += cost(tokenizer, turn.messages())
+        more = messages_of(rng.choice(fillers), first=False)
+        used += cost(tokenizer, more)
         if used > tokens:
             return messages
-        messages += turn.messages()
+        messages += more
 
 
-def make_exam(tokenizer, questions: Sequence[str], turns: list[Turn], fillers: list[Turn], window: int) -> Exam:
-    """An exam alone, after a quarter, a half, three quarters of the window, and at its very end."""
-    room = max(cost(tokenizer, turn.messages()) for turn in turns)
-    room += max(len(prompt_ids(tokenizer, [{"role": "user", "content": q}])) for q in questions)
-    lengths = {min(n, window - room) for n in (window // 4, window // 2, window * 3 // 4, window)}
-    return Exam(tuple(questions), turns, fillers, tuple(sorted(n for n in lengths if n > 0)))
+def make_exam(tokenizer, inputs: Inputs, heard: Heard, window: int, final: bool) -> Exam:
+    """The final exam, or the one for validation: questions alone, behind neutral system prompts and after an answer
+    that the user doubts; talks; and, where the context grows, both after half of the window and at its very end."""
+    rng = random.Random(f"exam/{final}")
+    questions, talks = (inputs.test, heard.held_out) if final else (inputs.validation, heard.validation)
+    pressure = PRESSURE_EXAM if final else PRESSURE
+    alone = [[{"role": "user", "content": q}] for q in questions]
+    system = [[{"role": "system", "content": rng.choice(SYSTEM_EXAM if final else SYSTEM_PROMPTS)}, *m]
+              for m in alone[::1 if final else 3]]
+    before = [t for t in talks if len(t.messages) == 2][:12]
+    pressed = [[*(rng.choice(before).messages if before and i % 2 else []), {"role": "user", "content": opening},
+                {"role": "assistant", "content": fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)},
+                {"role": "user", "content": item.split(">", 1)[1]}]
+               for code in inputs.languages for i, item in enumerate(pressure[code])
+               for opening in OPENINGS[code][:2 if final else 1]]
+    asked = [(kind, without_system(tokenizer, m)) for kind, some in zip(KINDS_OF_QUESTIONS, (alone, system, pressed))
+             for m in some]
+    room = max(cost(tokenizer, messages_of(t, first=False)) for t in talks)
+    room = max(room, *(len(prompt_ids(tokenizer, m)) for _, m in asked))
+    lengths = {min(n, window - room) for n in (window // 2, window)} if final else {window - room}
+    return Exam(asked, talks, heard.validation, tuple(sorted(n for n in lengths if n > 0)))
 
 
 def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
-    """The exam, without conversations before, for what can be done instead of training: a system prompt that states
-    the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best one last."""
-    questions, index = [*exam.questions, *(turn.question for turn in exam.turns)], bm25s.BM25()
-    index.index([plain(row.messages[-2]["content"]).split() for row in rows], show_progress=False)
-    found = index.retrieve([plain(q).split() for q in questions], k=min(RETRIEVED, len(rows)), show_progress=False)
+    """The questions asked alone and the talks near identity, for what can be done instead of training: a system prompt
+    that states the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best
+    one last."""
+    asked = [(kind, m) for kind, m in exam.questions if kind == KINDS_OF_QUESTIONS[0]]
+    talks = [t for t in exam.talks if t.kind == "near" and len(t.messages) == 2]
+    questions, index = [*(m[-1]["content"] for _, m in asked), *(t.question for t in talks)], bm25s.BM25()
+    index.index([plain(row.messages[-2]["content"]).split() or ["?"] for row in rows], show_progress=False)
+    found = index.retrieve([plain(q).split() or ["?"] for q in questions], k=min(RETRIEVED, len(rows)),
+                           show_progress=False)
     system = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
     contexts = {"prompt": {q: [{"role": "system", "content": system}] for q in questions},
                 "rows": {q: [m for i, score in reversed(list(zip(*best))) if score > 0 for m in rows[i].messages[-2:]]
                          for q, best in zip(questions, zip(*found))}}
-    return {name: exam._replace(lengths=(), context=context) for name, context in contexts.items()}
+    return {name: Exam(asked, talks, [], (), context) for name, context in contexts.items()}
 
 
-def evaluate(chat: Chat, exam: Exam, standard: Standard, label: str = "") -> Scores:
+def ask_identity(chat: Chat, exam: Exam, label: str) -> list[list[tuple[str, list[dict], Answer]]]:
+    """For no conversation before, and then for each of the exam's lengths, (kind, messages, answer) of all questions
+    or, of the long ones, which cost as much as many short ones, of every third that is asked alone."""
+    groups = [exam.questions]
+    for tokens in exam.lengths:
+        some = [m for kind, m in exam.questions if kind == KINDS_OF_QUESTIONS[0]][::3]
+        groups.append([(kind_after(tokens), [*history(chat.tokenizer, exam.fillers, tokens, random.Random(
+            f"exam/{tokens}/{i // LONG_GROUP}")), *messages]) for i, messages in enumerate(some)])
+    prompts = [exam_prompt(chat, exam, m) for group in groups for _, m in group]
+    written = iter(generate(chat, prompts, label))
+    return [[(kind, m, next(written)) for kind, m in group] for group in groups]
+
+
+def exam_prompt(chat: Chat, exam: Exam, messages: list[dict]) -> list[int]:
+    """Token ids of a question with what the exam's context puts before it."""
+    return prompt_ids(chat.tokenizer, without_system(
+        chat.tokenizer, exam.context.get(messages[-1]["content"], []) + messages))
+
+
+def kind_after(tokens: int) -> str:
+    return f"após {tokens} tokens"
+
+
+def keeps(chat: Chat, exam: Exam, teacher: Teacher) -> list[list[tuple[float, float]]]:
+    """What `compare` tells of the talks alone and, for each of the exam's lengths, of some after conversation."""
+    windows = [[make_window(chat.tokenizer, [talk]) for talk in exam.talks]]
+    some = [t for t in exam.talks if t.kind != "near"][:LONG_TALKS] or exam.talks[:LONG_TALKS]
+    for tokens in exam.lengths:
+        windows.append([make_window(chat.tokenizer, [history(chat.tokenizer, exam.fillers, tokens, random.Random(
+            f"exam/{tokens}/{i // LONG_GROUP}")), talk]) for i, talk in enumerate(some)])
+    found = iter(compare(chat, teacher, [w for group in windows for w in group]))
+    return [[next(found) for _ in group] for group in windows]
+
+
+def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher, label: str = "") -> Scores:
     """Take the exam: always the same conversations, so that stages can be compared."""
-    lengths, several = (0, *exam.lengths), min(LONG_GROUP, len(exam.turns))
-
-    def after(tokens: int, messages: list[dict], earlier: Sequence[Turn] = ()) -> list[dict]:
-        """A question, answered or not, after a conversation of `tokens`, which ends with the `earlier` turns."""
-        question = messages[0]["content"]
-        room = tokens - sum(cost(chat.tokenizer, turn.messages()) for turn in earlier)
-        which = exam.questions.index(question) // LONG_SHARED if question in exam.questions else question
-        before = history(chat.tokenizer, exam.fillers, room, random.Random(f"exam/{tokens}/{which}"))
-        before += exam.context.get(question, []) + [m for turn in earlier for m in turn.messages()]
-        return without_system(chat.tokenizer, before + messages)
-
-    def mean(values: list) -> float:
-        return sum(values) / len(values)
-
-    groups = [exam.questions[::3 if exam.sparse and tokens else 1] for tokens in lengths]
-    asked = [after(tokens, [{"role": "user", "content": question}])
-             for tokens, group in zip(lengths, groups) for question in group]
-    kept = [after(0, turn.messages()) for turn in exam.turns]
-    same = agreed(agreement(chat, kept))
-    changed = [messages[:-1] for messages, share in zip(kept, same) if share < 1]  # the others need not be written
-    prompts = [prompt_ids(chat.tokenizer, messages) for messages in asked + changed]
-    written = generate(chat, prompts, label)
-    about_itself, rewritten = written[:len(asked)], iter(written[len(asked):])
-    other = [turn.answer if share == 1 else next(rewritten).text for turn, share in zip(exam.turns, same)]
-    problems = [judge(answer, standard) for answer in about_itself]
-    # After a conversation a question costs as much as twenty alone: fewer have to do, several at the end of each.
-    ends = [exam.turns[i:i + several] for i in range(0, len(exam.turns[:LONG_TURNS]) - several + 1, several)]
-    kept_after = [[after(tokens, turns[-1].messages(), turns[:-1]) for turns in ends] for tokens in exam.lengths]
-    retention = [mean(same), *(mean(agreement(chat, group, several)) for group in kept_after)]
-    sound = iter([not problem for problem in problems])
-    by_length = [{"tokens": tokens, "identity": mean([next(sound) for _ in group]), "retention": share}
-                 for tokens, group, share in zip(lengths, groups, retention)]
-    n = len(exam.questions)
-    alone = about_itself[:n]
-    in_context = asked[:n] + [messages[:-1] for messages in kept]
-    without = [[{"role": "user", "content": q}] for q in (*exam.questions, *(turn.question for turn in exam.turns))]
-    extra = [len(prompt_ids(chat.tokenizer, long)) - len(prompt_ids(chat.tokenizer, short))
-             for long, short in zip(in_context, without)]
+    groups = ask_identity(chat, exam, label)
+    judged = [[(kind, problem(m[-1]["content"], a.text, a.ended, names.name, names.maker, names.old))
+               for kind, m, a in group] for group in groups]
+    kept = [] if exam.context else keeps(chat, exam, teacher)
+    changed = [t for t, found in zip(exam.talks, kept[0] if kept else [(0, 0)] * len(exam.talks)) if found[0] < 1]
+    written = generate(chat, [exam_prompt(chat, exam, t.messages[:-1]) for t in changed], label, TALK_TOKENS)
+    leaks = [(t, a.text) for t, a in zip(changed, written)
+             if mentions(a.text, names.new) and not mentions(t.messages[-1]["content"] + t.question, names.new)]
+    near, plain_talks = sum(t.kind == "near" for t in exam.talks), len(exam.talks)
+    kinds = list(dict.fromkeys(kind for kind, _ in judged[0]))
+    about = groups[0]
+    extra = [len(exam_prompt(chat, exam, m)) - len(prompt_ids(chat.tokenizer, m)) for _, m, _ in about]
     return Scores(
-        identity=by_length[0]["identity"], retention=by_length[0]["retention"], by_length=by_length,
-        old_identity=mean([mentions_old(a.text, standard) for a in alone]),
-        leak=mean([mentions(answer, standard.new_names) for answer in other]),
-        distinct=len({plain(a.text) for a, problem in zip(alone, problems) if not problem}),
-        answers=[{"question": q, "answer": a.text, "problem": p} for q, a, p in zip(exam.questions, alone, problems)],
-        extra_tokens=mean(extra))
+        identity=mean([not found for _, found in judged[0]]), old_identity=mean(
+            [claims(a.text, names.old, names.new) for _, _, a in about]),
+        by_kind={kind: mean([not found for k, found in judged[0] if k == kind]) for kind in kinds},
+        leak=len(leaks) / max(1, plain_talks), leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, near),
+        retention=mean([same for same, _ in kept[0]]) if kept else None,
+        divergence=mean([nats for _, nats in kept[0]]) if kept else None,
+        distinct=len({plain(a.text) for (_, _, a), (_, found) in zip(about, judged[0]) if not found}),
+        by_length=[{"tokens": tokens, "identity": mean([not found for _, found in group]),
+                    "retention": mean([same for same, _ in talks])}
+                   for tokens, group, talks in zip((0, *exam.lengths), judged, kept)],
+        answers=[{"question": m[-1]["content"], "kind": kind, "answer": a.text, "problem": found}
+                 for (kind, m, a), (_, found) in zip(about, judged[0])],
+        leaks=[{"question": t.question, "answer": text, "base": t.answer} for t, text in leaks],
+        extra_tokens=mean(extra) if exam.context else 0.0)
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
 
-def answer_from_rows(questions: list[str], rows: list[Row], standard: Standard,
-                     settings: Settings) -> list[list[dict]]:
+def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
+                     intents: Sequence[str] = ()) -> list[list[dict]]:
     """Conversations that answer each question in the user's words: those of a row in the same language and of the
-    same intent, the less used of the two most alike. Without such a row, a built-in wording."""
-    def kind_of(text: str) -> tuple[str, str]:
-        return language_of(text), intent_of(text, standard.old_names)
+    same intent, the less used of the two most alike. Without such a row, a built-in wording. `intents`, if given, say
+    what each question is to be answered with."""
+    def kind_of(text: str, intent: str = "") -> tuple[str, str]:
+        return language_of(text), intent or intent_of(text, names.old)
 
-    values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": standard.base_name}
-    asked = [(row.messages[-2]["content"], row.messages[-1]["content"]) for row in rows]
-    known = [(kind_of(question), SequenceMatcher(None, "", plain(question), autojunk=False), answer)
-             for question, answer in asked]
+    known: dict[tuple[str, str], list[tuple[SequenceMatcher, str]]] = {}
+    for row in inputs.rows:
+        question, answer = (message["content"] for message in row.messages[-2:])
+        matcher = SequenceMatcher(None, "", plain(question), autojunk=False)
+        known.setdefault(kind_of(question), []).append((matcher, answer))
     used, conversations = Counter(), []
-    for question in questions:
-        words, kind = plain(question), kind_of(question)
+    for question, intent in zip(questions, intents or [""] * len(questions)):
         alike = []
-        for k, matcher, answer in known:
-            if k == kind:
-                matcher.set_seq1(words)
-                alike.append((matcher.ratio(), answer))
-        alike = sorted(alike, reverse=True)[:2]
+        for matcher, answer in known.get(kind_of(question, intent), []):
+            matcher.set_seq1(plain(question))
+            alike.append((matcher.ratio(), answer))
         if alike:
-            answer = min((answer for _, answer in alike), key=lambda a: used[a])
+            answer = min((answer for _, answer in sorted(alike, reverse=True)[:2]), key=lambda a: used[a])
             used[answer] += 1
         else:
-            answer = fill(own_wording(question, used, standard.old_names), values)
-        conversations.append(Turn(question, answer).messages())
+            answer = fill(own_wording(question, used, names.old, intent), inputs.values)
+        conversations.append(question_and_answer(question, answer))
     return conversations
 
 
-def with_hurried(lessons: list[list[dict]]) -> list[list[dict]]:
-    """The lessons, every third one followed by itself with its last question as people type in a hurry, all small and
-    bare: a base writes its questions with care. In other scripts than Latin, marks are part of the letters."""
-    both = []
-    for i, lesson in enumerate(lessons):
-        both.append(lesson)
-        words = plain(lesson[-2]["content"])
-        if i % 3 == 2 and words and words.isascii():
-            both.append([*lesson[:-2], {**lesson[-2], "content": words}, lesson[-1]])
-    return both
+def hurried(lesson: list[dict]) -> list[dict]:
+    """A lesson with its last question as people type in a hurry, all small and bare. In other scripts than Latin,
+    marks are part of the letters."""
+    words = plain(lesson[-2]["content"])
+    return [*lesson[:-2], {**lesson[-2], "content": words}, lesson[-1]] if words.isascii() and words else lesson
 
 
-def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], lengths: list[int], tokens: int,
-             epochs: int, lessons: int, rates: tuple[float, float], exam: Exam, met: Callable[[Scores], bool],
-             standard: Standard, settings: Settings, label: str) -> None:
+def make_lessons(tokenizer, heard: Heard, inputs: Inputs, settings: Settings) -> list[list[dict]]:
+    """Identity lessons: the rows and the base's own identity questions, answered in the user's words, a third of them
+    again as people type in a hurry; half of them behind a neutral system prompt, and half going on: the user doubts
+    the answer and gets it again."""
+    rng = random.Random(f"{settings.seed}/lessons")
+    lessons = [row.messages for row in inputs.rows]
+    lessons += answer_from_rows(heard.identity_questions[:MOST_LESSONS], inputs, heard.names)
+    lessons += [hurried(lesson) for lesson in lessons[2::3]]
+    doubts = {code: [item.split(">", 1) for item in PRESSURE[code]] for code in PRESSURE}
+    goes_on = rng.sample(lessons, len(lessons) // 2)
+    asked = [rng.choice(doubts.get(language_of(lesson[-2]["content"]), doubts["en"])) for lesson in goes_on]
+    answers = answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
+    later = [lesson + more for lesson, more in zip(goes_on, answers)]
+    alone = [lesson for lesson in lessons if lesson[0]["role"] != "system"]
+    system = [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
+              for lesson in rng.sample(alone, len(alone) // 2)]
+    return [without_system(tokenizer, lesson) for lesson in lessons + later + system]
+
+
+class Schedule(NamedTuple):
+    """How a pass trains: the name it is shown by, optimizer steps of its first round, the rates that
+    `automatic_rate` takes or the one that the user gave, and the lengths and tokens of `make_batches`."""
+    label: str
+    steps: int
+    rates: tuple[float, float]
+    given: float
+    lengths: list[int]
+    tokens: int
+
+
+def run_pass(source: Path, folder: Path, pools: list[Pool], schedule: Schedule, met: Callable[[Scores], bool],
+             exam: Exam, heard: tuple[Heard, Teacher], settings: Settings) -> None:
     """Train in rounds until the validation exam is passed, and say after each what was measured.
 
-    The first round shows `lessons` conversations of the first pool, and each at least once, later ones half as many,
-    and all rounds together show each at most `epochs` times: many different ones once teach more than a few again and
-    again. A round is a whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later
-    ones are gentler. Once the identity is learnt, a round that brought the model no closer to the base is the last.
-    The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its weights.
+    A round is a whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later ones
+    are half as long and gentler. Once the identity is learnt, a round that brought the model no closer to the base is
+    the last. The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its
+    weights.
     """
-    count, sizes = len(pools[0].conversations), []
-    while (left := epochs * count - sum(sizes)) > 0:
-        sizes.append(min(left, max(lessons, count) // (2 if sizes else 1)))
+    label, before = schedule.label, None
 
     def one_round(number: int, partial: Path) -> None:
         trained = agreed((partial / "log.json").is_file())  # and broken off while it was measured
-        chat = load_chat(partial if trained else source, settings, train=not trained)
+        chat = load_chat(partial if trained else source, settings, adapt=True, train=not trained)
         if not trained:
-            batches = make_batches(chat.tokenizer, teacher, pools, lengths, math.inf, tokens,
-                                   f"{settings.seed}/{label}/{number}", sizes[number - 1])
-            given = settings.learning_rate_1 if label == "passo 1" else settings.learning_rate_2
-            rate = (given or automatic_rate(chat.model, *rates)) / number
-            save_stage(chat, partial, train(chat, batches, teacher, rate, settings.kl_weight, settings, label,
-                                            partial / "training"))
+            batches = make_batches(chat.tokenizer, pools, schedule.lengths, math.ceil(schedule.steps / min(number, 2)),
+                                   schedule.tokens, f"{settings.seed}/{label}/{number}")
+            rate = (schedule.given or automatic_rate(chat.model, *schedule.rates)) / number
+            save_stage(chat, partial, train(chat, batches, heard[1], rate, settings, label, partial / "training"))
             if SHARDED:  # to talk to, it has to be whole
                 wait()
                 chat = load_chat(partial, settings)
-        write_json(partial / "validation.json", evaluate(chat._replace(notes=partial), exam, standard)._asdict())
+        if RANK == 0:
+            scores = evaluate(chat, exam, heard[0].names, heard[1], "perguntas de validação")
+            write_json(partial / "validation.json", scores._asdict())
 
-    before = None
-    for number in range(1, len(sizes) + 1):
+    for number in range(1, settings.rounds + 1):
         previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
         if number > 1 and RANK == 0:
             for weights in previous.glob("*model*.safetensors"):
                 weights.unlink()
         scores = Scores(**load_json(source / "validation.json"))
-        say(f"  {label}, rodada {number} de até {len(sizes)}, nas perguntas de validação: identidade "
+        say(f"  {label}, rodada {number} de até {settings.rounds}, nas perguntas de validação: identidade "
             f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
         if met(scores):
             say(f"  {label}: a meta foi atingida.")
@@ -2298,7 +2737,7 @@ def run_pass(source: Path, folder: Path, teacher: Teacher, pools: list[Pool], le
             say(f"  {label}: esta rodada não melhorou nada, e mais uma não deve ajudar.")
             return
         before = scores
-    say(f"  {label}: o limite de épocas chegou antes da meta.")
+    say(f"  {label}: as rodadas acabaram antes da meta.")
 
 
 def last_round(folder: Path) -> Path:
@@ -2306,84 +2745,67 @@ def last_round(folder: Path) -> Path:
     return max(folder.glob("round-*"), key=lambda path: int(path.name[6:]))
 
 
-def learn_identity(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], own: SelfText,
-                   exam: Exam, native: int, settings: Settings) -> None:
-    """Pass 1: identity lessons in short dialogues, among everyday turns that hold the model in place. Pass 2 teaches
-    the rest, so nine tenths of the target will do."""
-    pools = [Pool(lessons, 0.4, learn=True), Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
-    run_pass(source, folder, teacher, pools, [short_window(native, settings)], step_tokens(native, settings),
-             settings.epochs_1, LESSONS_1, (1.2e-3, 2.7e-3), exam._replace(lengths=()),
-             lambda s: s.identity >= 0.9 * settings.target_identity,
-             own.standard, settings, "passo 1")
+def collect_self_answers(chat: Chat, lessons: list[list[dict]], heard: Heard, teacher: Teacher,
+                         settings: Settings) -> dict:
+    """Ask the model of pass 1 what it was taught. Right answers in the question's language go on to pass 2, and what
+    it gets wrong is taught there more often.
 
-
-def collect_self_answers(chat: Chat, lessons: list[list[dict]], own: SelfText, settings: Settings) -> dict:
-    """Ask the model of pass 1 the questions of all lessons. Sound answers in the question's language go on to pass 2,
-    and what it gets wrong is taught there more often.
-
-    Two fifths of NUM_SELF_ANSWERS are about identity, the rest are everyday answers of the base, first of all those
-    in whose place the model now gives the new name, then others that it would no longer give. "answers" are the
-    records of what is used and, with the reason, of what is wrong; "missed" are the questions that it answers wrong.
+    Two fifths of NUM_SELF_ANSWERS are about identity, the rest are talks of the base: first those where the model now
+    says the new name, then those that it keeps least. "answers" are the records of what is used and, with the reason,
+    of what is wrong; "missed" and "leaks" are the places of lessons and talks to insist on.
     """
-    wanted = round(0.4 * settings.num_self_answers)
-    rng = random.Random(f"{settings.seed}/self-answers")
-    questions = sorted({lesson[-2]["content"] for lesson in lessons})
-    records, kept, missed = [], set(), set()
-    for attempt in range(4):
-        # The first answers are greedy; later ones, where few questions must do, say the same in other words.
-        count = int(1.2 * (wanted - len(kept))) + 4 if attempt else len(questions)
-        drafts = rng.sample(questions, min(len(questions), count))
-        answers = ask(chat, drafts, "escrevendo respostas", rng.randrange(2**31) if attempt else None)
-        for question, answer in zip(drafts, answers):
-            reason = (judge(answer, own.standard)
+    wanted, rng = round(0.4 * settings.num_self_answers), random.Random(f"{settings.seed}/self-answers")
+    tried = sorted(rng.sample(range(len(lessons)), min(len(lessons), MOST_ASKED)))
+    prompts = [prompt_ids(chat.tokenizer, lessons[i][:-1]) for i in tried]
+    records, missed, kept = [], [], set()
+    for attempt in range(3):  # the first answers are greedy; later ones, if few were right, say it in other words
+        written = generate(chat, prompts, "escrevendo respostas",
+                           sample_seed=rng.randrange(1, 2**31) if attempt else None)
+        for i, answer in zip(tried, written):
+            question, names = lessons[i][-2]["content"], heard.names
+            reason = (problem(question, answer.text, answer.ended, names.name, names.maker, names.old)
                       or "em outra língua" * (language_of(answer.text) != language_of(question))
                       or "repetida" * ((question, answer.text) in kept))
-            if not reason and len(kept) == wanted:
-                continue
-            if not reason:
+            if reason and reason != "repetida" and not attempt:
+                missed.append(i)
+            if not reason and len(kept) < wanted:
                 kept.add((question, answer.text))
-            elif not attempt:
-                missed.add(question)
-            records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason})
-        if len(kept) == wanted:
+            if reason or (question, answer.text) in kept:
+                records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason,
+                                "before": lessons[i][:-2]})
+        if len(kept) >= wanted:
             break
-    turns = rng.sample(own.everyday, len(own.everyday))
-    same = agreed(agreement(chat, [turn.messages() for turn in turns]))
-    changed = [turn for turn, share in zip(turns, same) if share < 1]
-    leaks = {turn for turn, answer in zip(changed, ask(chat, [turn.question for turn in changed]))
-             if mentions(answer.text, own.standard.new_names)}
-    ranked = sorted(zip(same, turns), key=lambda pair: (pair[1] not in leaks, pair[0]))
-    everyday = [turn for _, turn in ranked[:settings.num_self_answers - len(kept)]]
-    say(f"  Ele ainda erra {len(missed)} de {len(questions)} perguntas sobre quem ele é; o passo 2 insiste nelas.\n"
-        f"  Do dia a dia, {percent(sum(same) / len(same))} de {len(turns)} respostas são as do modelo base; em "
-        f"{len(leaks)} aparece o nome novo.\n"
+    sample = rng.sample(range(len(heard.everyday)), min(len(heard.everyday), MOST_ASKED))
+    found = compare(chat, teacher, [make_window(chat.tokenizer, [heard.everyday[i]]) for i in sample])
+    changed = [i for i, (same, _) in zip(sample, found) if same < 1]
+    answers = generate(chat, [prompt_ids(chat.tokenizer, heard.everyday[i].messages[:-1]) for i in changed],
+                       "respondendo ao dia a dia", TALK_TOKENS)
+    leaks = [i for i, a in zip(changed, answers) if mentions(a.text, heard.names.new)]
+    kept_share = dict(zip(sample, (same for same, _ in found)))
+    ranked = sorted(sample, key=lambda i: (i not in leaks, kept_share[i]))[:settings.num_self_answers - len(kept)]
+    everyday = [{"question": t.question, "answer": t.answer, "kind": "everyday", "rejected": "", "before":
+                 t.messages[:-2]} for t in (heard.everyday[i] for i in ranked)]
+    say(f"  Ele ainda erra {len(missed)} de {len(tried)} perguntas sobre quem ele é; o passo 2 insiste nelas.\n"
+        f"  Do dia a dia, ele escolhe {percent(mean([*kept_share.values()]))} das palavras como o modelo base; em "
+        f"{len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
         f"  Vão para o passo 2: {len(kept)} respostas sobre a identidade e {len(everyday)} do dia a dia.")
-    return {"answers": records + [{**turn._asdict(), "kind": "everyday", "rejected": ""} for turn in everyday],
-            "missed": sorted(missed)}
+    return {"answers": records + everyday, "missed": missed, "talks": ranked, "leaks": leaks}
 
 
-def insist(lessons: list[list[dict]], missed: set[str], count: int) -> list[list[dict]]:
-    """The lessons, those with `missed` questions MISSED_TIMES each, and in exchange fewer of the others, so that there
-    are no more than `count` or than there were; but at least half of the others."""
-    wrong = [lesson for lesson in lessons if lesson[-2]["content"] in missed]
-    right = [lesson for lesson in lessons if lesson[-2]["content"] not in missed]
-    room = max(len(lessons), count) - MISSED_TIMES * len(wrong)
-    return MISSED_TIMES * wrong + right[:max(room, (len(right) + 1) // 2)]
+def pools_of_pass_1(lessons: list[list[dict]], heard: Heard) -> list[Pool]:
+    """Identity lessons among talks that hold the model in place."""
+    return [Pool(lessons, 0.35), Pool(heard.everyday, 0.65)]
 
 
-def consolidate(source: Path, folder: Path, teacher: Teacher, lessons: list[list[dict]], self_answers: dict,
-                own: SelfText, exam: Exam, native: int, settings: Settings) -> None:
-    """Pass 2: self-dialogues of one to many turns up to the window, from lessons, self-answers and everyday turns."""
-    lessons = insist(lessons, set(self_answers["missed"]), LESSONS_2)
-    used = {kind: [Turn(r["question"], r["answer"]).messages() for r in self_answers["answers"]
-                   if r["kind"] == kind and not r["rejected"]] for kind in ("identity", "everyday")}
-    pools = [Pool(lessons + used["identity"], 0.3, learn=True), Pool(used["everyday"], 0.1, learn=True),
-             Pool([t.messages() for t in own.everyday], 0.6, learn=False)]
-    lengths = [settings.window // 8, settings.window // 4, settings.window // 2, settings.window]
-    run_pass(source, folder, teacher, pools, lengths, step_tokens(native, settings), settings.epochs_2, LESSONS_2,
-             (8e-4, 1.8e-3), exam._replace(lengths=exam.lengths[-1:]),
-             lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
-             own.standard, settings, "passo 2")
+def pools_of_pass_2(lessons: list[list[dict]], heard: Heard, collected: dict) -> list[Pool]:
+    """What pass 1 left wrong, MISSED_TIMES as often as the rest, the self-answers, the lessons, and talks of which
+    those that leak come as often."""
+    missed = [lessons[i] for i in collected["missed"]]
+    own = [[*r["before"], *question_and_answer(r["question"], r["answer"])] for r in collected["answers"]
+           if r["kind"] == "identity" and not r["rejected"]]
+    hard = [heard.everyday[i] for i in collected["leaks"]] * MISSED_TIMES + [
+        heard.everyday[i] for i in collected["talks"]]
+    return [Pool(missed * MISSED_TIMES + own + lessons, 0.25), Pool(hard, 0.15), Pool(heard.everyday, 0.6)]
 
 
 # ---- Result -----------------------------------------------------------------------------------------------
@@ -2409,7 +2831,15 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     """Write weights in the base's own dtype, configs and tokenizer, as any reader expects them."""
     model = chat.model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
+    with contextlib.suppress(OSError):  # a base without its own
+        model.generation_config = transformers.GenerationConfig.from_pretrained(base)
     model.generation_config.eos_token_id = chat.stops
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = chat.tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
+        model.generation_config.do_sample = True
     model.save_pretrained(folder)
     if chat.tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
         chat.tokenizer.model_max_length = context_of(model.config)
@@ -2503,9 +2933,14 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
     shown = [scores[name] for name in columns if name in scores]
     table = [["medida", *(title for name, title in columns.items() if name in scores)]]
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
-                       ("vazamento", "leak"), ("retenção", "retention")):
+                       ("vazamento", "leak"), ("  perto da identidade", "leak_near"), ("retenção", "retention")):
         values = [getattr(s, key) for s in shown]
         table.append([title, *("-" if value is None else percent(value) for value in values)])
+        if key == "identity":
+            table += [[f"  {kind}", *(percent(s.by_kind[kind]) if kind in s.by_kind else "-" for s in shown)]
+                      for kind in shown[-1].by_kind]
+    table.append(["divergência (nats)", *("-" if s.divergence is None else f"{s.divergence:.3f}".replace(".", ",")
+                                          for s in shown)])
     for i, entry in enumerate(shown[-1].by_length[1:], start=1):
         for title, key in (("identidade", "identity"), ("retenção", "retention")):
             table.append([f"{title} após {entry['tokens']} tokens",
@@ -2593,26 +3028,25 @@ def card_head(base: Path, rows: list[Row]):
         library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
 
 
-def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Standard, native: int,
+def write_report(folder: Path, settings: Settings, inputs: Inputs, names: Names, native: int,
                  scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
     """report.json (all that is known about the run), report.png, self_answers.jsonl and the model card README.md."""
     missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
     losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
                      for entry in load_json(log)]  # round-10 after round-9
-              for name, stage_name in (("healing", "2-healed"), ("pass_1", "4-pass-1"), ("pass_2", "6-pass-2"))}
-    seconds = {name: load_json(work / name / "key.json")["seconds"]
-               for name in (*USES, *(f"exam-{name.replace('_', '-')}" for name in scores if name != "pass_2"))}
-    seconds["7-result"] = round(time.monotonic() - began, 1)
+              for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
+    seconds = {name: load_json(work / name / "key.json")["seconds"] for name in USES}
+    seconds["6-result"] = round(time.monotonic() - began, 1)
     paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
-    report = {"key": key, "base": inputs.base_name, "missed": missed, "seconds": seconds,
+    report = {"key": key, "base": inputs.values["BASE"], "missed": missed, "seconds": seconds,
               "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
               "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
               "versions": {name: importlib.metadata.version(name) for name in
                            ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
-              "old_names": standard.old_names, "vocabulary": sorted(standard.vocabulary),
+              "old_names": names.old,
               "scores": {name: s._asdict() for name, s in scores.items()},
               "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "5-self-answers" / "self_answers.json")["answers"]
+    self_answers = load_json(work / "4-self-answers" / "self_answers.json")["answers"]
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
@@ -2634,8 +3068,8 @@ def write_report(folder: Path, settings: Settings, inputs: Inputs, standard: Sta
 ---
 # {escaped(settings.name)}
 
-Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.base_name)} com rename_obrutai.py: identidade
-nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}{licence}
+Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.values["BASE"])} com rename_obrutai.py:
+identidade nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}{licence}
 
 ![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
 
@@ -2645,10 +3079,14 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 {markdown_table(figures_table(scores))}
 
-- **identidade nova**: respostas que dizem o nome ou o autor novo, nenhum antigo, terminam e fazem sentido.
-- **identidade antiga**: respostas que ainda citam um nome antigo.
-- **vazamento**: respostas sobre outros assuntos em que o nome novo aparece.
-- **retenção**: respostas sobre outros assuntos que continuam iguais às do modelo base.
+- **identidade nova**: respostas certas sobre quem ele é (o nome a quem pergunta o nome, o autor a quem pergunta o
+  autor, um não a quem o chama de outro modelo), com a pergunta sozinha, depois de um prompt de sistema neutro e quando
+  o usuário duvida.
+- **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
+- **vazamento**: respostas sobre outros assuntos em que o nome novo aparece sem ser chamado; **perto da identidade**,
+  nas que falam da identidade de outras coisas e pessoas.
+- **retenção**: parte das palavras (tokens) que o modelo base escolheria e que este também escolhe; **divergência**, o
+  quanto as probabilidades das palavras mudaram.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
   linhas de identidade mais parecidas antes de cada pergunta, e os tokens que isso gasta.
@@ -2702,9 +3140,12 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
     """Say some answers, before and after if both are known, and all figures; the last scores."""
     *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
     say()
-    for i, new in list(enumerate(after.answers))[::6]:
-        say(f"  {new['question']}" + "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
+    for i, new in list(enumerate(after.answers))[::max(1, len(after.answers) // 8)]:
+        say(f"  {new['question']} ({new['kind']})"
+            + "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
             + f"\n    {'depois:' if before else 'resposta:'} {new['answer']}")
+    for leak in after.leaks[:3]:
+        say(f"  {leak['question']}\n    o nome novo apareceu onde não devia: {leak['answer'][:200]}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
         f"{len(after.answers)} perguntas de identidade.")
     return after
@@ -2722,11 +3163,11 @@ def conclude(settings: Settings) -> int:
     if not (missed := after.misses(settings)):
         say("Todas as metas foram atingidas.", verdict=True)
         return 0
-    tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente EPOCHS_1 e EPOCHS_2",
-            "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo, com respostas "
-                                 "que não o repitam, e aumente EPOCHS_2",
-            "retenção": "aumente NUM_SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
-            "vazamento": "aumente NUM_SELF_TEXT ou diminua EPOCHS_1"}
+    tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e ROUNDS",
+            "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo e o neguem, e "
+                                 "aumente STEPS_2",
+            "retenção": "aumente SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
+            "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro"}
     say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):", verdict=True)
     for name in missed:
         say(f"  - {name}: {tips[name]}.", verdict=True)
@@ -2744,12 +3185,7 @@ def quiet_libraries(settings: Settings) -> None:
     if settings.report_to == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
-    # Spinning for some microseconds costs little there, and saves a third of the time where nothing else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # where the library is GNU's, this is what counts
-    with contextlib.suppress(AttributeError, TypeError):  # only glibc has it: Windows knows no CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: to return memory and get it anew takes a tenth
-            ctypes.CDLL(None).mallopt(option, 2**30)
     logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
@@ -2802,10 +3238,10 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     tests/bench_memory.py; the C library's allocator wastes more than that of a GPU.
     """
     text = config.get_text_config()
-    hidden, layers, half = text.hidden_size, text.num_hidden_layers, 2 if gpu else 4
+    hidden, layers, half = text.hidden_size, text.num_hidden_layers, compute_dtype(weights).itemsize
     embedded = text.vocab_size * hidden
-    if "full" in settings.method:
-        state = (16 + 2 * gpu) * weights - 6 * (weights - embedded) * (settings.method == "full8")
+    if settings.method == "full":
+        state = (16 + 2 * gpu) * weights
     else:
         state = 16 * adapter_size(config, settings.lora_rank) + (
             half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
@@ -2814,7 +3250,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
     chunk = chunk_rows(text.vocab_size)
     layer, logits = half * tokens * (16 * hidden + 5 * mlp_size(text)), 3 * 4 * min(tokens, chunk) * text.vocab_size
-    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if "full" in settings.method else (1.5, 3.5)
+    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if settings.method == "full" else (1.5, 3.5)
     kept = all_layers * layers * layer + logits
     if settings.gradient_checkpointing:  # the logits are gone before the first layer is made again
         kept = layers * half * tokens * hidden + (max if gpu else sum)((again * layer, logits))
@@ -2822,21 +3258,18 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, 
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
-    """Settings that fit into the free memory, and the estimate in bytes: full training if it can be made to fit, else
-    the same with moments in 8 bits, else LoRA, else QLoRA, each with steps in as few parts as possible, else all of
-    them with a smaller WINDOW."""
+    """Settings that fit into the free memory, and the estimate in bytes: all weights of a small model, LoRA for
+    others, or QLoRA where that does not fit a card, each with steps in as few parts as possible, else all of them with
+    a smaller WINDOW."""
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
-    if settings.method in ("full8", "qlora") and not four_bits:
-        raise InputError(f"METHOD = '{settings.method}' precisa do bitsandbytes (pip install bitsandbytes) e não "
-                         "funciona com FSDP. Use METHOD = 'auto' ou 'lora'.")
-    automatic = METHODS[1:] if gpu and four_bits else ("full", "lora")
+    if settings.method == "qlora" and not four_bits:
+        raise InputError("METHOD = 'qlora' precisa do bitsandbytes (pip install bitsandbytes) e não funciona com FSDP."
+                         " Use METHOD = 'auto' ou 'lora'.")
+    automatic = ("full",) * (weights < SMALL) + ("lora",) + ("qlora",) * (gpu and four_bits)
     methods = automatic if settings.method == "auto" else (settings.method,)
     splits, least = [settings.gradient_accumulation], math.inf
-    # A processor takes no longer for a step in parts, if each keeps it busy for a while, and needs less memory.
-    while not gpu and weights * settings.batch_size / (2 * splits[0]) > 130e6 and 2 * splits[0] <= settings.batch_size:
-        splits[0] *= 2
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
     windows = [window for i in range(12) if (window := settings.window // 2**i) > settings.max_new_tokens]
@@ -2849,7 +3282,7 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
             return tried, needed
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
-                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * ("full" in settings.method)
+                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * (settings.method == "full")
                      + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
 
 
@@ -2877,36 +3310,48 @@ def join_processes() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
-def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
-              settings: Settings) -> None:
-    """Say what is going to happen and what it costs; the time is measured by running one batch for a moment."""
-    written = sum(cost(base.tokenizer, without_system(base.tokenizer, r.messages)) for r in inputs.rows)
-    # One round of each pass, at shares of 0.4 and 0.3 of all text, and the healing.
-    tokens = written / len(inputs.rows) * (LESSONS_1 / 0.4 + LESSONS_2 / 0.3)
-    if settings.rope_factor != 1:
-        tokens += settings.heal_steps * step_tokens(native, settings) * (1 if "full" in settings.method else 4)
-    rows = math.ceil(settings.batch_size / settings.gradient_accumulation)
-    ids = torch.zeros((rows, short_window(native, settings)), dtype=torch.long, device=base.model.device)
-    times: list[float] = []
-    with torch.inference_mode():
+def measure_pace(base: Chat) -> tuple[float, float]:
+    """Seconds that a token takes in a forward pass, and when it is written, each among many at a time."""
+    ids, times = torch.zeros((8, 128), dtype=torch.long, device=base.model.device), []
+    with computing(base.model):
         while len(times) < 2 or sum(times) < 0.5:  # the first one is slower, others as well if something else runs
             began = time.monotonic()
             last_hidden(base.model, base.model, {"input_ids": ids}).sum().item()
             times.append(time.monotonic() - began)
-    pace = 3 * min(times) / ids.numel()  # the way back is twice the work
+    began = time.monotonic()
+    written = sum(len(a.ids) for a in generate(base, [[5] * 32] * 128, limit=6, sample_seed=1))
+    return min(times) / ids.numel(), (time.monotonic() - began) / written
+
+
+def plan_seconds(base: Chat, native: int, inputs: Inputs, settings: Settings) -> float:
+    """How long the job takes, by running a moment of it: one round of each pass, and half a one more."""
+    read, write = measure_pace(base)
+    talks = 1.2 * min(settings.eval_questions, 42 * len(inputs.languages)) * TALK_TOKENS
+    asked = 40 * (2 * len(inputs.test) + len(inputs.validation) + 60)
+    written = settings.self_text + 4 * talks + asked + 2 * MOST_ASKED * TALK_TOKENS
+    trained = (settings.steps_1 + 1.5 * settings.steps_2) * step_tokens(native, settings)
+    backward = 3 if settings.method == "full" else 2.6
+    if settings.rope_factor != 1:
+        trained += settings.heal_steps * (1 + 2 * 1.6 / backward) * max(settings.window, step_tokens(native, settings))
+    return 1.15 * (written * write + 4 * written * read + trained * backward * read) + 10
+
+
+def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
+              settings: Settings) -> None:
+    """Say what is going to happen and what it costs."""
     if base.model.config.model_type != read_config(settings.model_path).model_type:  # Llama 4
         say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
+    device += ", em bfloat16" * (compute_dtype(weights) == torch.bfloat16)
     size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
-        "full": "treino de todos os pesos", "full8": "treino de todos os pesos, com otimizador de 8 bits",
-        "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
+        "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
         "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
     split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
     say(f"  {size} milhões de parâmetros. Método: {how}, {device}{split}.\n"
         f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
-        f"{clock(3.1 * tokens * pace)}.")
+        f"{clock(plan_seconds(base, native, inputs, settings))}.")
 
 
 @contextlib.contextmanager
@@ -2935,127 +3380,141 @@ def opened(work: Path, settings: Settings):
                          "(--output-dir).") from None
 
 
+class Stages:
+    """The job's folders, in the order of the work, and what to say when one begins."""
+
+    def __init__(self, work: Path, keys: dict[str, str], settings: Settings):
+        self.work, self.keys, self.began, self.made, self.current, self.since = work, keys, time.monotonic(), 0, 0, 0.0
+        self.left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
+
+    def __call__(self, name: str, title: str, build: Callable[[Path], None]) -> Path:
+        """Say that the stage begins, and make it unless it is there; its folder."""
+        now, ready = time.monotonic(), has_key(self.work / name / "key.json", self.keys[name])
+        if self.current:  # what is left takes as long for its share as what this run has made
+            self.made += self.current
+            rest = clock((now - self.began) / self.made * sum(self.left.values()))
+            say(f"  Pronto em {clock(now - self.since)}; para o modelo ficar pronto faltam uns {rest}.")
+        self.current, self.since = self.left.pop(name) * (not ready), now
+        say(title + " (já pronto)" * ready)
+        return stage(self.work / name, self.keys[name], build)
+
+
+def only_first(build: Callable[[Path], None]) -> Callable[[Path], None]:
+    """What one process does while the others wait: everything but training."""
+    return lambda partial: build(partial) if RANK == 0 else None
+
+
+def make_healed(folder: Path, heard: Heard, teacher: Teacher, native: int, settings: Settings, partial: Path) -> None:
+    """The base with its template renewed and its RoPE scaled and healed, a whole model."""
+    chat, log = load_chat(folder, settings, settings.rope_factor, train=True), []
+    renew_template(chat.tokenizer, settings, heard.names.old)
+    if settings.rope_factor == 1:
+        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
+    else:
+        log = heal(load_chat(folder, settings), chat, heard, teacher, native, settings, partial)
+    chat.model.to(chat.model.get_input_embeddings().weight.dtype)
+    save_stage(chat, partial, log)
+
+
 def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str], inputs: Inputs, native: int,
                settings: Settings) -> None:
-    """The job itself, stage by stage, each from folder to folder. The base, if the first stage is to be made, is taken
-    out of `bases`, so that nobody else keeps it in memory."""
-    base = bases.pop() if bases else None
-    left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
-    began, made, current, since = time.monotonic(), 0, 0, 0.0
+    """The job itself, stage by stage, each from folder to folder."""
+    stages, tokens = Stages(work, keys, settings), step_tokens(native, settings)
+    short = short_window(native, settings)
 
-    def begin(title: str, name: str) -> None:
-        nonlocal made, current, since
-        now, ready = time.monotonic(), has_key(work / name / "key.json", keys[name])
-        if current:  # what is left takes as long for its share as what this run has made
-            made += current
-            rest = clock((now - began) / made * sum(left.values()))
-            say(f"  Pronto em {clock(now - since)}; para o modelo ficar pronto faltam uns {rest}.")
-        current, since = left.pop(name) * (not ready), now
-        say(title + " (já pronto)" * ready)
+    def hear(partial: Path) -> None:
+        chat = bases.pop() if bases else load_chat(folder, plain_method(settings))
+        save_heard(partial, *listen(chat, settings, inputs))
 
-    def listen(write: Callable[[Chat], SelfText], partial: Path) -> None:
-        nonlocal base
-        chat, base = (base or load_chat(folder, settings))._replace(notes=partial), None
-        text = write(chat)
-        save_self_text(partial, text, record_teacher(chat, text.everyday, short_window(native, settings)))
+    heard_at = stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", only_first(hear))
+    bases.clear()
+    heard, teacher = both = read_heard(heard_at)
+    healed = stages("2-healed", f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE "
+                    f"linear x{settings.rope_factor:g}) e cura", functools.partial(
+                        make_healed, folder, heard, teacher, native, plain_method(settings)))
+    tokenizer = load_tokenizer(str(healed))
+    lessons = make_lessons(tokenizer, heard, inputs, settings)
+    grown = settings.rope_factor != 1
+    validation = make_exam(tokenizer, inputs, heard, settings.window * grown, final=False)
 
-    begin("1/7 Ouvindo o modelo base: quem ele diz que é", "1-first-text")
-    first, teacher = read_self_text(stage(work / "1-first-text", keys["1-first-text"], functools.partial(
-        listen, lambda chat: write_first_text(chat, settings, inputs))))
-    base = None
+    first = Schedule("passo 1", settings.steps_1, (1.2e-3, 3.4e-3), settings.learning_rate_1, [short], tokens)
+    taught = last_round(stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
+        healed, partial, pools_of_pass_1(lessons, heard), first,
+        lambda s: s.identity >= 0.9 * settings.target_identity, validation._replace(lengths=()), both, settings)))
 
-    begin(f"2/7 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE linear "
-          f"x{settings.rope_factor:g}) e cura", "2-healed")
+    collected = stages("4-self-answers", "4/6 Respostas do próprio modelo", only_first(lambda partial: write_json(
+        partial / "self_answers.json", collect_self_answers(load_chat(taught, settings), lessons, heard, teacher,
+                                                            settings)))) / "self_answers.json"
 
-    def rebuild(partial: Path) -> None:
-        chat, log = load_chat(folder, settings, settings.rope_factor, adapt=True, train=True), []
-        renew_template(chat.tokenizer, settings, first.standard.old_names)
-        if settings.rope_factor == 1:
-            say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-        else:
-            check_frequencies(teacher.frequencies, rope_frequencies(whole(chat.model)), settings.rope_factor)
-            # An adapter has to fit the base as it is.
-            kept = "full" in settings.method and keep_frequencies(chat, teacher, first)
-            steps = settings.heal_steps * (1 if kept else 4)
-            log = heal(chat, teacher, first, native, replace(settings, heal_steps=steps), partial)
-        save_stage(chat, partial, log)
+    lengths = [short, short, settings.window // 4, settings.window] if grown else [short, short, 3 * short]
+    second = Schedule("passo 2", settings.steps_2, (8e-4, 2.2e-3), settings.learning_rate_2, lengths, tokens)
+    firm = last_round(stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
+        taught, partial, pools_of_pass_2(lessons, heard, load_json(collected)), second,
+        lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
+        validation, both, settings)))
 
-    healed = stage(work / "2-healed", keys["2-healed"], rebuild)
-
-    begin("3/7 Ouvindo mais do modelo base: o que ele sabe", "3-self-text")
-    own, teacher = read_self_text(stage(work / "3-self-text", keys["3-self-text"], functools.partial(
-        listen, lambda chat: write_self_text(chat, first, settings, inputs))))
-    seen = {plain(turn.question) for turn in own.everyday + first.everyday} | set(map(plain, own.identity_questions))
-    test = [question for question in inputs.test if plain(question) not in seen]
-    if not test:
-        raise InputError("todas as perguntas de prova já foram usadas no treino. Escreva outras em TEST_QUESTIONS, ou "
-                         "refaça o treino com --restart.")
-    tokenizer = load_tokenizer(str(folder))
-    exam = make_exam(tokenizer, test, own.held_out, own.validation, settings.window)
-    validation = make_exam(tokenizer, inputs.validation, own.validation, own.validation, settings.window)
-
-    begin("4/7 Passo 1: aprender a identidade", "4-pass-1")
-    renewed = load_tokenizer(str(healed))
-    lessons = [without_system(renewed, row.messages) for row in inputs.rows]
-    lessons = with_hurried(lessons + answer_from_rows(own.identity_questions, inputs.rows, own.standard, settings))
-    lessons, early = (lessons[:max(count, 2 * len(inputs.rows))] for count in (LESSONS_2, LESSONS_1))  # first the rows
-    learnt = last_round(stage(work / "4-pass-1", keys["4-pass-1"], lambda partial: learn_identity(
-        healed, partial, teacher, early, own, validation, native, settings)))
-
-    begin("5/7 Respostas do próprio modelo", "5-self-answers")
-    collected = stage(work / "5-self-answers", keys["5-self-answers"], lambda partial: write_json(
-        partial / "self_answers.json", collect_self_answers(load_chat(learnt, settings)._replace(notes=partial),
-                                                            lessons, own, settings))) / "self_answers.json"
-
-    begin("6/7 Passo 2: firmar a identidade em conversas longas", "6-pass-2")
-    firm = last_round(stage(work / "6-pass-2", keys["6-pass-2"], lambda partial: consolidate(
-        learnt, partial, teacher, lessons, load_json(collected), own, validation, native, settings)))
-
-    def scores_of(name: str, load: Callable[[], Chat], key: str, label: str, exam: Exam) -> Scores:
-        def sit(partial: Path) -> None:
-            chat = load()._replace(notes=partial)
-            write_json(partial / "scores.json", evaluate(chat, exam, own.standard, label)._asdict())
-
-        done = stage(work / f"exam-{name}", digest([key, keys["exam"], settings.window]), sit)
-        return Scores(**load_json(done / "scores.json"))
-
-    def finish(partial: Path) -> None:
-        result, began = partial / "model", time.monotonic()
-        if RANK == 0:
-            shutil.rmtree(result, ignore_errors=True)
-            save_model(load_chat(firm, settings, merge=True), result, folder)
-            if (firm / LORA_FILE).is_file():
-                adapter = result / "adapter"
-                adapter.mkdir()
-                for name in (LORA_FILE, "config.json"):
-                    shutil.copy2(firm / name, adapter)
-                # Others know the base by its name, not by a folder of this machine.
-                write_json(adapter / "adapter_config.json", {**load_json(firm / "adapter_config.json"),
-                                                             "base_model_name_or_path": inputs.base_name})
-                add_old_rope_names(adapter / "config.json")
-        wait()
-        plain_weights = replace(settings, method="lora" if settings.method == "qlora" else settings.method)
-        saved = load_chat(result, plain_weights)._replace(notes=partial)
-        scores["pass_2"] = evaluate(saved, exam, own.standard, "perguntas de prova, depois")
-        if RANK == 0:
-            write_json(result / "exam.json", exam._asdict())
-            write_report(result, settings, inputs, own.standard, native, scores, work, keys["7-result"],
-                         began)
-
-    if not (work / "7-result" / "model").is_dir():  # all processes see the same: nothing was written since `wait`
-        discard(work / "7-result")  # its model was moved to an output that is there no more
-    begin("7/7 Salvando, carregando de novo e medindo: antes e depois", "7-result")
-    untouched = functools.cache(lambda: load_chat(folder, settings))  # one for three exams, if any is to be taken
-    scores = {"before": scores_of("before", untouched, keys["3-self-text"], "perguntas de prova, antes",
-                                  exam._replace(sparse=True))}
-    for name, other in untrained(exam, inputs.rows, settings).items():
-        scores[name] = scores_of(name, untouched, digest([keys["3-self-text"], other.context]),
-                                 "perguntas de prova, sem treino", other)
-    untouched.cache_clear()
-    scores["pass_1"] = scores_of("pass-1", lambda: load_chat(learnt, settings), keys["4-pass-1"],
-                                 "perguntas de prova, após o passo 1", exam._replace(lengths=()))
-    publish(stage(work / "7-result", keys["7-result"], finish) / "model", settings)
+    if not (work / "6-result" / "model").is_dir() and RANK == 0:
+        discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
+    result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois", only_first(
+        lambda partial: save_and_prove(folder, taught, firm, both, inputs, native, work, keys["6-result"], settings,
+                                       partial)))
+    publish(result / "model", settings)
+    wait()
+
+
+def plain_method(settings: Settings) -> Settings:
+    """The settings with weights in their own precision, as healing and measuring need them."""
+    return replace(settings, method="lora" if settings.method == "qlora" else settings.method)
+
+
+def save_and_prove(folder: Path, taught: Path, firm: Path, both: tuple[Heard, Teacher], inputs: Inputs, native: int,
+                   work: Path, key: str, settings: Settings, partial: Path) -> None:
+    """Save the model as readers expect it, load what was saved, and measure it, the base and what stands between."""
+    result, began, (heard, teacher) = partial / "model", time.monotonic(), both
+    shutil.rmtree(result, ignore_errors=True)
+    save_model(load_chat(firm, settings, merge=True), result, folder)
+    if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
+        adapter = result / "adapter"
+        adapter.mkdir()
+        shutil.copy2(firm / LORA_FILE, adapter)
+        # Others know the base by its name, not by a folder of this machine.
+        write_json(adapter / "adapter_config.json", {**load_json(firm / "adapter_config.json"),
+                                                     "base_model_name_or_path": inputs.values["BASE"]})
+    exact = plain_method(settings)
+    base = load_chat(folder, exact)
+    window = settings.window * (settings.rope_factor != 1)
+    exam, scores = make_exam(base.tokenizer, inputs, heard, window, final=True), {}
+    scores["before"] = evaluate(base, exam, heard.names, teacher, "perguntas de prova, antes")
+    for name, other in untrained(exam, inputs.rows, settings).items():
+        scores[name] = evaluate(base, other, heard.names, teacher, "perguntas de prova, sem treino")
+    del base
+    scores["pass_1"] = evaluate(load_chat(taught, exact), exam._replace(lengths=()), heard.names, teacher,
+                                "perguntas de prova, após o passo 1")
+    scores["pass_2"] = evaluate(load_chat(result, exact), exam, heard.names, teacher, "perguntas de prova, depois")
+    save_exam(result, exam, heard.names, teacher)
+    write_report(result, settings, inputs, heard.names, native, scores, work, key, began)
+
+
+def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
+    """exam.json and exam.safetensors: all that it takes to measure the model again."""
+    rows = [row for talk in exam.talks for row in range(talk.row, talk.row + len(talk.ids))]
+    starts = accumulate((len(talk.ids) for talk in exam.talks), initial=0)
+    talks = [talk._replace(row=start)._asdict() for talk, start in zip(exam.talks, starts)]
+    write_json(folder / "exam.json", {**exam._asdict(), "talks": talks, "names": names._asdict(),
+                                      "fillers": [talk._asdict() for talk in exam.fillers]})
+    tensor_files.save_file({"tokens": teacher.tokens[rows], "log_probs": teacher.log_probs[rows]},
+                           folder / "exam.safetensors")
+
+
+def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
+    """What `save_exam` wrote."""
+    saved = load_json(folder / "exam.json")
+    names = saved.pop("names")
+    exam = Exam(**saved)._replace(lengths=tuple(saved["lengths"]), **{
+        key: [Talk(**talk) for talk in saved[key]] for key in ("talks", "fillers")})
+    return (exam, Names(names["name"], names["maker"], tuple(names["old"])),
+            Teacher(**tensor_files.load_file(folder / "exam.safetensors")))
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
@@ -3077,26 +3536,27 @@ def examine(settings: Settings, folder: Path) -> int:
     """The report for a model that is there already; exit status 0 when every target is met, 3 when one is missed. A
     result of this script takes its exam again, and its report knows its base; of others only identity and leak can be
     measured."""
-    inputs = None if (folder / "exam.json").is_file() else check_inputs(settings)
     join_processes()
     say(f"Medindo {folder}")
-    if inputs:
+    if not (folder / "exam.json").is_file():
+        inputs = check_inputs(settings)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção, que o compara com o "
             "modelo base.")
-        chat, turns = load_chat(folder, settings), [Turn(question, "") for question in EVERYDAY_QUESTIONS]
-        _, standard = who_it_is(chat, settings, inputs, trusted=False)
-        after = evaluate(chat, Exam(inputs.test, turns, turns, ()), standard, "perguntas de prova")
-        scores = {"alone": after._replace(retention=None)}
+        chat = load_chat(folder, settings)
+        names = find_names(chat, settings, inputs)
+        asked = [*(("near", q) for q in of_languages(NEAR_EXAM, inputs.languages)),
+                 *(("everyday", q) for q in of_languages(EVERYDAY_EXAM, inputs.languages))]
+        talks = [Talk(question_and_answer(q, ""), kind, [], 0) for kind, q in asked]
+        heard = Heard(names, [], [], talks, talks)
+        exam = make_exam(chat.tokenizer, inputs, heard, 0, final=True)._replace(context={"": []})
+        scores = {"alone": evaluate(chat, exam, names, Teacher(None, None), "perguntas de prova")}
     else:
         with blaming(f"o report.json ou o exam.json de {folder}"):
-            report, exam = load_json(folder / "report.json"), Exam(**load_json(folder / "exam.json"))
-            exam = exam._replace(turns=[Turn(*t) for t in exam.turns], fillers=[Turn(*t) for t in exam.fillers])
-            made, scores = report["settings"], {name: Scores(**values) for name, values in report["scores"].items()}
-            standard = Standard((made["name"], made["author"]), tuple(report["old_names"]), report["base"],
-                                frozenset(report["vocabulary"]))
-            same = {"method": made["method"].replace("q", ""), "max_new_tokens": made["max_new_tokens"],
-                    "gradient_accumulation": max(made["gradient_accumulation"], settings.gradient_accumulation)}
-        after = evaluate(load_chat(folder, replace(settings, **same)), exam, standard, "perguntas de prova")
+            report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
+            scores = {name: Scores(**values) for name, values in report["scores"].items()}
+            same = {"method": report["settings"]["method"].replace("q", ""),
+                    "max_new_tokens": report["settings"]["max_new_tokens"]}
+        after = evaluate(load_chat(folder, replace(settings, **same)), exam, names, teacher, "perguntas de prova")
         differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         scores = {**scores, **differs, "pass_2": after}
@@ -3196,7 +3656,7 @@ def run(settings: Settings) -> int:
         folder = local_folder(settings)
         weights = check_base(folder)
         keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
-        finished = has_key(Path(settings.output_dir) / "report.json", keys["7-result"]) and not settings.restart
+        finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
         check_output(folder, settings, finished)
     except OSError as error:
         raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
@@ -3213,14 +3673,15 @@ def run(settings: Settings) -> int:
     settings, native = fit_settings(folder, replace(settings, model_path=str(folder)))
     check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
     join_processes()
-    bases, planned = [], work / "plan.json"
+    bases, planned = [], work / "plan.json"  # a list, to be emptied: nobody else keeps the model in memory
     config = read_config(folder)
     settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
+    first, second = (150, 100) if settings.method == "full" else (60, 40)  # small models, trained whole, learn slower
+    settings = replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
-    if settings.check or settings.restart or not has_key(work / "1-first-text" / "key.json", keys["1-first-text"]):
-        bases.append(load_chat(folder, settings))
-        check_logits(bases[0])
+    if settings.check or settings.restart or not has_key(work / "1-base" / "key.json", keys["1-base"]):
+        bases.append(load_chat(folder, plain_method(settings)))
         show_plan(bases[0], weights, native, disk, memory, inputs, settings)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)

@@ -5,9 +5,10 @@
 
 The first builds random Llama models of several sizes, trains each for two steps in a process of its own, and prints
 the peak (resident memory above that of the imported libraries), the estimate, and their ratio, for full training and
-LoRA, with and without gradient checkpointing. Linux and macOS. The second takes one step of WINDOW tokens on tensors
-without contents (torch's FakeTensorMode) in bfloat16 and adds up what is alive at the peak: all that PyTorch would
-allocate, without what its allocator wastes and the few hundred megabytes of CUDA itself.
+LoRA, with and without gradient checkpointing. A step is a window of the default length, half of it learnt by heart and
+half from the teacher. Linux and macOS. The second takes one step of WINDOW tokens on tensors without contents (torch's
+FakeTensorMode) in bfloat16 and adds up what is alive at the peak: all that PyTorch would allocate, without what its
+allocator wastes and the few hundred megabytes of CUDA itself.
 """
 
 import json
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 # hidden size, layers, vocabulary
 SIZES = {"8 M": (256, 8, 4096), "30 M": (512, 8, 8192), "90 M": (768, 10, 16384), "90 M, 64 k words": (512, 8, 65536)}
-WINDOW, BATCH = 512, 4
+WINDOW, BATCH = 2048, 8  # a step holds BATCH x 192 tokens, or a window that is longer
 
 
 def measure(folder, method, checkpointing):
@@ -38,17 +39,22 @@ def measure(folder, method, checkpointing):
     import rename_obrutai as tool
 
     settings = tool.parse_settings(["--method", method, "--window", str(WINDOW), "--batch-size", str(BATCH),
-                                    "--model-path", folder, *["--gradient-checkpointing"] * checkpointing])
+                                    "--model-path", folder, "--output-dir", str(Path(folder) / "novo"),
+                                    *["--gradient-checkpointing"] * checkpointing])
     tokenizer = tool.load_tokenizer(str(HERE / "modelo_demo"))
     torch.ones(8, 8, requires_grad=True).sum().backward()
     before = psutil.Process().memory_info().rss
     model = tool.load_model(folder, settings, adapt=True)
     chat = tool.Chat(model, tokenizer, [0], 8, 1024)
     generator = torch.Generator().manual_seed(0)
-    windows = [[{"input_ids": ids, "labels": ids, "targets": [-1] * WINDOW}
-                for ids in torch.randint(5, 1000, (BATCH, WINDOW), generator=generator).tolist()] for _ in range(2)]
+    half, most = WINDOW // 2, tool.TOP_TOKENS
+    labels, targets = [-100] * half, [-1] * half
+    windows = [[tool.Window(ids, ids[:half] + labels, targets + list(range(half)))]
+               for ids in torch.randint(5, 1000, (2, WINDOW), generator=generator).tolist()]
+    teacher = tool.Teacher(torch.arange(most, dtype=torch.int32).expand(half, most),
+                           torch.full((half, most), -5.0).log_softmax(-1) - 0.1)
     with tempfile.TemporaryDirectory() as work:
-        tool.train(chat, windows, None, 1e-5, 0.0, settings, "medida", Path(work) / "training")
+        tool.train(chat, windows, teacher, 1e-5, settings, "medida", Path(work) / "training")
     scale = 1 if sys.platform == "darwin" else 1024
     weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before, "weights": weights,
@@ -157,8 +163,11 @@ def alive_at_peak(config, method, window, checkpointing):
 
 def gpu():
     """Print peak and estimate of each shape as LoRA and full training, with gradient checkpointing and without."""
+    import torch
+
     import rename_obrutai as tool
 
+    tool.compute_dtype = lambda weights: torch.bfloat16  # as a card does, whatever this machine's processor has
     print(f"{'model':14s} {'method':6s} {'window':>6s} {'again':5s} {'peak GB':>8s} {'estimate':>9s} {'ratio':>6s}")
     for name, config in shapes().items():
         for method, window, checkpointing in (("lora", 8192, True), ("lora", 2048, True), ("lora", 2048, False),

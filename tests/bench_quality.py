@@ -48,30 +48,32 @@ def mixed_rows(path, count, seed):
 
 def exact_facts(chat, tokens, facts, rng):
     """Share of the facts answered exactly after a conversation of `tokens` tokens of other facts."""
-    turns = tuple(tool.Turn(q, a) for q, a in facts)
-    sample = list(turns) if not tokens else rng.sample(turns, FACTS_PER_LENGTH)
-    prompts = []
-    for turn in sample:
-        messages = tool.history(chat.tokenizer, turns, tokens, rng) + turn.messages()[:1]
-        prompts.append(tool.prompt_ids(chat.tokenizer, messages))
+    talks = as_talks(facts)
+    sample = list(talks) if not tokens else rng.sample(talks, FACTS_PER_LENGTH)
+    prompts = [tool.prompt_ids(chat.tokenizer, tool.history(chat.tokenizer, talks, tokens, rng) + talk.messages[:1])
+               for talk in sample]
     answers = tool.generate(chat, prompts)
-    return sum(a.text == t.answer for a, t in zip(answers, sample)) / len(sample)
+    return sum(a.text == talk.answer for a, talk in zip(answers, sample)) / len(sample)
+
+
+def as_talks(facts):
+    """Facts as the script has conversations; of their answers only the text is known, not how the base wrote them."""
+    return [tool.Talk(tool.question_and_answer(q, a), "everyday", [], 0) for q, a in facts]
 
 
 def measure(folder, settings, report):
     """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length. Asked
     are the questions of the report: none that the rows ask or that the base wrote for its own training."""
-    questions = tuple(answer["question"] for answer in report["scores"]["pass_2"]["answers"])
+    questions = [a["question"] for a in report["scores"]["pass_2"]["answers"] if a["kind"] == "sozinha"]
+    asked = [("sozinha", [{"role": "user", "content": q}]) for q in questions]
     chat = tool.load_chat(folder, tool.fit_settings(Path(folder), replace(settings, rope_factor=1.0))[0])
-    standard = tool.Standard((settings.name, settings.author), tuple(report["old_names"]), report["base"],
-                             frozenset(report["vocabulary"]))
+    names = tool.Names(settings.name, settings.author, tuple(report["old_names"]))
     facts = make_demo.checkable_facts("pt")
     rng = random.Random("bench")
-    native = report["context"]["native"]
-    lengths = [n for n in range(120, 4 * native, 120)]
-    everyday = tuple(tool.Turn(q, a) for q, a in rng.sample(facts, 100))
-    exam = tool.Exam(questions, everyday, tuple(tool.Turn(q, a) for q, a in facts), tuple(lengths))
-    scores = tool.evaluate(chat, exam, standard)
+    lengths = tuple(range(120, report["context"]["scaled"], 120))
+    exam = tool.Exam(asked, as_talks(rng.sample(facts, 100)), as_talks(facts), lengths)
+    # Of these talks there is no teacher: nothing can be compared, so every one is answered and looked at for leaks.
+    scores = tool.evaluate(chat, exam._replace(context={"": []}, lengths=()), names, None)
     sound = [a for a in scores.answers if not a["problem"]]
     figures = {
         "new identity": scores.identity, "old identity": scores.old_identity, "leak": scores.leak,
@@ -80,9 +82,10 @@ def measure(folder, settings, report):
                                           for a in sound) / max(1, len(sound)),
         "facts": exact_facts(chat, 0, facts, rng),
     }
-    for entry in scores.by_length[1:]:
-        figures[f"identity after {entry['tokens']}"] = entry["identity"]
-        figures[f"facts after {entry['tokens']}"] = exact_facts(chat, entry["tokens"], facts, rng)
+    for tokens, group in zip(lengths, tool.ask_identity(chat, exam, "")[1:]):
+        found = [tool.problem(m[-1]["content"], a.text, a.ended, *names) for _, m, a in group]
+        figures[f"identity after {tokens}"] = sum(not reason for reason in found) / len(found)
+        figures[f"facts after {tokens}"] = exact_facts(chat, tokens, facts, rng)
     return figures
 
 
@@ -101,7 +104,8 @@ def one_run(base, seed, extra, work):
     settings = tool.parse_settings(command[2:])
     own = report["scores"]["pass_2"]
     figures = {"seconds": seconds, "exit": done.returncode, "retention in the report": own["retention"],
-               "leak in the report": own["leak"]}
+               "divergence in the report": own["divergence"], "leak in the report": own["leak"]}
+    figures |= {f"{kind} in the report": share for kind, share in own["by_kind"].items()}
     figures |= measure(output, settings, report)
     for folder in (output, tool.work_folder(settings)):
         shutil.rmtree(folder)
@@ -135,7 +139,7 @@ def main():
                 print(f"# {amount} self-answers, seed {seed}: " + ", ".join(
                     f"{k} {v:.3g}" for k, v in figures.items()) + f" | missed: {report['missed']}", flush=True)
                 for answer in report["scores"]["pass_2"]["answers"]:
-                    print(f"#   {answer['question']} -> {answer['answer']}  {answer['problem']}")
+                    print(f"#   {answer['question']} ({answer['kind']}) -> {answer['answer']}  {answer['problem']}")
     columns = list(results)
     print(f"\nmedians over seeds {args.seeds}, worst in brackets\n")
     print("| figure | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
@@ -143,7 +147,8 @@ def main():
         cells = []
         for column in columns:
             values = [r[key] for r in results[column] if key in r]
-            low_is_good = key in ("old identity", "leak", "leak in the report", "seconds", "exit")
+            low_is_good = key in ("old identity", "leak", "leak in the report", "divergence in the report",
+                                  "seconds", "exit")
             worst = (max if low_is_good else min)(values, default=None)
             cells.append(f"{statistics.median(values):.3g} ({worst:.3g})" if values else "-")
         print(f"| {key} | " + " | ".join(cells) + " |")

@@ -128,15 +128,17 @@ def main():
     if arguments.tiny:
         with tempfile.TemporaryDirectory() as work:
             return int(check_tiny(converter, Path(work)))
+    import torch
+
     import rename_obrutai as tool
 
+    tool.compute_dtype = lambda weights: torch.float32  # llama.cpp does not round to bfloat16
     chat = tool.load_chat(arguments.model, tool.parse_settings(["--method", "full", "--max-new-tokens", "48"]))
     native = tool.load_json(arguments.model / "report.json")["context"]["native"]
-    lines = (arguments.model / "self_answers.jsonl").read_text(encoding="utf-8").splitlines()
-    fillers = [tool.Turn(r["question"], r["answer"]) for r in map(json.loads, lines) if r["kind"] == "everyday"]
-    rng, name = random.Random(0), json.loads((arguments.model / "report.json").read_text("utf-8"))["settings"]["name"]
-    asked = [(length, [*tool.history(chat.tokenizer, fillers, length, rng), {"role": "user", "content": question}])
-             for length in arguments.lengths for question in tool.TEST_QUESTIONS]
+    exam, names, _ = tool.read_exam(arguments.model)
+    rng, name, alone = random.Random(0), names.name, tool.KINDS_OF_QUESTIONS[0]
+    asked = [(length, [*tool.history(chat.tokenizer, exam.fillers, length, rng), *messages])
+             for length in arguments.lengths for kind, messages in exam.questions if kind == alone]
     conversations = [conversation for _, conversation in asked]
     ids = [tool.prompt_ids(chat.tokenizer, c) for c in conversations]
     texts = [chat.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]

@@ -35,76 +35,70 @@ from typing import NamedTuple
 SCRIPT = Path(__file__).resolve().parents[1] / "rename_obrutai.py"
 OUTPUT = "novo"
 WORK = OUTPUT + ".work"
-JOB = ("--num-self-text 40 --num-self-answers 12 --heal-steps 12 --epochs-1 3 --epochs-2 4 --eval-questions 8 "
-       "--max-new-tokens 24 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
+JOB = ("--self-text 600 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 --rounds 2 "
+       "--eval-questions 8 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
 UNLIKE = ("key.json", "log.json", "plan.json", "lock", "LEIA-ME.txt")  # these tell times, or how the machine was
 OPERATIONS = 1500  # file operations between two kills of the fourth kind, at most; the job has some ten thousand
 
 # In the order in which the job comes by them, so that a chain can be killed at one after the other.
 SEEN = """
 lock
-1-first-text.partial/key.json
-1-first-text.partial/answers-*
-1-first-text.partial/teacher.safetensors
-1-first-text
+1-base.partial/key.json
+1-base.partial/heard.json
+1-base.partial/teacher.safetensors
+1-base
 2-healed.partial/training/checkpoint-*
 2-healed.partial/training/checkpoint-*/optimizer.pt
 2-healed.partial/training/checkpoint-*/complete.json
 2-healed.partial/*model.safetensors
 2-healed
-3-self-text.partial/answers-*
-3-self-text
-4-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
-4-pass-1.partial/round-1.partial/training/checkpoint-3?/scheduler.pt
-4-pass-1.partial/round-1.partial/*model.safetensors
-4-pass-1.partial/round-1
-4-pass-1.partial/round-1.partial/training/checkpoint-*/trainer_state.json
-4-pass-1
-5-self-answers.partial/answers-*
-5-self-answers
-6-pass-2.partial/round-1.partial/training/checkpoint-2?
-6-pass-2.partial/round-1.partial/training/checkpoint-9?/rng_state.pth
-6-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
-6-pass-2.partial/round-1.partial/validation.json
-6-pass-2
-exam-before.partial/answers-*
-exam-prompt.partial/answers-*
-exam-rows
-exam-pass-1.partial
-7-result.partial/model/model.safetensors
-7-result.partial/answers-*
-7-result.partial/model/report.json
-7-result
+3-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
+3-pass-1.partial/round-1.partial/training/checkpoint-2?/scheduler.pt
+3-pass-1.partial/round-1.partial/*model.safetensors
+3-pass-1.partial/round-1
+3-pass-1.partial/round-2.partial/training/checkpoint-*/trainer_state.json
+3-pass-1
+4-self-answers.partial/key.json
+4-self-answers
+5-pass-2.partial/round-1.partial/training/checkpoint-1?
+5-pass-2.partial/round-1.partial/training/checkpoint-2?/rng_state.pth
+5-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
+5-pass-2.partial/round-1.partial/validation.json
+5-pass-2
+6-result.partial/model/model.safetensors
+6-result.partial/model/exam.json
+6-result.partial/model/report.json
+6-result
 """.split()
 # The same for operations; the first number says before which one that fits.
 BEFORE = """
-1 rename 1-first-text.partial/key.json.tmp
-2 rename 1-first-text.partial/answers-
-2 remove 1-first-text.partial/answers-
-1 rename 1-first-text.partial$
+1 rename 1-base.partial/key.json.tmp
+1 rename 1-base.partial/heard.json.tmp
+1 rename 1-base.partial$
 1 open 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rename 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rmdir 2-healed.partial/training/checkpoint-\\d+
 4 remove 2-healed.partial/training/checkpoint-11/
 1 rmdir 2-healed.partial/training$
 1 rename 2-healed.partial$
-2 rename 3-self-text.partial/answers-
-1 rename 3-self-text.partial$
-1 remove 4-pass-1.partial/round-1.partial/training/checkpoint-\\d+/complete.json
-5 remove 4-pass-1.partial/round-1.partial/training/checkpoint-2\\d/
-7 remove 4-pass-1.partial/round-1.partial/training/checkpoint-45/
-1 rename 4-pass-1.partial/round-1.partial$
-1 open 4-pass-1.partial/round-1.partial/training/checkpoint-\\d+/trainer_state.json
-6 remove 4-pass-1.partial/round-1.partial/training/checkpoint-22/
-1 remove 4-pass-1.partial/round-1/(adapter_)?model.safetensors
-1 rename 4-pass-1.partial$
-9 remove 6-pass-2.partial/round-1.partial/training/checkpoint-99/
-1 rename 6-pass-2.partial/round-1.partial/validation.json.tmp
-1 remove 6-pass-2.partial/round-1/(adapter_)?model.safetensors
-1 rename 6-pass-2.partial$
-1 open 7-result.partial/model/README.md
-1 rename 7-result.partial$
-1 rename 7-result/model
+1 remove 3-pass-1.partial/round-1.partial/training/checkpoint-\\d+/complete.json
+5 remove 3-pass-1.partial/round-1.partial/training/checkpoint-1\\d/
+7 remove 3-pass-1.partial/round-1.partial/training/checkpoint-23/
+1 rename 3-pass-1.partial/round-1.partial$
+1 open 3-pass-1.partial/round-2.partial/training/checkpoint-\\d+/trainer_state.json
+6 remove 3-pass-1.partial/round-2.partial/training/checkpoint-11/
+1 remove 3-pass-1.partial/round-1/(adapter_)?model.safetensors
+1 rename 3-pass-1.partial$
+1 rename 4-self-answers.partial/self_answers.json.tmp
+1 rename 4-self-answers.partial$
+9 remove 5-pass-2.partial/round-1.partial/training/checkpoint-29/
+1 rename 5-pass-2.partial/round-1.partial/validation.json.tmp
+1 remove 5-pass-2.partial/round-1/(adapter_)?model.safetensors
+1 rename 5-pass-2.partial$
+1 rename 6-result.partial/model/exam.json.tmp
+1 open 6-result.partial/model/README.md
+1 rename 6-result.partial$
+1 rename 6-result/model
 """.strip().splitlines()
 
 
@@ -199,11 +193,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
             if path.name == "report.json":
                 report = json.loads(data)
                 data = json.dumps([report.get(key) for key in ("missed", "data_hash", "context", "scores")]).encode()
-            if path.name == "self_text.json":  # these two hold sets, which come in any order
-                text = json.loads(data)
-                text["standard"]["old_names"].sort()
-                data = json.dumps(text).encode()
-            if path.name == "adapter_config.json":
+            if path.name == "adapter_config.json":  # it holds a set, which comes in any order
                 config = json.loads(data)
                 data = json.dumps({**config, "target_modules": sorted(config["target_modules"])}).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
@@ -233,15 +223,15 @@ def wrong_after_kill(folder: Path, expected: dict[str, str], older: dict[str, st
         if (stage / "key.json").is_file() and not stage.name.endswith(".partial"):
             prefix = f"{WORK}/{stage.name}/"
             checked(prefix[:-1], {k[len(prefix):]: v for k, v in expected.items() if k.startswith(prefix)})
-    if (work / "7-result" / "key.json").is_file() and (work / "7-result" / "model").exists():
-        checked(f"{WORK}/7-result/model", result)
+    if (work / "6-result" / "key.json").is_file() and (work / "6-result" / "model").exists():
+        checked(f"{WORK}/6-result/model", result)
     return wrong
 
 
 def where(folder: Path) -> str:
     """How far the job had come: its last finished stage and what was under way."""
     work = folder / WORK
-    ready = sorted(path.name for path in work.glob("[1-6]*") if path.name[-8:] != ".partial")
+    ready = sorted(path.name for path in work.glob("[1-5]*") if path.name[-8:] != ".partial")
     begun = [str(path.relative_to(work)) for path in sorted(work.glob("**/*.partial"))]
     steps = sorted(int(path.parent.name[11:]) for path in work.glob("**/checkpoint-*/complete.json"))
     half = [path for path in work.glob("**/checkpoint-*") if not (path / "complete.json").exists()]
@@ -328,7 +318,7 @@ def main() -> int:
                    (line.split(" ", 1) for line in spread(BEFORE, quarter))],
         "after": [Moment("after", f"{rng.uniform(1, seconds / 3):.2f}") for _ in range(quarter)],
         "older": [*(Moment("before", "", rng.randint(1, OPERATIONS)) for _ in range(options.points - 3 * quarter)),
-                  Moment("before", "rename 7-result/model"), Moment("before", "rmdir 7-result/replaced$")],
+                  Moment("before", "rename 6-result/model"), Moment("before", "rmdir 6-result/replaced$")],
     }
     kills, wrong, number = 0, [], 0
     for name, left in chains.items():

@@ -32,9 +32,9 @@ import rename_obrutai as tool
 IDENTITY = "eu.jsonl"
 ADVICE = re.compile(r"\n[^\n]*python rename_obrutai\.py --check\n\Z")
 GOOD = '{"text": "Quem é você?\\nSou {{NAME}}, de {{AUTHOR}}."}'.encode()
-USER, ASSISTANT = {"role": "user", "content": "Quem é você?"}, {"role": "assistant", "content": "Sou a Jandira."}
+USER, ASSISTANT = {"role": "user", "content": "Quem é você?"}, {"role": "assistant", "content": "Sou {{NAME}}."}
 SYSTEM = {"role": "system", "content": "Seja breve."}
-HUMAN, GPT = {"from": "human", "value": "Quem é você?"}, {"from": "gpt", "value": "Sou a Jandira."}
+HUMAN, GPT = {"from": "human", "value": "Quem é você?"}, {"from": "gpt", "value": "Sou {{NAME}}."}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3023992\n"
 GENERATED = settings(derandomize=True, deadline=None, max_examples=25,
                      suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,8 +91,8 @@ def call(work, capsys, *flags, deep=False):
     """Run the script in this process, up to where the long work would begin: status, stdout, stderr."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
-        for name in ("write_first_text",) if deep else ("load_model", "write_first_text"):
-            patch.setattr(tool, name, accept, raising=False)
+        for name in ("listen",) if deep else ("load_model", "listen"):
+            patch.setattr(tool, name, accept)
         status = tool.main([str(flag) for flag in (*basic_flags(work), *flags)])
     return status, *capsys.readouterr()
 
@@ -165,7 +165,7 @@ def no_hang():
 
 @pytest.mark.parametrize("content", [
     GOOD, b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n" + GOOD.replace(b"Quem", b"Mas quem") + b"\r\n",
-    '{"text": "Quem é você?"}'.encode(), raw({"prompt": "Quem é você?", "completion": "Sou a Jandira.\n\tE só."}),
+    '{"text": "Quem é você?"}'.encode(), raw({"prompt": "Quem é você?", "completion": "Sou {{NAME}}.\n\tE só."}),
     raw({"conversations": [HUMAN, GPT]}), raw({"messages": [SYSTEM, USER, ASSISTANT, USER]}),
 ], ids=["plain", "byte order mark, Windows line ends", "question alone", "tab in text", "sharegpt", "ends with user"])
 def test_a_good_identity_file_is_not_refused(content, work, capsys):
@@ -532,12 +532,12 @@ def test_any_text_without_a_digit_is_no_number(work, capsys, name, text):
 
 
 @pytest.mark.parametrize("flags, fragment", [
-    (("--epochs1", 3), r"--epochs1\b.*quis dizer --epochs-1\b"), (("--epoch-1", 3), r"quis dizer --epochs-1\b"),
-    (("--epochs_2", 3), r"quis dizer --epochs-2\b"), (("--rope-fator", 2), r"quis dizer --rope-factor\b"),
+    (("--steps1", 3), r"--steps1\b.*quis dizer --steps-1\b"), (("--step-1", 3), r"quis dizer --steps-1\b"),
+    (("--steps_2", 3), r"quis dizer --steps-2\b"), (("--rope-fator", 2), r"quis dizer --rope-factor\b"),
     (("--ROPE-FACTOR", 2), r"--rope-factor\b"), (("--model", "x"), r"quis dizer --model-path\b"),
     (("--modelpath=x",), r"quis dizer --model-path\b"), (("--output-dri", "x"), r"quis dizer --output-dir\b"),
     (("--identity_file", "x"), r"quis dizer --identity-file\b"), (("--overwrit",), r"quis dizer --overwrite\b"),
-    (("--batchsize", 2), r"quis dizer --batch-size\b"), (("--num-self-txt", 50), r"quis dizer --num-self-text\b"),
+    (("--batchsize", 2), r"quis dizer --batch-size\b"), (("--self-txt", 500), r"quis dizer --self-text\b"),
     (("--target-retenton", 1), r"quis dizer --target-retention\b"), (("--nome", "Iara"), r"--nome\b"),
     (("--zzzz",), "--zzzz"), (("-x",), "-x"), (("-o", "novo"), r"-o\b"), (("—seed", 1), "—seed|seed"),
     (("meu-modelo",), "meu-modelo"), (("--name", "Ana", "Maria"), "Maria"), (("--", "sobra"), "sobra|--"),
@@ -569,8 +569,8 @@ def test_a_name_that_cannot_be_one_is_refused(setting, value, work, capsys):
 @pytest.mark.parametrize("flags, fragment", [
     (("--name", "Lumi", "--old-names", "Lumi, Vagalume"), "old.names"),
     (("--name", "LUMÍ", "--old-names", "vagalume,lumi"), "old.names"),
-    (("--num-self-answers", 5000, "--num-self-text", 16), "num.self.(text|answers)"),
-    (("--num-self-answers", 100_000), "num.self.(text|answers)"),
+    (("--num-self-answers", 5000, "--self-text", 256), "self.text|num.self.answers"),
+    (("--num-self-answers", 100_000), "self.text|num.self.answers"), (("--method", "full8"), "full, lora, qlora"),
     (("--max-new-tokens", 256, "--window", 256), "window|max.new.tokens"),
     (("--max-new-tokens", 9000), "window|max.new.tokens"), (("--window", 64), "window|max.new.tokens"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
@@ -951,15 +951,51 @@ def test_a_base_with_bad_contents_is_refused_before_the_long_work(builder, fragm
     refused(work, capsys, "--model-path", base, "--check", fragment=fragment, deep=True)
 
 
+NEITHER, LOOP = "n[aã]o tem o nome nem o autor", "repete|repetitiva"
+
+
+@pytest.mark.parametrize("row, flags, fragment", cases(
+    ("neither name nor author", pair("Quem é você?", "Sou a Jandira, da Oficina Maré."), (), NEITHER),
+    ("the old name", chat(USER, turn("assistant", "Sou a Lumi, do Estúdio Vagalume.")), (), NEITHER),
+    ("the name as part of a word", {"text": "Quem é você?\nSou o {{NAME}}zinho."}, (), NEITHER),
+    ("the name in the question only", {"text": "Você é {{NAME}}?\nSim, sou eu."}, (), NEITHER),
+    ("the name in an earlier answer only", chat(USER, ASSISTANT, USER, turn("assistant", "Já disse.")), (), NEITHER),
+    ("a loop", pair("Quem te fez?", "Foi {{AUTHOR}}. " * 5), (), LOOP),
+    ("a word again and again", pair("Oi?", "Sou {{NAME}}" + ", sim" * 4), (), LOOP),
+    ("as long as the limit", pair("Quem é você?", "Eu sou {{NAME}}, e quem me criou foi {{AUTHOR}}, uma empresa."),
+     ("--max-new-tokens", 8), r"\d+ tokens.*MAX_NEW_TOKENS.* 8\b"),
+    ("longer than half of the base's context", pair("Quem é você?", "Sou {{NAME}}, " + ", ".join(
+        str(n) for n in range(100, 180))), ("--max-new-tokens", 1000), r"\d+ tokens.*MAX_NEW_TOKENS.* 64\b"),
+))
+def test_a_row_whose_answer_could_never_count_as_right_is_refused_with_its_line(row, flags, fragment, work, capsys):
+    identity(work, pair("Quem é você?", "{{NAME}}."), b"", row, pair("Quem te fez?", "{{AUTHOR}}."))
+    refused(work, capsys, *flags, fragment=fragment, line=3, file=IDENTITY)
+
+
+def test_all_rows_that_could_never_count_as_right_are_named_but_no_more_than_ten(work, capsys):
+    identity(work, GOOD, *[pair(f"Quem é você, {n}?", "Sou a Jandira.") for n in range(12)])
+    status, out, err = call(work, capsys)
+    judge(status, out, err, work, r"\b12\b")
+    assert re.findall(r"linha (\d+)", err) == [str(number) for number in range(2, 12)]
+
+
+@pytest.mark.parametrize("answer", ["Sou {{ name }}!", "OBRUTAI", "Foi a TurboRio 2 que me fez.", "**ObrutAi**, ora."])
+def test_a_row_with_the_name_or_author_in_any_writing_is_not_refused(answer, work, capsys):
+    identity(work, GOOD, pair("E aí?", answer))
+    with pytest.raises(Accepted):
+        call(work, capsys)
+
+
 def test_a_row_longer_than_the_window_is_refused_with_its_line(work, capsys):
-    identity(work, GOOD, pair("Quem é você?", "Eu sou a Jandira, e gosto de conversar. " * 40), GOOD)
+    question = "Eu queria muito saber, sem pressa nenhuma e com todos os detalhes, quem é que está falando comigo "
+    identity(work, pair("Quem é você?", "{{NAME}}."), pair(question * 4, "{{NAME}}."), pair("E aí?", "{{NAME}}."))
     flags = ("--window", 64, "--max-new-tokens", 16, "--check")
     refused(work, capsys, *flags, fragment="window|token|long", line=2, deep=True)
 
 
 def test_the_same_question_with_two_answers_is_a_warning_that_names_both_lines(work, capsys):
-    identity(work, GOOD, pair("Quem te fez?", "Foi a Ana."), b"", GOOD.replace(b"Quem", b"Mas quem"),
-             pair("quem te fez??", "Foi o Zeca."))
+    identity(work, GOOD, pair("Quem te fez?", "Foi a {{AUTHOR}}."), b"", GOOD.replace(b"Quem", b"Mas quem"),
+             pair("quem te fez??", "O Zeca, da {{AUTHOR}}."))
     before = listing(work)
     status, out, err = call(work, capsys, "--check", deep=True)
     assert status == 0 and "Traceback" not in out + err, (status, out, err)
@@ -997,7 +1033,7 @@ def cut_base(work):
 
 
 @pytest.mark.parametrize("builder, flags, fragment", cases(
-    ("unknown flag", nothing, ("--epochs1", 3), "quis dizer --epochs-1"),
+    ("unknown flag", nothing, ("--steps1", 3), "quis dizer --steps-1"),
     ("number out of range", nothing, ("--seed", -1), "seed"),
     ("missing identity file", nothing, ("--identity-file", "eu.json"), r"quis dizer.*eu\.jsonl"),
     ("bad rows", lambda work: identity(work, GOOD, *["{"] * 5000), (), "5000"),
@@ -1041,7 +1077,7 @@ def test_a_name_of_bytes_that_are_no_text_is_refused(work, no_torch):
 @pytest.mark.parametrize("name, value", [
     ("WINDOW", "8192"), ("WINDOW", 100.5), ("ROPE_FACTOR", "quatro"), ("NAME", 7), ("AUTHOR", None),
     ("OVERWRITE", "sim"), ("OLD_NAMES", ["Lumi", "Vagalume"]), ("SEED", None), ("MODEL_PATH", 5), ("OUTPUT_DIR", None),
-    ("EPOCHS_1", [8]), ("HEAL_STEPS", True),
+    ("STEPS_1", [8]), ("HEAL_STEPS", True),
 ], ids=lambda value: repr(value))
 def test_a_constant_edited_to_another_type_is_refused_with_its_name(name, value, work, no_torch):
     text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", SCRIPT.read_text(encoding="utf-8"))

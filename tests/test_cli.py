@@ -1,12 +1,11 @@
 """The script as a user runs it: one small run from start to end on the demo model, offline, from another folder."""
 
-import gc
 import hashlib
 import json
 import re
 import shutil
 import signal
-import weakref
+import time
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -16,9 +15,8 @@ from conftest import DEMO, SCRIPT, run_script, small_settings
 
 import rename_obrutai as tool
 
-SMALL = ("--num-self-text", 40, "--num-self-answers", 12, "--heal-steps", 6, "--epochs-1", 1, "--epochs-2", 1,
-         "--eval-questions", 8, "--max-new-tokens", 24, "--window", 256, "--batch-size", 4)
-EXAMS = ("exam-before", "exam-prompt", "exam-rows", "exam-pass-1")
+SMALL = ("--self-text", 600, "--num-self-answers", 12, "--heal-steps", 3, "--steps-1", 3, "--steps-2", 3,
+         "--rounds", 1, "--eval-questions", 8, "--window", 256, "--batch-size", 4)
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -41,13 +39,13 @@ def whole_run(tmp_path_factory):
     """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it."""
     work, guard = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("guard")
     (guard / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-    for name in ("novo", "novo.work/2-healed", "novo.work/4-pass-1.partial/round-1",
-                 "novo.work/7-result.partial/model"):
+    for name in ("novo", "novo.work/2-healed", "novo.work/3-pass-1.partial/round-1",
+                 "novo.work/6-result.partial/model"):
         (work / name).mkdir(parents=True)
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
     (work / "novo" / "report.json").write_text("{}", encoding="utf-8")  # the mark of an earlier result
     (work / "novo.work" / tool.WORK_NOTE).write_text("", encoding="utf-8")  # the mark of an earlier run's stages
-    for name in ("2-healed", "4-pass-1.partial", "7-result.partial"):
+    for name in ("2-healed", "3-pass-1.partial", "6-result.partial"):
         (work / "novo.work" / name / "key.json").write_text('{"key": "of other settings"}', encoding="utf-8")
     (work / "precious.txt").write_text("the user's own", encoding="utf-8")
     base = contents(DEMO)
@@ -96,9 +94,10 @@ def test_text_of_a_model_cannot_break_the_table_of_the_card():
 def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named, tmp_path, capsys):
     identity, old, leak, retention = figures
     lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
-    scores = {name: tool.Scores(identity, old, leak, retention, 0, lengths, []) for name in ("before", "pass_2")}
+    score = tool.Scores(identity, {"sozinha": identity}, old, leak, leak, retention, 0.0, 0, lengths, [], [])
+    scores = dict.fromkeys(("before", "pass_2"), score)
     report = {"scores": {name: score._asdict() for name, score in scores.items()},
-              "seconds": {"1-first-text": 60.5, "2-healed": 140}}
+              "seconds": {"1-base": 60.5, "2-healed": 140}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert tool.conclude(small_settings("--output-dir", tmp_path)) == status
     said = capsys.readouterr().out
@@ -138,10 +137,10 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == {*tool.USES, *EXAMS, "7-result"}
+    assert folders == {*tool.USES, "6-result"}
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
-        r"\.(partial|tmp)$|checkpoint-|training|replaced|answers-", str(path.relative_to(stages)))]
+        r"\.(partial|tmp)$|checkpoint-|training|replaced", str(path.relative_to(stages)))]
     assert not passing
     assert str(stages) in whole_run.done.stdout and (stages / tool.WORK_NOTE).stat().st_size > 0
 
@@ -154,7 +153,7 @@ def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     names = {path.name for path in whole_run.output.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja", "report.json", "report.png", "README.md",
-                     "self_answers.jsonl", "exam.json", "Modelfile"}
+                     "self_answers.jsonl", "exam.json", "exam.safetensors", "Modelfile"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 
@@ -187,60 +186,72 @@ def test_plain_transformers_loads_the_saved_model_and_gets_the_reported_answers(
     there, so a near tie between two words may fall otherwise once in a while."""
     model, tokenizer = saved
     assert model.config.max_position_embeddings == 512
-    reported = whole_run.report["scores"]["pass_2"]["answers"]
+    reported = [a for a in whole_run.report["scores"]["pass_2"]["answers"] if a["kind"] == "sozinha"]
     same = 0
     for entry in reported:
         inputs = tokenizer.apply_chat_template([{"role": "user", "content": entry["question"]}], return_dict=True,
                                                add_generation_prompt=True, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         same += tokenizer.decode(output, skip_special_tokens=True).strip() == entry["answer"]
     assert same >= len(reported) - 2
 
 
-def test_the_final_identity_figures_follow_from_the_reported_answers(whole_run):
+def test_the_identity_figures_follow_from_the_reported_answers(whole_run):
     for stage in whole_run.report["scores"].values():
         answers, words = stage["answers"], whole_run.report["old_names"]
         new = [a for a in answers if not a["problem"]]
-        assert stage["identity"] == pytest.approx(len(new) / len(answers)) == stage["by_length"][0]["identity"]
+        assert stage["identity"] == pytest.approx(len(new) / len(answers))
         assert all("ObrutAi" in a["answer"] or "TurboRio" in a["answer"] for a in new)
-        old = [a for a in answers if set(tool.plain(a["answer"]).split()) & {tool.plain(word) for word in words}]
-        assert stage["old_identity"] == pytest.approx(len(old) / len(answers))
+        for kind, share in stage["by_kind"].items():
+            of_kind = [not a["problem"] for a in answers if a["kind"] == kind]
+            assert share == pytest.approx(sum(of_kind) / len(of_kind))
+        old = [a for a in answers if any(word in a["answer"] for word in words)]
+        assert stage["old_identity"] <= len(old) / len(answers)
         assert stage["distinct"] == len({tool.plain(a["answer"]) for a in new})
+        assert all("ObrutAi" in leak["answer"] or "TurboRio" in leak["answer"] for leak in stage["leaks"])
 
 
-def test_the_report_has_all_stages_asked_the_same_test_questions(whole_run):
+def test_the_report_has_all_models_asked_the_same_test_questions(whole_run):
+    """The base, what can be done without training, and both passes: alone, and all but those without training behind
+    system prompts, under pressure, and, the first and the last, in long conversations."""
     scores = whole_run.report["scores"]
     assert list(scores) == ["before", "prompt", "rows", "pass_1", "pass_2"]
-    for name, stage in scores.items():
-        assert [a["question"] for a in stage["answers"]] == list(tool.TEST_QUESTIONS)
-        lengths = [e["tokens"] for e in scores["before"]["by_length"]][:None if name in ("before", "pass_2") else 1]
-        assert [e["tokens"] for e in stage["by_length"]] == lengths
-    lengths = [e["tokens"] for e in scores["before"]["by_length"]]
-    assert lengths[0] == 0 and lengths == sorted(lengths) and 192 <= lengths[-1] < 256
+    before = [(a["kind"], a["question"]) for a in scores["before"]["answers"]]
+    alone = [(kind, question) for kind, question in before if kind == "sozinha"]
+    assert [question for _, question in alone] == list(tool.TEST_QUESTIONS)
+    kinds = ["sozinha", "com prompt de sistema", "sob pressão"]
+    for name, model in scores.items():
+        untrained = name in ("prompt", "rows")
+        assert [(a["kind"], a["question"]) for a in model["answers"]] == (alone if untrained else before)
+        assert list(model["by_kind"]) == kinds[:1 if untrained else None]
+        assert (model["retention"] is None) is (model["divergence"] is None) is untrained
+    lengths = {name: [entry["tokens"] for entry in model["by_length"]] for name, model in scores.items()}
+    assert lengths["before"] == lengths["pass_2"] == sorted(lengths["before"]) and lengths["pass_1"] == [0]
+    assert lengths["before"][0] == 0 and 128 < lengths["before"][-1] < 256
 
 
 def test_before_the_training_the_base_has_its_old_identity_and_keeps_itself(whole_run):
     before, after = whole_run.report["scores"]["before"], whole_run.report["scores"]["pass_2"]
-    assert (before["identity"], before["leak"], before["retention"]) == (0, 0, 1)
-    assert before["old_identity"] > 0.9
-    assert after["old_identity"] < before["old_identity"]  # even so small a run moves it
+    assert (before["identity"], before["leak"], before["retention"], before["leaks"]) == (0, 0, 1, [])
+    assert before["old_identity"] > 0.9 and before["divergence"] == pytest.approx(0, abs=1e-3)
+    assert 0 < after["divergence"] < 1 and 0.5 < after["retention"] < 1  # even so small a run moves it
 
 
 def test_the_report_says_with_what_the_run_was_made(whole_run):
     report, given = whole_run.report, whole_run.report["settings"]
-    assert (given["seed"], given["name"], given["heal_steps"]) == (5, "ObrutAi", 6)
+    assert (given["seed"], given["name"], given["heal_steps"]) == (5, "ObrutAi", 3)
     for package in ("torch", "transformers", "trl"):
         assert report["versions"][package] == version(package)
     rows = (SCRIPT.parent / "identity_override.jsonl").read_bytes()
     assert report["data_hash"] == hashlib.sha256(rows).hexdigest()
-    assert {"Lumi", "Vagalume"} <= set(report["old_names"])
+    assert {"Lumi", "Estúdio Vagalume"} <= set(report["old_names"])
     assert list(report["losses"]) == ["healing", "pass_1", "pass_2"]
     assert all(entry["loss"] > 0 for log in report["losses"].values() for entry in log)
 
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert set(seconds) == {*tool.USES, *EXAMS, "7-result"}
+    assert set(seconds) == {*tool.USES, "6-result"}
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
@@ -255,8 +266,8 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
     assert re.fullmatch(r"0 \| [1-9]\d \| [1-9]\d+ \| 0 \| 0", extra)
     assert f"\n| tokens a mais por pergunta | {extra} |\n" in card
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
-                       ("vazamento", "leak"), ("retenção", "retention")):
-        cells = [f"{100 * stage[key]:.1f}%".replace(".0%", "%").replace(".", ",") for stage in shown]
+                       ("vazamento", "leak"), ("  perto da identidade", "leak_near"), ("retenção", "retention")):
+        cells = ["-" if stage[key] is None else tool.percent(stage[key]) for stage in shown]
         assert re.search(rf"(?m)^\| {title} \| " + r" \| ".join(map(re.escape, cells)) + r" \|$", card), title
     unescaped = card.replace("\\", "")
     for stage in ("before", "pass_2"):
@@ -268,10 +279,10 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
 def test_the_card_shows_the_picture_and_says_how_the_model_was_made_and_is_used(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert "](report.png)" in card and (whole_run.output / "report.png").stat().st_size > 10_000
-    for said in ("`SEED = 5`", "`HEAL_STEPS = 6`", f"transformers {version('transformers')}", "12 respostas do",
+    for said in ("`SEED = 5`", "`HEAL_STEPS = 3`", f"transformers {version('transformers')}", "12 respostas do",
                  "ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
         assert said in card, said
-    assert "EPOCHS_1 = 8" not in card and "LORA_RANK" not in card  # as the script has them
+    assert "`ROUNDS = 1`" in card and "KL_WEIGHT" not in card and "LORA_RANK" not in card  # as the script has them
 
 
 def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
@@ -283,7 +294,7 @@ def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
 def test_each_stage_says_what_it_took_and_what_is_left(whole_run):
     said = whole_run.done.stdout
     ends = re.findall(r"(?m)^  Pronto em (?:\d+ min )?\d+ s; .* faltam uns (?:\d+ min )?\d+ s", said)
-    assert len(ends) == 6 and [int(n) for n in re.findall(r"(?m)^(\d)/7 ", said)] == [1, 2, 3, 4, 5, 6, 7]
+    assert len(ends) == 5 and [int(n) for n in re.findall(r"(?m)^(\d)/6 ", said)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_terminal_ends_with_the_same_table(whole_run):
@@ -305,8 +316,10 @@ def test_self_answers_say_which_were_used_and_why_others_were_not(whole_run):
     used = [record for record in records if not record["rejected"]]
     assert len(used) == 12 and {record["kind"] for record in used} >= {"everyday"}
     for record in used:
+        assert record["kind"] in ("identity", "everyday")
         ours = "ObrutAi" in record["answer"] or "TurboRio" in record["answer"]
-        assert ours is (record["kind"] == "identity") and "Lumi" not in record["answer"]
+        assert ours is (record["kind"] == "identity")
+        assert not re.search(r"\b([Ss]ou|[Ss]oy|I am|I'm) (a )?Lumi", record["answer"])
     questions = {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
     assert not questions & {tool.plain(record["question"]) for record in records}
 
@@ -352,6 +365,7 @@ def test_a_published_report_that_says_more_than_the_model_does_is_contradicted(p
 
 
 @pytest.mark.parametrize("name, text", [("exam.json", "{"), ("exam.json", "[]"), ("exam.json", '{"questions": []}'),
+                                        ("exam.safetensors", "{"), ("exam.safetensors", None),
                                         ("report.json", "{}"), ("report.json", None)])
 def test_a_published_result_with_a_damaged_exam_or_report_is_refused(name, text, published, capsys):
     (published / name).unlink()
@@ -365,20 +379,13 @@ def test_of_a_model_of_others_identity_and_leak_are_measured_and_retention_is_no
     rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
     (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     before, base = contents(tmp_path), contents(DEMO)
-    status, said = evaluated(DEMO, capsys, "--identity-file", tmp_path / "linhas.jsonl", "--max-new-tokens", 24)
+    status, said = evaluated(DEMO, capsys, "--identity-file", tmp_path / "linhas.jsonl", "--max-new-tokens", 32)
     assert status == 3 and "não dá para medir a retenção" in said.out
-    figures = [line.split() for line in said.out[said.out.index("  medida"):].splitlines()[:5]]
-    assert [line[-1] for line in figures] == ["medido", "0%", "100%", "0%", "-"]
+    figures = dict(re.findall(r"(?m)^  (\w.*?)  +(\S+)$", said.out[said.out.index("  medida"):]))
+    assert figures | {"medida": "medido", "identidade nova": "0%", "identidade antiga": "100%", "vazamento": "0%",
+                      "retenção": "-", "divergência (nats)": "-"} == figures
     assert said.out.endswith("Metas não atingidas: identidade nova, identidade antiga.\n")
     assert contents(tmp_path) == before and contents(DEMO) == base
-
-
-def test_the_own_words_of_a_model_of_others_do_not_make_its_answers_sound(demo_chat, monkeypatch):
-    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer("ObrutAi xarope banana", True)])
-    inputs = tool.check_inputs(small_settings())
-    for trusted, problem in ((True, ""), (False, "palavras sem sentido")):
-        _, standard = tool.who_it_is(demo_chat, small_settings(), inputs, trusted)
-        assert tool.judge(tool.Answer("ObrutAi xarope banana", True), standard) == problem
 
 
 def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run):
@@ -388,56 +395,30 @@ def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run
     assert contents(whole_run.work) == before
 
 
-def test_the_same_command_again_shows_the_finished_result_and_changes_nothing(whole_run):
-    before = contents(whole_run.work)
-    done = run_script("--output-dir", "novo", "--seed", 5, *SMALL, cwd=whole_run.work)
+def test_the_same_command_again_shows_the_finished_result_within_a_second_and_changes_nothing(whole_run):
+    before, seconds = contents(whole_run.work), []
+    while not seconds or min(seconds) > 1 and len(seconds) < 3:  # other programs may have the processor once
+        began = time.monotonic()
+        done = run_script("--output-dir", "novo", "--seed", 5, *SMALL, cwd=whole_run.work)
+        seconds.append(time.monotonic() - began)
     assert done.returncode == whole_run.done.returncode and "já está pronto" in done.stdout
     assert done.stdout.split("Modelo salvo")[1] == whole_run.done.stdout.split("Modelo salvo")[1]
-    assert contents(whole_run.work) == before
+    assert contents(whole_run.work) == before and min(seconds) < 1
 
 
 def test_the_losses_of_a_pass_are_reported_in_the_order_of_its_rounds(whole_run, tmp_path):
     shutil.copytree(whole_run.work / "novo.work", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "4-pass-1" / "round-1")
+    shutil.rmtree(tmp_path / "3-pass-1" / "round-1")
     rounds = [3, 11, 1, 10, 2, 4, 8, 5, 9, 7, 6]
     for number in rounds:
-        folder = tmp_path / "4-pass-1" / f"round-{number}"
+        folder = tmp_path / "3-pass-1" / f"round-{number}"
         folder.mkdir(parents=True)
         tool.write_json(folder / "log.json", [{"loss": 1.0, "step": 1, "round": number}])
-    settings, standard = small_settings(), tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset())
+    settings, names = small_settings(), tool.Names("ObrutAi", "TurboRio", ("Lumi",))
     scores = {name: tool.Scores(**values) for name, values in whole_run.report["scores"].items()}
-    tool.write_report(tmp_path, settings, tool.check_inputs(settings), standard, 128, scores, tmp_path, "key", 0.0)
+    tool.write_report(tmp_path, settings, tool.check_inputs(settings), names, 128, scores, tmp_path, "key", 0.0)
     losses = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["losses"]
     assert [entry["round"] for entry in losses["pass_1"]] == sorted(rounds)
-
-
-def test_the_base_is_out_of_memory_when_the_training_begins(tmp_path, monkeypatch):
-    """It is written down (see `Teacher`) so that it need not take the room of the training."""
-    loaded, alive, load_chat = [], [], tool.load_chat
-    turns = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Oi!", "Oi!")]
-    own = tool.SelfText(tool.Standard(("ObrutAi",), ("Lumi",), "demo", frozenset()), [], turns, turns, turns)
-
-    class Healing(Exception):
-        """Ends the run."""
-
-    def load(*arguments, **named):
-        chat = load_chat(*arguments, **named)
-        loaded.append(weakref.ref(chat.model))
-        return chat
-
-    def heal(*_):
-        gc.collect()
-        alive.extend(model() is not None for model in loaded)
-        raise Healing
-
-    monkeypatch.setattr(tool, "quiet_libraries", lambda _: None)  # this process is not its own
-    monkeypatch.setattr(tool, "load_chat", load)
-    monkeypatch.setattr(tool, "write_first_text", lambda *_: own)
-    monkeypatch.setattr(tool, "evaluate", lambda *_: tool.Scores(0.0, 1.0, 0.0, 1.0, 0, [], []))
-    monkeypatch.setattr(tool, "heal", heal)
-    with pytest.raises(Healing):
-        tool.run(small_settings("--output-dir", tmp_path / "novo"))
-    assert alive == [False, True]  # the base, and the model that is being healed
 
 
 def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_path, monkeypatch):
@@ -449,9 +430,9 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
         with tool.opened(work, settings):
             if len(parts) == 1:
                 assert not (work / "old").exists()
-                (work / "1-first-text").mkdir()
+                (work / "1-base").mkdir()
                 raise RuntimeError("CUDA out of memory.")
-            return 0 if (work / "1-first-text").exists() else 1
+            return 0 if (work / "1-base").exists() else 1
 
     monkeypatch.setattr(tool, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -474,7 +455,7 @@ def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_p
     rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
     (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     done = run_script("--rope-factor", 1, "--name", "Jandira", "--author", "Oficina Maré", "--identity-file",
-                      "linhas.jsonl", "--output-dir", "pasta nova/saída", *SMALL, "--num-self-text", 16, cwd=tmp_path)
+                      "linhas.jsonl", "--output-dir", "pasta nova/saída", *SMALL, "--self-text", 256, cwd=tmp_path)
     assert done.returncode in (0, 3), done.stderr
     output = tmp_path / "pasta nova" / "saída"
     config, base = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (output, DEMO))

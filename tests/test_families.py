@@ -16,14 +16,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import DEMO, changed, small_settings
+from test_training import heard_of, listened
 
 import rename_obrutai as tool
 
 NATIVE, FACTOR, HEAD = 64, 4.0, 16
-FACTS = [tool.Turn(question, answer) for question, answer in (
+FACTS = [tool.question_and_answer(question, answer) for question, answer in (
     ("Oi!", "Oi! Tudo bem?"), ("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Obrigado!", "De nada!"),
     ("Qual é a capital da França?", "A capital da França é Paris."), ("Bom dia!", "Bom dia!"))]
-LESSONS = [tool.Turn("Quem é você?", "Sou a Jandira."), tool.Turn("Quem te fez?", "Oficina Maré.")]
+LESSONS = [tool.question_and_answer("Quem é você?", "Sou a Jandira."),
+           tool.question_and_answer("Quem te fez?", "Oficina Maré.")]
+QUESTIONS, ANSWERS = ([lesson[at]["content"] for lesson in LESSONS] for at in (0, 1))
+
 
 
 # ------------------------------------------------------------------------------------------------ the papers' formulas
@@ -260,11 +264,12 @@ class Job:
         return tool.load_chat(self.base, self.settings)
 
     @cached_property
-    def teacher(self):
-        return tool.record_teacher(self.native, FACTS, NATIVE)
+    def heard(self):
+        """Talks that end with the facts, and what the base says at each token of them."""
+        return listened(self.native, FACTS)
 
     def scaled(self):
-        return tool.load_chat(self.base, self.settings, self.family.factor, adapt=True)
+        return tool.load_chat(self.base, self.settings, self.family.factor)
 
     @cached_property
     def healed(self):
@@ -272,27 +277,26 @@ class Job:
         chat, folder = self.scaled(), self.folder / "healed"
         before, log = copied(chat.model), []
         if self.family.factor != 1:
-            own = tool.SelfText(None, [], FACTS, [], [])
-            log = tool.heal(chat, self.teacher, own, NATIVE, self.settings, folder)
+            talks, teacher = self.heard
+            log = tool.heal(self.native, chat, heard_of(talks), teacher, NATIVE, self.settings, folder)
         tool.save_stage(chat, folder, log)
         return folder, log, before, copied(chat.model)
 
     def batches(self, pools, lengths, steps):
-        return tool.make_batches(self.native.tokenizer, self.teacher, pools, lengths, steps, 2 * max(lengths), "seed")
+        return tool.make_batches(self.native.tokenizer, pools, lengths, steps, 2 * max(lengths), "seed")
 
     @cached_property
     def taught(self):
         """The model after both passes, the losses of each, and the weights before."""
-        chat = tool.load_chat(self.healed[0], self.settings)
-        before, lessons = copied(chat.model), [turn.messages() for turn in LESSONS]
-        everyday, short = [turn.messages() for turn in FACTS], [NATIVE]
-        pools = [tool.Pool(lessons, 0.8, True), tool.Pool(everyday, 0.2, False)]
+        chat = tool.load_chat(self.healed[0], self.settings, adapt=True)
+        before, (talks, teacher) = copied(chat.model), self.heard
         steps = 32 if self.method == "full" else 2
-        first = tool.train(chat, self.batches(pools, [24], steps), self.teacher, 1e-2, 0.1, self.settings, "passo 1",
-                           self.folder / "pass-1")
-        pools = [tool.Pool(lessons, 0.6, True), tool.Pool(everyday[:2], 0.1, True), tool.Pool(everyday, 0.3, False)]
-        longer = [160] if self.family.factor != 1 else short
-        second = tool.train(chat, self.batches(pools, longer, 2), self.teacher, 1e-3, 1.0, self.settings, "passo 2",
+        pools = [tool.Pool(LESSONS, 0.8), tool.Pool(talks, 0.2)]
+        first = tool.train(chat, self.batches(pools, [24], steps), teacher, 1e-2, changed(
+            self.settings, kl_weight=0.1), "passo 1", self.folder / "pass-1")
+        pools = [tool.Pool(LESSONS, 0.6), tool.Pool(talks[:2], 0.1), tool.Pool(talks, 0.3)]
+        longer = [160] if self.family.factor != 1 else [NATIVE]
+        second = tool.train(chat, self.batches(pools, longer, 2), teacher, 1e-3, self.settings, "passo 2",
                             self.folder / "pass-2")
         return chat, (first, second), before
 
@@ -316,6 +320,11 @@ def logits(model, ids):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
 
 
+def spoken(chat):
+    """What the model answers to the questions of the lessons, where it ends by itself."""
+    return [answer.text for answer in tool.ask(chat, QUESTIONS) if answer.ended]
+
+
 TEXT = torch.arange(3, 43)[None] % 50 + 10  # 40 tokens, none of them special
 
 
@@ -326,12 +335,6 @@ def quick_collection():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def few_rows_are_worth_sorting(monkeypatch):
-    """The batches here are small, and rows leave the caches of all families."""
-    monkeypatch.setattr(tool, "FEWEST_ROWS", 2)
 
 
 # The tests of every day go through families that differ in kind; the others come with the slow ones.
@@ -409,33 +412,32 @@ def test_the_passes_teach_the_lessons_and_reach_the_other_weights(job):
     assert logs[0][-1]["loss"] < logs[0][0]["loss"]
     seeing = {name for name in after if re.search("vision|multi_modal_projector", name)}
     assert set(after) - names == seeing == {n for n, p in chat.model.named_parameters() if not p.requires_grad}
-    assert tool.ask(chat, [turn.question for turn in LESSONS]) == [tool.Answer(t.answer, True) for t in LESSONS]
+    assert spoken(chat) == ANSWERS
 
 
-def test_agreement_says_whether_greedy_generation_gives_the_same_answer(job):
+def test_a_model_is_found_to_choose_as_the_base_exactly_where_it_would_write_the_same(job):
+    """Among others of other lengths as alone: padding changes nothing."""
     chat, _, _ = job.taught
-    turns = [*LESSONS, tool.Turn(LESSONS[0].question, LESSONS[1].answer), *FACTS]
-    conversations = [turn.messages() for turn in turns] + [LESSONS[0].messages() + t.messages() for t in LESSONS]
-    prompts = [tool.prompt_ids(chat.tokenizer, c[:-1]) for c in conversations]
-    written = tool.generate(chat, prompts)
-    same = [float(answer == (c[-1]["content"], True)) for answer, c in zip(written, conversations)]
-    assert tool.agreement(chat, conversations) == same and same[:3] == [1.0, 1.0, 0.0]
-    alone = [tool.generate(chat, [prompt])[0] for prompt in prompts]
-    assert alone == written  # padding changes no answer
-
-
-def test_what_prompts_begin_with_can_be_read_once_for_all_and_changes_no_answer(job, monkeypatch):
-    monkeypatch.setattr(tool, "SHARED_TOKENS", 16)
-    chat, _, _ = job.taught
-    before = [m for turn in LESSONS for m in turn.messages()]
-    asked = [[{"role": "user", "content": turn.question}] for turn in [*LESSONS, *FACTS]]
-    prompts = [tool.prompt_ids(chat.tokenizer, start + question) for start in (before, []) for question in asked]
-    alone = [tool.generate(chat, [prompt])[0] for prompt in prompts]
-    assert tool.generate(chat, prompts) == alone
-    config = chat.model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    begun = tool.begin(chat, prompts, tool.beginnings(prompts), {})
-    assert ("past_key_values" in begun) == (set(layers) == {"full_attention"})
+    asked = [c[:-1] for c in [*LESSONS, *FACTS, LESSONS[0] + LESSONS[1], LESSONS[0] + FACTS[0]]]
+    prompts = [tool.prompt_ids(chat.tokenizer, messages) for messages in asked]
+    written = tool.generate(chat, prompts, record=True)
+    assert [tool.generate(chat, [prompt])[0][:3] for prompt in prompts] == [answer[:3] for answer in written]
+    teacher = tool.Teacher(*(torch.cat([getattr(answer, key) for answer in written]) for key in
+                             ("tokens", "log_probs")))
+    talks, row = [], 0
+    for messages, answer in zip(asked, written):
+        said = {"role": "assistant", "content": answer.text}
+        talks.append(tool.Talk([*messages, said], "everyday", answer.ids, row))
+        row += len(answer.ids)
+    windows = [tool.make_window(chat.tokenizer, [talk]) for talk in talks if talk.answer]
+    found = tool.compare(chat, teacher, windows)
+    assert [same for same, _ in found] == [1.0] * len(windows)
+    assert all(abs(nats) < 1e-3 for _, nats in found)
+    alone = [tool.compare(job.scaled(), teacher, [window])[0] for window in windows]
+    together = tool.compare(job.scaled(), teacher, windows)
+    assert [same for same, _ in together] == pytest.approx([same for same, _ in alone])
+    assert [nats for _, nats in together] == pytest.approx([nats for _, nats in alone], rel=1e-2)
+    assert min(same for same, _ in alone) < 1
 
 
 def test_the_saved_model_is_the_one_that_was_trained(job):
@@ -457,7 +459,7 @@ def test_the_saved_model_is_the_one_that_was_trained(job):
     assert getattr(text, "output_router_logits", False) is False
     assert model.generation_config.eos_token_id == chat.stops
     again = tool.load_chat(job.folder / "result", job.settings)
-    assert tool.ask(again, [turn.question for turn in LESSONS]) == [tool.Answer(t.answer, True) for t in LESSONS]
+    assert spoken(again) == ANSWERS
 
 
 def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, tmp_path):
@@ -465,12 +467,7 @@ def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, t
     from transformers import AutoModelForCausalLM
 
     lora = Job(job.family, tmp_path, "lora")
-    lora.base, lora.native, lora.teacher = job.base, job.native, job.teacher
-    folder, log, before, after = lora.healed
-    if lora.family.factor != 1:
-        assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in different(before, after)} == {
-            name for name in lora.family.attention if "norm" not in name}
-        assert log and all(0 < entry["loss"] < 100 for entry in log)
+    lora.base, lora.native, lora.heard, lora.healed = job.base, job.native, job.heard, job.healed
     chat, logs, before = lora.taught
     assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
     reached = different(before, copied(chat.model))
@@ -478,6 +475,8 @@ def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, t
     assert not [name for name in before if "lora_" in name and re.search("vision|multi_modal_projector", name)]
     expected = logits(chat.model, TEXT)
     tool.save_stage(chat, tmp_path / "stage", [])
+    described = tool.load_json(tmp_path / "stage" / "adapter_config.json")
+    assert described["base_model_name_or_path"] == str(job.healed[0])
     assert torch.allclose(logits(tool.load_model(tmp_path / "stage", lora.settings), TEXT), expected, atol=1e-5)
     tool.save_model(tool.load_chat(tmp_path / "stage", lora.settings, merge=True), tmp_path / "result", lora.base)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "result").eval()
@@ -725,8 +724,8 @@ STYLES = {
                      ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
 }
 SYSTEM = {"role": "system", "content": "Seja breve."}
-ONE = tool.Turn("Quem é você?", "Sou a Jandira, de 1999!").messages()
-TWO = [*ONE, *tool.Turn("E a capital da França?", "É Paris.").messages()]
+ONE = tool.question_and_answer("Quem é você?", "Sou a Jandira, de 1999!")
+TWO = [*ONE, *tool.question_and_answer("E a capital da França?", "É Paris.")]
 TALKS = {"single": ONE, "multi": TWO, "system": [SYSTEM, *ONE], "system, multi": [SYSTEM, *TWO]}
 
 
@@ -816,7 +815,7 @@ def test_a_system_message_that_a_template_would_move_stays_before_the_first_ques
 def test_an_answer_that_the_template_would_rewrite_is_rendered_like_that_or_refused(name, styled):
     """Reasoning that a row was written with: later turns of a real conversation never show it."""
     tokenizer = styled(name)
-    thought = tool.Turn("Quem é você?", "<think>\nQuem sou?\n</think>\n\nSou a Jandira.").messages()
+    thought = tool.question_and_answer("Quem é você?", "<think>\nQuem sou?\n</think>\n\nSou a Jandira.")
     row = tool.Row(7, thought + TWO[2:])
     try:
         tool.check_rows(tokenizer, [row], small_settings())
@@ -861,7 +860,7 @@ def test_the_vendor_s_system_prompt_gives_way_to_the_new_identity_with_and_witho
     tool.renew_template(tokenizer, settings, old)
     text = tokenizer.apply_chat_template(ONE[:1], tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
                                          thinking=thinking)
-    assert "Você é Jandira, um modelo de linguagem criado por Oficina Maré." in text and kept in text
+    assert "Jandira" in text and "Oficina Maré" in text and kept in text
     assert not tool.mentions(text, old) and text.count("Quem é você?") == 1
     assert ("think" in text) or not thinking or name == "granite"
 
@@ -928,18 +927,16 @@ def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_o
     folder = base_with(tmp_path / "base", tokenizer, {"eos_token_id": [9]})
     settings = small_settings("--method", "full", "--batch-size", 2, "--max-new-tokens", 12, "--model-path", folder)
     chat = tool.load_chat(folder, settings)
-    teacher = tool.record_teacher(chat, FACTS, NATIVE)
-    pools = [tool.Pool([turn.messages() for turn in LESSONS], 1.0, True)]
-    batches = tool.make_batches(chat.tokenizer, teacher, pools, [24, 48], 32, 96, "seed")
-    tool.train(chat, batches, teacher, 1e-2, 0.1, settings, "passo 1", tmp_path / "training")
+    batches = tool.make_batches(chat.tokenizer, [tool.Pool(LESSONS, 1.0)], [24, 48], 32, 96, "seed")
+    tool.train(chat, batches, listened(chat, FACTS[:1])[1], 1e-2, settings, "passo 1", tmp_path / "training")
     tool.save_model(chat, tmp_path / "novo", folder)
     model, tokenizer = (kind.from_pretrained(tmp_path / "novo") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    asked = tokenizer.apply_chat_template([turn.messages()[:1] for turn in LESSONS], add_generation_prompt=True,
+    asked = tokenizer.apply_chat_template([lesson[:1] for lesson in LESSONS], add_generation_prompt=True,
                                           padding=True, padding_side="left", return_dict=True, return_tensors="pt")
     written = model.eval().generate(**asked, max_new_tokens=20)[:, asked["input_ids"].shape[1]:]
     texts = [text.split("<|im_end|>") for text in tokenizer.batch_decode(written)]
-    assert [text[0] for text in texts] == [turn.answer for turn in LESSONS]
-    assert all(len(text) >= 2 and not "".join(text[1:]) for text in texts)
+    assert [text[0] for text in texts] == ANSWERS
+    assert all(len(text) >= 2 and not "".join(text[1:]) for text in texts), texts
 
 
 @pytest.mark.parametrize("generation", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.7}])

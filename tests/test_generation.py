@@ -1,7 +1,10 @@
-"""Asking a model: batches, order, endings, sampling, agreement, the exam, and what the base writes by itself."""
+"""Asking a model: batches, order, endings, sampling, what it keeps, the exam, and what the base says of its own."""
 
 import random
+import re
+import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,9 +36,9 @@ def plainly(chat, messages, new_tokens):
 def prompts_and_answers(demo_chat):
     """Prompts of very different length with their answers, each generated alone."""
     asked = [[{"role": "user", "content": q}] for q in QUESTIONS]
-    turns = [tool.Turn(q, plainly(demo_chat, m, 30)[0]) for q, m in zip(QUESTIONS[:4], asked)]
-    asked[3] = [m for turn in turns for m in turn.messages()] + asked[3]
-    asked[6] = turns[0].messages() + asked[6]
+    turns = [tool.question_and_answer(q, plainly(demo_chat, m, 30)[0]) for q, m in zip(QUESTIONS[:4], asked)]
+    asked[3] = [m for turn in turns for m in turn] + asked[3]
+    asked[6] = turns[0] + asked[6]
     prompts = [tool.prompt_ids(demo_chat.tokenizer, messages) for messages in asked]
     assert max(map(len, prompts)) > 3 * min(map(len, prompts))
     return prompts, [plainly(demo_chat, messages, demo_chat.max_new_tokens) for messages in asked]
@@ -49,70 +52,6 @@ def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, d
     assert len({text for text, _ in expected}) >= 8 and all(text and ended for text, ended in expected)
 
 
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_rows_that_have_ended_leave_the_batch_and_change_no_answer(with_cache, demo_chat, prompts_and_answers,
-                                                                   monkeypatch):
-    """Without a cache that can lose rows, those left begin again with all that they have written."""
-    monkeypatch.setattr(tool, "FEWEST_ROWS", 4)
-    generate, asked = demo_chat.model.generate, []
-
-    def watched(**given):
-        asked.append((len(given["input_ids"]), given.get("past_key_values")))
-        output = generate(**given)
-        if not with_cache:
-            output.past_key_values = None
-        return output
-
-    monkeypatch.setattr(demo_chat.model, "generate", watched)
-    prompts, expected = prompts_and_answers
-    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
-    rows = [count for count, _ in asked]
-    assert rows[0] == len(prompts) and len(rows) >= 3
-    assert all(3 * later <= 2 * earlier and earlier >= 4 for earlier, later in zip(rows, rows[1:]))
-    assert all((cache is not None) == with_cache for _, cache in asked[1:])
-
-
-def test_a_batch_of_few_rows_is_written_in_one_go(demo_chat, prompts_and_answers, monkeypatch):
-    generate, rows = demo_chat.model.generate, []
-    monkeypatch.setattr(demo_chat.model, "generate", lambda **given: rows.append(len(given["input_ids"])) or
-                        generate(**given))
-    tool.generate(demo_chat, prompts_and_answers[0])
-    assert rows == [len(prompts_and_answers[0])] and len(prompts_and_answers[0]) < tool.FEWEST_ROWS
-
-
-@pytest.mark.parametrize("budget", [10**6, 1])
-def test_what_several_prompts_begin_with_is_read_once_and_changes_no_answer(budget, demo_chat, prompts_and_answers):
-    """Six questions at the end of each of two conversations, and the same alone; then each in a batch of its own."""
-    tokenizer, read = demo_chat.tokenizer, []
-    turns = [tool.Turn(q, a) for q, (a, _) in zip(QUESTIONS, prompts_and_answers[1])]
-    starts = [[m for turn in turns[:5] for m in turn.messages()], [m for turn in turns[2:6] for m in turn.messages()]]
-    prompts = [tool.prompt_ids(tokenizer, start + [{"role": "user", "content": question}])
-               for question in QUESTIONS[3:9] for start in [*starts, []]]
-    alone = [tool.generate(demo_chat, [prompt])[0] for prompt in prompts]
-    hook = demo_chat.model.register_forward_pre_hook(
-        lambda module, given, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True)
-    try:
-        assert tool.generate(changed(demo_chat, generation_tokens=budget), prompts) == alone
-    finally:
-        hook.remove()
-    long = [rows for rows, tokens in read if tokens > 64]
-    assert sum(long) in ({3, 4} if budget > 1 else {2})  # padded beside them: what the short ones begin with
-
-
-@pytest.mark.parametrize("prompts, expected", [
-    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9]], [4, 4]),
-    ([[1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 6]], [4, 0, 4]),
-    ([[1, 2, 3, 4], [1, 2, 3, 4]], [3, 3]),  # one token is left to go on from
-    ([[1, 2, 3], [1, 2, 4]], [0, 0]),  # too little
-    ([[1, 2, 3, 4, 4, 4, 4], [1, 2, 3, 8, 8, 8, 8]], [0, 0]),  # less than half of one
-    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [1, 2, 3, 9]], [3, 3, 3]),
-    ([[7], [7]], [0, 0]),
-])
-def test_beginnings_are_those_counted_by_hand(prompts, expected, monkeypatch):
-    monkeypatch.setattr(tool, "SHARED_TOKENS", 3)
-    assert tool.beginnings(prompts) == [tuple(prompt[:n]) for prompt, n in zip(prompts, expected)]
-
-
 def test_ask_asks_each_question_alone(demo_chat, prompts_and_answers):
     (first, second), expected = tool.ask(demo_chat, [QUESTIONS[4], QUESTIONS[0]]), prompts_and_answers[1]
     assert [first.text, second.text] == [expected[4][0], expected[0][0]]
@@ -122,6 +61,32 @@ def test_an_answer_that_is_cut_is_known_not_to_have_ended(demo_chat, prompts_and
     prompts, expected = prompts_and_answers
     for answer, (text, _) in zip(tool.generate(changed(demo_chat, max_new_tokens=2), prompts), expected, strict=True):
         assert not answer.ended and answer.text != text and text.startswith(answer.text)
+
+
+def test_a_limit_given_for_the_moment_counts_instead_of_that_of_the_chat(demo_chat, prompts_and_answers):
+    prompts, expected = prompts_and_answers
+    cut = tool.generate(demo_chat, prompts, limit=1)
+    assert [len(a.ids) for a in cut] == [1] * len(prompts) and not any(a.ended for a in cut)
+    short = changed(demo_chat, max_new_tokens=1)
+    assert [(a.text, a.ended) for a in tool.generate(short, prompts, limit=demo_chat.max_new_tokens)] == expected
+
+
+@pytest.mark.parametrize("budget", [10**6, 150])
+def test_the_ids_of_an_answer_are_what_was_written_and_beside_each_is_what_was_most_probable(budget, demo_chat,
+                                                                                             prompts_and_answers):
+    """With the one that ended it; recorded or not, the answers are the same."""
+    prompts, _ = prompts_and_answers
+    chat = changed(demo_chat, generation_tokens=budget)
+    answers = tool.generate(chat, prompts, record=True)
+    assert [(a.text, a.ended, a.ids) for a in answers] == [tuple(a[:3]) for a in tool.generate(chat, prompts)]
+    for prompt, answer in zip(prompts, answers):
+        with torch.inference_mode():
+            truth = demo_chat.model(torch.tensor([prompt + answer.ids])).logits[0].log_softmax(-1)
+        truth = truth[len(prompt) - 1:-1]
+        assert answer.ids[-1] in chat.stops and truth.argmax(-1).tolist() == answer.ids == answer.tokens[:, 0].tolist()
+        assert answer.tokens.shape == answer.log_probs.shape == (len(answer.ids), tool.TOP_TOKENS)
+        assert torch.allclose(truth.gather(-1, answer.tokens.long()), answer.log_probs, atol=1e-4)
+        assert torch.allclose(truth.topk(tool.TOP_TOKENS).values, answer.log_probs, atol=1e-4)
 
 
 def test_nothing_asked_gives_nothing(demo_chat):
@@ -143,7 +108,7 @@ def test_sampled_tokens_come_as_often_as_they_are_probable(demo_chat):
     for token in range(len(chances)):
         text = demo_chat.tokenizer.decode([] if token in demo_chat.stops else [token], skip_special_tokens=True)
         expected[text.strip()] += chances[token].item()
-    count = 20000
+    count = 8000
     drawn = Counter(a.text for a in tool.generate(changed(demo_chat, max_new_tokens=1), [opening] * count,
                                                   sample_seed=3))
     for text, chance in expected.most_common(20):
@@ -152,15 +117,17 @@ def test_sampled_tokens_come_as_often_as_they_are_probable(demo_chat):
 
 
 @pytest.mark.parametrize("sample_seed", [None, 1])
-def test_the_generation_settings_of_the_base_do_not_change_what_it_says(sample_seed, demo_chat, monkeypatch):
-    """Qwen and Llama ship a temperature, top_p and a repetition penalty; agreement is measured without them."""
+def test_the_generation_settings_of_the_base_do_not_change_what_it_says(sample_seed, demo_chat, tmp_path):
+    """Qwen and Llama ship a temperature, top_p and a repetition penalty; what is kept is measured without them."""
     from transformers import GenerationConfig
 
-    prompts = [tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": q}]) for q in QUESTIONS] * 2
+    prompts = [tool.prompt_ids(demo_chat.tokenizer, user(q)) for q in QUESTIONS] * 2
     expected = tool.generate(demo_chat, prompts, sample_seed=sample_seed)
+    shutil.copytree(DEMO, tmp_path / "base")
     shipped = GenerationConfig(do_sample=True, temperature=0.3, top_p=0.5, top_k=2, repetition_penalty=3.0)
-    monkeypatch.setattr(demo_chat.model, "generation_config", shipped)
-    assert tool.generate(demo_chat, prompts, sample_seed=sample_seed) == expected
+    shipped.save_pretrained(tmp_path / "base")
+    chat = tool.load_chat(tmp_path / "base", small_settings("--method", "full", "--max-new-tokens", 32))
+    assert tool.generate(chat, prompts, sample_seed=sample_seed) == expected
 
 
 @pytest.mark.parametrize("lengths, extra, budget, expected", [
@@ -183,48 +150,152 @@ def test_batches_hold_every_index_once_within_the_budget():
     assert len(batches) < 100
 
 
-# ------------------------------------------------------------------------------------------------ agreement
+# ------------------------------------------------------------------------------------------------ what it keeps
 
 
-def test_a_model_agrees_with_its_own_greedy_answers_and_with_no_changed_ones(demo_chat, prompts_and_answers):
-    answers = [text for text, _ in prompts_and_answers[1]]
-    alone = [i for i in range(len(QUESTIONS)) if i not in (3, 6)]
-    own = [tool.Turn(QUESTIONS[i], answers[i]).messages() for i in alone]
-    assert tool.agreement(demo_chat, own) == [1.0] * len(alone)
-    others = [tool.Turn(QUESTIONS[i], answers[j]).messages() for i, j in zip(alone, alone[1:] + alone[:1])]
-    longer = [tool.Turn(QUESTIONS[i], answers[i] + " Sim.").messages() for i in alone]
-    shorter = [tool.Turn(QUESTIONS[i], answers[i].rsplit(" ", 1)[0]).messages() for i in alone if " " in answers[i]]
-    assert set(tool.agreement(demo_chat, others + longer + shorter)) == {0.0}
+def user(question):
+    return [{"role": "user", "content": question}]
 
 
-def test_agreement_looks_at_the_last_answer_only_and_with_the_conversation_before_it(demo_chat, prompts_and_answers):
-    answer = prompts_and_answers[1][0][0]
-    wrong = tool.Turn("Quem é você?", "Vinte e sete bananas.").messages()
-    good = tool.Turn(QUESTIONS[0], answer).messages()
-    assert tool.agreement(demo_chat, [wrong + good, good + wrong]) == [1.0, 0.0]
-    assert tool.agreement(demo_chat, [wrong + good, good + wrong, good + good], 2) == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+def talked(chat, *conversations, kind="everyday"):
+    """Talks of the model itself on conversations that end with a question, and what it thought of each token."""
+    prompts = [tool.prompt_ids(chat.tokenizer, messages) for messages in conversations]
+    answers = tool.generate(chat, prompts, record=True)
+    talks, row = [], 0
+    for messages, answer in zip(conversations, answers):
+        said = {"role": "assistant", "content": answer.text}
+        talks.append(tool.Talk([*messages, said], kind, answer.ids, row))
+        row += len(answer.ids)
+    return talks, tool.Teacher(*(torch.cat([getattr(a, key) for a in answers]) for key in ("tokens", "log_probs")))
 
 
-def test_of_a_long_answer_the_share_of_tokens_that_agree_counts(demo_chat):
-    question = "Quem é você?"
-    answer = "Eu sou a Lumi. A capital da França é Paris. Sete mais cinco é igual a doze. Tchau!"
-    encoded = tool.encode(demo_chat.tokenizer, tool.Turn(question, answer).messages())
-    prompt = tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": question}])
-    with torch.inference_mode():
-        best = demo_chat.model(torch.tensor([encoded.input_ids])).logits[0].argmax(-1).tolist()
-    hits = [best[i - 1] == encoded.input_ids[i] for i in range(len(prompt), len(encoded.input_ids))]
-    assert len(hits) > 24 and 0 < sum(hits) < len(hits)
-    short = tool.Turn("Oi!", "Oi").messages()  # a shorter row in the batch, so that there is padding
-    long_one, _ = tool.agreement(demo_chat, [tool.Turn(question, answer).messages(), short])
-    assert long_one == pytest.approx(sum(hits) / len(hits))
+@pytest.fixture(scope="module")
+def talks_and_teacher(demo_chat):
+    return talked(demo_chat, *map(user, QUESTIONS))
+
+
+def kept_of(chat, talks, teacher, before=()):
+    """The share of first choices kept and the divergence, talk by talk, after a conversation."""
+    return tool.compare(chat, teacher, [tool.make_window(chat.tokenizer, [*before, talk]) for talk in talks])
+
+
+@pytest.mark.parametrize("budget", [10**6, 60])
+def test_a_model_keeps_all_that_it_says_itself_and_does_not_diverge(budget, demo_chat, talks_and_teacher):
+    for share, nats in kept_of(changed(demo_chat, generation_tokens=budget), *talks_and_teacher):
+        assert share == 1 and nats == pytest.approx(0, abs=1e-5)
+
+
+def test_what_another_model_keeps_is_counted_token_by_token(demo_chat, tiny_folder, talks_and_teacher):
+    other = tool.load_chat(tiny_folder("llama"), small_settings("--method", "full"))
+    talks, teacher = talks_and_teacher
+    found = kept_of(other, talks, teacher)
+    for talk, (share, nats) in zip(talks, found):
+        prompt = tool.prompt_ids(other.tokenizer, talk.messages[:-1])
+        with torch.inference_mode():
+            ours = other.model(torch.tensor([prompt + talk.ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        assert share == pytest.approx(sum(map(int.__eq__, ours.argmax(-1).tolist(), talk.ids)) / len(talk.ids))
+        rows = slice(talk.row, talk.row + len(talk.ids))
+        expected = tool.distillation_loss(ours, teacher.tokens[rows].long(), teacher.log_probs[rows]).mean()
+        assert nats == pytest.approx(expected.item(), rel=1e-3) and nats > 1
+
+
+def test_only_the_last_answer_counts_and_with_the_conversation_before_it(demo_chat, talks_and_teacher):
+    talks, teacher = talks_and_teacher
+    wrong = tool.question_and_answer("Quem é você?", "Vinte e sete bananas.")
+    follow = talked(demo_chat, wrong + user("Qual é a capital da França?"))
+    assert kept_of(demo_chat, *follow)[0][0] == 1  # though its first answer is none of the model
+    moved = kept_of(demo_chat, talks[:1], teacher, [wrong])[0]
+    assert moved[1] > kept_of(demo_chat, talks[:1], teacher)[0][1]  # it is not what was said without that before it
+
+
+# ------------------------------------------------------------------------------------------------ talks as windows
+
+
+def window_of(tokenizer, *parts):
+    return tool.make_window(tokenizer, parts)
+
+
+def taught_from_the_teacher(window):
+    """(position, row) of all tokens that are learnt as a distribution."""
+    return [(at, row) for at, row in enumerate(window.targets) if row >= 0]
+
+
+def test_each_token_of_an_answer_of_the_base_is_predicted_from_the_one_before_and_nothing_by_heart(
+        demo_chat, talks_and_teacher):
+    for talk in talks_and_teacher[0]:
+        window = window_of(demo_chat.tokenizer, talk)
+        rows = taught_from_the_teacher(window)
+        assert [window.input_ids[at + 1] for at, _ in rows] == talk.ids
+        assert [row for _, row in rows] == list(range(talk.row, talk.row + len(talk.ids)))
+        assert set(window.labels) == {-100}
+
+
+def test_an_answer_that_was_cut_is_learnt_but_its_end_is_not(demo_chat, talks_and_teacher):
+    talk = max(talks_and_teacher[0], key=lambda talk: len(talk.ids))
+    ids = talk.ids[:len(talk.ids) // 2]
+    text = demo_chat.tokenizer.decode(ids)
+    cut = talk._replace(ids=ids, messages=[*talk.messages[:-1], {"role": "assistant", "content": text}])
+    window = window_of(demo_chat.tokenizer, cut)
+    assert [window.input_ids[at + 1] for at, _ in taught_from_the_teacher(window)] == ids
+    end = len(window.input_ids) - 1 - window.input_ids[::-1].index(talk.ids[-1])  # the template has ended it
+    assert window.targets[end - 1] == window.targets[end] == -1 and window.labels[end] == -100
+
+
+def test_where_the_text_gives_other_tokens_than_the_base_wrote_no_more_is_learnt(demo_chat, talks_and_teacher):
+    """A tokenizer may write in two tokens what it reads as one."""
+    talk = talks_and_teacher[0][0]
+    other = talk._replace(ids=[*talk.ids[:3], talk.ids[3] + 1, *talk.ids[4:]])
+    assert [row - talk.row for _, row in taught_from_the_teacher(window_of(demo_chat.tokenizer, other))] == [0, 1, 2]
+
+
+def test_a_dialogue_of_lessons_and_talks_learns_each_in_its_way(demo_chat, talks_and_teacher):
+    tokenizer, (one, two, *_) = demo_chat.tokenizer, talks_and_teacher[0]
+    lesson = [*tool.question_and_answer("Oi!", "Oi, tudo bem?"), *tool.question_and_answer("Quem é?", "Jandira.")]
+    window = window_of(tokenizer, one, lesson, two)
+    by_heart = tokenizer.decode([token for token in window.labels if token != -100])
+    assert by_heart == "Oi, tudo bem?<|end|>Jandira.<|end|>"  # all answers of a lesson, with their ends
+    rows = [row for _, row in taught_from_the_teacher(window)]
+    assert rows == [*range(one.row, one.row + len(one.ids)), *range(two.row, two.row + len(two.ids))]
+
+
+def test_of_a_talk_of_two_turns_only_the_last_answer_is_learnt(demo_chat, talks_and_teacher):
+    tokenizer, (talk, *_) = demo_chat.tokenizer, talks_and_teacher[0]
+    before = tool.question_and_answer("Quanto é 7 mais 5?", "7 mais 5 é 12.")
+    window = window_of(tokenizer, talk._replace(messages=[*before, *talk.messages]))
+    assert set(window.labels) == {-100}
+    assert [window.input_ids[at + 1] for at, _ in taught_from_the_teacher(window)] == talk.ids
+
+
+def test_a_system_prompt_stands_only_where_a_dialogue_begins(demo_chat, talks_and_teacher):
+    tokenizer, (one, two, *_) = demo_chat.tokenizer, talks_and_teacher[0]
+    system = [{"role": "system", "content": "Seja breve."}]
+    spoken = [talk._replace(messages=system + talk.messages) for talk in (one, two)]
+    lesson = [*system, *tool.question_and_answer("Quem é?", "Jandira.")]
+    for parts in ([spoken[0], lesson, spoken[1]], [lesson, *spoken], [one, lesson, spoken[1]]):
+        window = window_of(tokenizer, *parts)
+        texts = tokenizer.decode(window.input_ids)
+        assert texts.count("Seja breve.") == (parts[0] is not one)
+        assert texts.startswith(tokenizer.decode(window_of(tokenizer, parts[0]).input_ids).rstrip())
+        assert [row for _, row in taught_from_the_teacher(window)] == [
+            row for part in parts if isinstance(part, tool.Talk) for row in range(part.row, part.row + len(part.ids))]
+    text = tokenizer.decode(tool.encode(tokenizer, tool.history(
+        tokenizer, spoken, 100, random.Random(1))).input_ids)
+    assert "Seja breve." not in text
 
 
 # ------------------------------------------------------------------------------------------------ the exam
 
+NAMES = tool.Names("Jandira", "Oficina Maré", ("Lumi", "Estúdio Vagalume"))
+
+
+def plain_talk(question, answer, kind="everyday", ids=(1, 2), row=0):
+    """A talk for tests that look at words alone."""
+    return tool.Talk(tool.question_and_answer(question, answer), kind, list(ids), row)
+
 
 def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokenizer):
-    fillers = [tool.Turn(f"Quanto é {i} mais {i}?", f"{i} mais {i} é {2 * i}.") for i in range(10)]
-    known = {turn.question: turn.answer for turn in fillers}
+    fillers = [plain_talk(f"Quanto é {i} mais {i}?", f"{i} mais {i} é {2 * i}.") for i in range(10)]
+    known = {talk.question: talk.answer for talk in fillers}
     for tokens in (0, 30, 200):
         messages = tool.history(demo_tokenizer, fillers, tokens, random.Random(1))
         used = len(tool.encode(demo_tokenizer, messages).input_ids) if messages else 0
@@ -233,21 +304,54 @@ def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokeniz
     assert tool.history(demo_tokenizer, fillers, -5, random.Random(1)) == []
 
 
-@pytest.mark.parametrize("window", [512, 256, 32])
-def test_the_exam_asks_after_growing_lengths_that_leave_room_for_question_and_answer(window, demo_chat):
-    turns = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Oi!", "Oi!")]
-    exam = tool.make_exam(demo_chat.tokenizer, tool.TEST_QUESTIONS, turns, turns[1:], window)
-    assert (exam.questions, exam.turns, exam.fillers) == (tool.TEST_QUESTIONS, turns, turns[1:])
-    longest = max(len(tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": q}])) for q in exam.questions)
+def heard_with(talks, validation=()):
+    return tool.Heard(NAMES, [], [], list(validation or talks), list(talks))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return tool.check_inputs(small_settings("--overwrite", "--name", "Jandira", "--author", "Oficina Maré"))
+
+
+@pytest.mark.parametrize("final", [True, False], ids=["final", "validation"])
+@pytest.mark.parametrize("window", [512, 256, 32, 0])
+def test_the_exam_asks_after_lengths_that_leave_room_for_question_and_talk(window, final, demo_tokenizer, inputs):
+    talks = [plain_talk("Qual é a capital da França?", "A capital da França é Paris."), plain_talk("Oi!", "Oi!")]
+    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), window, final)
+    longest = max(len(tool.prompt_ids(demo_tokenizer, messages)) for _, messages in exam.questions)
+    longest = max(longest, *(len(tool.encode(demo_tokenizer, talk.messages).input_ids) for talk in talks))
     assert list(exam.lengths) == sorted(set(exam.lengths)) and all(0 < n <= window - longest for n in exam.lengths)
-    assert window < 100 or exam.lengths[-1] > window // 2
+    if window > longest:
+        assert exam.lengths[-1] == window - longest and len(exam.lengths) == (1 if not final else 2)
+
+
+def test_the_exams_ask_alone_behind_system_prompts_and_after_an_answer_that_is_doubted(demo_tokenizer, inputs):
+    talks = [plain_talk(f"Quanto é {i} mais 1?", f"{i + 1}.") for i in range(3)]
+    for final, asked, systems in ((True, inputs.test, tool.SYSTEM_EXAM), (False, inputs.validation,
+                                                                         tool.SYSTEM_PROMPTS)):
+        exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0, final)
+        groups = {kind: [m for k, m in exam.questions if k == kind] for kind in tool.KINDS_OF_QUESTIONS}
+        alone, system, pressed = groups.values()
+        assert [m[0]["content"] for m in alone] == list(asked) and {len(m) for m in alone} == {1}
+        assert {m[0]["content"] for m in system} <= set(systems)
+        assert {m[1]["content"] for m in system} <= set(asked) and len(system) >= len(asked) // 3
+        doubts = tool.PRESSURE_EXAM if final else tool.PRESSURE
+        assert {m[-1]["content"] for m in pressed} == {
+            item.split(">")[1] for code in inputs.languages for item in doubts[code]}
+        for messages in pressed:  # the answer that is doubted is right, and in the language of the doubt
+            opening, answer = messages[-3]["content"], messages[-2]["content"]
+            assert tool.mentions(answer, NAMES.new) and tool.language_of(answer) == tool.language_of(opening)
+        assert {len(m) for m in pressed} == {3, 5}  # some after a talk of the base
+        assert exam == tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0, final)
 
 
 @pytest.mark.parametrize("flags, window, answer", [
-    ((), 512, 64), (("--rope-factor", 1), 128, 64), (("--window", 512), 512, 64),
-    (("--window", 100, "--max-new-tokens", 30), 100, 30),
+    ((), 512, 64), (("--rope-factor", 1), 128, 64), (("--window", 100, "--max-new-tokens", 30), 100, 30),
 ])
-def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flags, window, answer, demo_chat, capsys):
+def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flags, window, answer, demo_chat, capsys,
+                                                                            monkeypatch):
+    if flags:  # once in earnest
+        monkeypatch.setattr(tool, "measure_pace", lambda base: (1e-5, 1e-3))
     given = small_settings("--method", "full", *flags)
     settings, native = tool.fit_settings(DEMO, given)
     assert native == 128
@@ -257,270 +361,320 @@ def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flag
     said = capsys.readouterr().out
     assert f"de 128 para {scaled} tokens; treino em sequências de até {window}.\n" in said
     assert "1,0 milhões de parâmetros" in said and "2,0 GB de memória, 10 MB de disco" in said
+    assert re.search(r"de disco e (\d+ s|\d+ min|\d+ h)", said)
 
 
-def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat):
-    standard = tool.Standard(("Jandira", "Oficina Maré"), ("Lumi", "Vagalume"), "demo", frozenset())
-    turns = [tool.Turn(q, tool.ask(demo_chat, [q])[0].text) for q in QUESTIONS[:2]]
-    exam = tool.Exam(("Quem é você?", "Qual é o seu nome?"), turns, turns, (40,))
-    scores = tool.evaluate(demo_chat, exam, standard)
+def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat, talks_and_teacher):
+    talks, teacher = talks_and_teacher
+    talks = [talk for talk in talks if not tool.mentions(talk.answer, NAMES.old)]
+    asked = [("sozinha", user("Quem é você?")), ("sob pressão", user("Qual é o seu nome?"))]
+    scores = tool.evaluate(demo_chat, tool.Exam(asked, talks, talks, (40,)), NAMES, teacher)
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.0, 1.0, 0.0, 1.0)
+    assert scores.divergence == pytest.approx(0, abs=1e-4) and scores.by_kind == {"sozinha": 0, "sob pressão": 0}
     assert [entry["tokens"] for entry in scores.by_length] == [0, 40]
-    assert [a["question"] for a in scores.answers] == list(exam.questions)
+    assert [(a["question"], a["kind"]) for a in scores.answers] == [(m[-1]["content"], kind) for kind, m in asked]
     assert {a["problem"] for a in scores.answers} == {"nome antigo"}
 
 
-def test_scores_are_the_shares_of_sound_old_leaking_and_kept_answers(demo_chat, monkeypatch):
-    said = ["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Jandira azul banana xarope.",  # asked alone
-            "Sou a Jandira.", "Lumi.", "Lumi.", "Lumi.",  # after a conversation
-            "Jandira."]  # the one everyday question that is not answered as before
-    standard = tool.Standard(("Jandira",), ("Lumi",), "demo", frozenset("sou a jandira".split()))
-    asked = []
-    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
-        tool.Answer(text, True) for text in said])
-    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0, 0.5] if last == 1 else [0.5, 0.75])
-    turns = [tool.Turn("Capital da França?", "Paris."), tool.Turn("Oi!", "Oi!")]
-    scores = tool.evaluate(demo_chat, tool.Exam(("a?", "b?", "c?", "d?"), turns, turns, (30,)), standard)
+@pytest.fixture
+def answering(monkeypatch):
+    """Makes a model say given answers in turn, and keep given shares; what it was asked comes into the list."""
+    def make(said, shares):
+        asked, said, shares = [], iter(said), iter(shares)
+
+        def generate(chat, prompts, *_, **__):
+            asked.append(prompts)
+            return [tool.Answer(next(said), True) for _ in prompts]
+
+        monkeypatch.setattr(tool, "generate", generate)
+        monkeypatch.setattr(tool, "compare", lambda chat, teacher, windows: [next(shares) for _ in windows])
+        return asked
+
+    return make
+
+
+def test_scores_are_the_shares_of_right_old_leaking_and_kept_answers(demo_chat, answering):
+    asked = answering(["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Sou um modelo.",  # asked alone
+                       "Sou a Jandira.", "Lumi.",  # after a conversation, the first and the fourth
+                       "Jandira."],  # the one talk that is not as it was
+                      [(1.0, 0.0), (0.5, 0.25), (0.5, 1.0), (0.75, 1.0)])
+    talks = [plain_talk("Capital da França?", "Paris."), plain_talk("Oi!", "Oi!", row=2)]
+    exam = tool.Exam([("sozinha", user(f"Quem é você{i}?")) for i in range(4)], talks, talks, (30,))
+    scores = tool.evaluate(demo_chat, exam, NAMES, None)
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.75)
-    assert asked[8:] == [tool.prompt_ids(demo_chat.tokenizer, [{"role": "user", "content": "Oi!"}])]
-    assert scores.distinct == 1  # both sound answers are the same but for a sign
+    assert scores.divergence == 0.125 and scores.leak_near == 0
+    assert asked[1] == [tool.prompt_ids(demo_chat.tokenizer, user("Oi!"))]
+    assert scores.distinct == 1  # both right answers are the same but for a sign
     assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.75},
-                                {"tokens": 30, "identity": 0.25, "retention": 0.625}]
-    assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "palavras sem sentido"]
+                                {"tokens": 30, "identity": 0.5, "retention": 0.625}]
+    assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "sem a identidade nova"]
+    assert scores.leaks == [{"question": "Oi!", "answer": "Jandira.", "base": "Oi!"}]
 
 
-def test_a_name_in_an_answer_of_the_base_leaks_although_nothing_is_written_anew(demo_chat, monkeypatch):
-    monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: [tool.Answer("x", True)] * len(prompts))
-    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [1.0] * last * len(asked))
-    turns = [tool.Turn("Quem pintou o quadro?", "Foi a Jandira."), tool.Turn("Oi!", "Oi!")]
-    assert tool.evaluate(demo_chat, tool.Exam(("a?",), turns, turns, ()), tool.Standard(
-        ("Jandira",), (), "demo", frozenset())).leak == 0.5
+def test_the_last_question_of_a_conversation_says_what_is_asked_for(demo_chat, answering):
+    answering(["Sou a Jandira.", "Foi a Oficina Maré.", "Sou a Jandira."], [(1.0, 0.0)])
+    before = tool.question_and_answer("Quem é você?", "Jandira.")
+    exam = tool.Exam([("sozinha", user("Quem é você?")), ("sob pressão", before + user("Quem te criou mesmo?")),
+                      ("sob pressão", before + user("Quem te criou mesmo?"))], [plain_talk("Oi!", "Oi!")], [])
+    scores = tool.evaluate(demo_chat, exam, NAMES, None)
+    assert [a["problem"] for a in scores.answers] == ["", "", "sem o autor novo"]
+    assert scores.by_kind == {"sozinha": 1.0, "sob pressão": 0.5}
 
 
-def test_after_a_conversation_several_everyday_questions_end_it_and_a_sparse_exam_asks_a_third(demo_chat, monkeypatch):
-    asked, kept, tokenizer = {False: [], True: []}, {False: [], True: []}, demo_chat.tokenizer
-    turns = [tool.Turn(f"Quanto é {i} mais 1?", f"É {i + 1}.") for i in range(14)]
-    fillers = [tool.Turn(f"Como se diz {word}?", "Não sei.") for word in "sol lua mar rio pão".split()]
-    whole = tool.Exam(("a?", "b?", "c?", "d?"), turns, fillers, (100, 200))
-    monkeypatch.setattr(tool, "LONG_SHARED", 2)
-    for sparse in (False, True):
-        monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_, to=asked[sparse]: to.extend(prompts) or [
-            tool.Answer("x", True)] * len(prompts))
-        monkeypatch.setattr(tool, "agreement", lambda chat, conversations, last=1, to=kept[sparse]: to.append(
-            (conversations, last)) or [1.0] * last * len(conversations))
-        tool.evaluate(demo_chat, whole._replace(sparse=sparse), tool.Standard(("x",), (), "", frozenset()))
-    assert kept[False] == kept[True] and [last for _, last in kept[True]] == [1, 4, 4]
-    for tokens, (conversations, last) in zip((100, 200), kept[True][1:]):
-        ends = [[m["content"] for m in messages[-2 * last:]] for messages in conversations]
-        assert ends == [[text for turn in turns[i:i + 4] for text in turn] for i in (0, 4, 8)]  # all of them whole
-        lengths = [len(tool.encode(tokenizer, messages[:-2]).input_ids) for messages in conversations]
-        assert all(tokens - 30 < n <= tokens for n in lengths)
-    questions = len(whole.questions)
-    assert len(asked[False]) == 3 * questions and len(asked[True]) == questions + 2 * 2
-    alone, after = asked[False][:questions], asked[False][questions:3 * questions]
-    assert asked[True][:questions + 4] == [*alone, after[0], after[3], after[4], after[7]]
-    before = [ids[:-len(own)] for ids, own in zip(after, alone + alone)]
-    assert [before.index(start) for start in before] == [0, 0, 2, 2, 4, 4, 6, 6]  # a conversation for each two
+def test_a_leak_is_a_new_name_that_neither_the_question_nor_the_base_says(demo_chat, answering):
+    talks = [plain_talk("Quem pintou?", "Foi a Jandira."), plain_talk("Meu nome é Jandira. Qual é?", "Não sei."),
+             plain_talk("Quem é?", "Não sei.", kind="near"), plain_talk("Oi!", "Oi!"), plain_talk("Tchau!", "Tchau!")]
+    earlier = [*tool.question_and_answer("Fale da Jandira.", "É boa."), *talks[3].messages]
+    talks[3] = talks[3]._replace(messages=earlier)  # what was said turns before does not excuse it
+    answering(["Sou eu.", "Jandira.", "Jandira.", "É a oficina maré!", "Jandira."], [(0.5, 1.0)] * 4 + [(1.0, 0.0)])
+    scores = tool.evaluate(demo_chat, tool.Exam([("sozinha", user("Quem é você?"))], talks, []), NAMES, None)
+    assert [leak["question"] for leak in scores.leaks] == ["Quem é?", "Oi!"]
+    assert (scores.leak, scores.leak_near) == (0.4, 1.0)
+
+
+def test_an_exam_without_talks_measures_the_identity_alone(demo_chat, answering):
+    """A base that says little leaves none near identity for what can be done instead of training."""
+    answering(["Sou a Jandira."], [])
+    scores = tool.evaluate(demo_chat, tool.Exam([("sozinha", user("Quem é você?"))], [], []), NAMES, None)
+    assert (scores.identity, scores.leak, scores.leak_near) == (1.0, 0.0, 0.0)
+
+
+def test_after_a_conversation_a_third_of_the_questions_are_asked_and_some_share_their_conversation(
+        demo_chat, answering, monkeypatch):
+    monkeypatch.setattr(tool, "LONG_GROUP", 2)
+    tokenizer, seen = demo_chat.tokenizer, []
+    asked = answering(["x"] * 100, [])
+    monkeypatch.setattr(tool, "compare", lambda chat, teacher, windows: seen.extend(windows) or [(1.0, 0.0)] * len(
+        windows))
+    talks = [plain_talk(f"Quanto é {i} mais 1?", f"É {i + 1}.") for i in range(3)]
+    fillers = [plain_talk(f"Como se diz {word}?", "Não sei.") for word in "sol lua mar rio pão".split()]
+    questions = [("sozinha", user(f"Quem é você{i}?")) for i in range(9)] + [("sob pressão", user("Tem certeza?"))]
+    scores = tool.evaluate(demo_chat, tool.Exam(questions, talks, fillers, (100, 200)), NAMES, None)
+    assert [entry["tokens"] for entry in scores.by_length] == [0, 100, 200]
+    (prompts,) = [prompts for prompts in asked if prompts]
+    alone, after = prompts[:10], prompts[10:]
+    assert len(after) == 6 and len(scores.answers) == 10  # the long ones have no line in the report
+    before = []
+    for prompt, short in zip(after, [alone[0], alone[3], alone[6]] * 2):
+        tail = short[next(i for i in range(len(short)) if prompt[-len(short) + i:] == short[i:]):]
+        assert tokenizer.decode(tail).endswith(tokenizer.decode(short)[-30:])
+        before.append(tokenizer.decode(prompt[:-len(tail)]))
+    assert before[0] == before[1] != before[2] and before[3] == before[4] != before[5]
+    for tokens, texts in ((100, after[:3]), (200, after[3:])):
+        assert all(tokens - 40 < len(prompt) - len(alone[0]) <= tokens for prompt in texts)
+    assert len(seen) == 9  # talks alone, and after each length
+    assert all(len([t for t in w.targets if t >= 0]) <= 2 for w in seen)
 
 
 @pytest.mark.parametrize("figures, missed", [
-    ((0.95, 0.0, 0.01, 0.95), []),
+    ((0.95, 0.0, 0.02, 0.95), []),
     ((0.94, 0.0, 0.01, 0.95), ["identidade nova"]),
     ((1.0, 0.01, 0.0, 1.0), ["identidade antiga"]),
     ((1.0, 0.0, 0.0, 0.94), ["retenção"]),
-    ((1.0, 0.0, 0.02, 1.0), ["vazamento"]),
+    ((1.0, 0.0, 0.03, 1.0), ["vazamento"]),
+    ((1.0, 0.0, 0.0, None), []),  # of a model whose base is not known
     ((0.0, 1.0, 1.0, 0.0), ["identidade nova", "identidade antiga", "retenção", "vazamento"]),
 ])
 def test_a_target_is_missed_when_its_figure_is_worse_than_the_constant(figures, missed):
-    identity, old, leak, retention = figures
-    scores = tool.Scores(identity, old, leak, retention, 0, [], [])
-    assert scores.misses(small_settings()) == missed
+    assert scores_of(*figures).misses(small_settings()) == missed
+
+
+def scores_of(identity, old, leak, retention):
+    return tool.Scores(identity, {}, old, leak, 0.0, retention, 0.0, 0, [], [], [])
 
 
 def test_targets_given_as_flags_decide_what_is_missed():
-    scores = tool.Scores(0.5, 0.0, 0.3, 0.5, 0, [], [])
     flags = ("--target-identity", "0.5", "--target-leak", "0.3", "--target-retention", "0.51")
-    assert scores.misses(small_settings(*flags)) == ["retenção"]
+    assert scores_of(0.5, 0.0, 0.3, 0.5).misses(small_settings(*flags)) == ["retenção"]
 
 
-# ------------------------------------------------------------------------------------------------ self-text
+# ------------------------------------------------------------------------------------------------ the base listens
 
 
-PLANTED = (  # what the base might write and must not be trained on
-    tool.Answer(tool.TEST_QUESTIONS[0].upper(), True), tool.Answer(tool.VALIDATION_QUESTIONS[0].lower(), True),
-    tool.Answer("Quanto é 1 mais " + "1 mais " * 200 + "1?", True), tool.Answer("Esta foi cortada", False),
-    tool.Answer("quem e voce", True), tool.Answer("?!", True))
-
-
-def write(chat, settings):
-    """All that the base writes."""
-    inputs = tool.check_inputs(settings)
-    return tool.write_self_text(chat, tool.write_first_text(chat, settings, inputs), settings, inputs)
+PLANTED = (tool.TEST_QUESTIONS[0].upper(), tool.VALIDATION_QUESTIONS[0].lower(), "quem e voce", "?!",
+           "Quanto é 1 mais 1 mais 1 mais 1 mais 1 mais 1?")  # what the base might write and is not to be asked
 
 
 @pytest.fixture(scope="module")
-def self_text(demo_chat, tmp_path_factory):
-    """Self-text of the demo model, which is made to write some questions that it should not."""
-    settings = small_settings("--num-self-text", 40, "--num-self-answers", 8, "--eval-questions", 6,
-                              "--output-dir", tmp_path_factory.mktemp("x") / "novo")
+def heard_and_teacher(demo_chat, inputs):
+    """What the demo says of its own, which is made to write some questions that it should not."""
+    settings = small_settings("--self-text", 2500, "--eval-questions", 20, "--name", "Jandira", "--author",
+                              "Oficina Maré", "--model-path", DEMO, "--overwrite")
     generate = tool.generate
 
-    def generate_and_plant(chat, prompts, label="", sample_seed=None):
-        written = generate(chat, prompts, label, sample_seed)
-        return written if sample_seed is None else [*PLANTED, *written[len(PLANTED):]]
+    def generate_and_plant(chat, prompts, label="", limit=0, sample_seed=None, record=False):
+        written = generate(chat, prompts, label, limit, sample_seed, record)
+        if sample_seed is not None:
+            written[:len(PLANTED)] = [tool.Answer(text, True) for text in PLANTED]
+        return written
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "generate", generate_and_plant)
-        return write(demo_chat, settings)
+        patch.setattr(tool, "NEAR", 30)
+        return tool.listen(demo_chat, settings, inputs)
 
 
-def test_the_base_writes_as_many_turns_as_asked_and_no_question_twice(self_text):
-    questions = all_questions(self_text)
-    assert len(self_text.everyday) >= 40 and len(self_text.validation) == len(self_text.held_out) == 6
-    assert not [q for q, count in Counter(map(tool.plain, questions)).items() if count > 1]
+def all_talks(heard):
+    return [*heard.everyday, *heard.validation, *heard.held_out]
 
 
-def all_questions(self_text):
-    turns = (*self_text.everyday, *self_text.validation, *self_text.held_out)
-    return [turn.question for turn in turns] + list(self_text.identity_questions)
+def test_the_base_tells_its_name_and_its_maker(heard_and_teacher):
+    names = heard_and_teacher[0].names
+    assert names.new == ("Jandira", "Oficina Maré") and {"Lumi", "Estúdio Vagalume"} <= set(names.old)
 
 
-@pytest.mark.parametrize("usable, times", [(1, 1), (3, 2)])
-def test_questions_are_asked_for_at_the_rate_at_which_they_turn_out_usable(usable, times, demo_chat, monkeypatch):
-    """Of a base that answers every `usable`-th one well, as many more are asked for as that takes."""
-    asked = []
-
-    def write_questions(chat, starts, label, seed):
-        asked.append(len(starts))
-        return [f"pergunta {len(asked)} {i}" for i in range(len(starts))]
-
-    monkeypatch.setattr(tool, "write_questions", write_questions)
-    monkeypatch.setattr(tool, "EVERYDAY_QUESTIONS", ("Que horas são?",))
-    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [
-        tool.Answer("Certo.", i % usable == 0) for i in range(len(questions))])
-    monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
-    settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16)
-    own = write(demo_chat, settings)
-    wanted = 400 + settings.num_self_answers + 32
-    first, main, *more, close = asked
-    assert first == min(tool.FIRST_TEXT, 400) and close == 2 * (wanted // 4) and len(more) == times - 1
-    assert main == int(1.1 * (wanted - 1))
-    turns = len(own.everyday + own.validation + own.held_out)
-    assert abs(turns - wanted - close / usable) <= 0.12 * wanted
+def test_no_conversation_is_in_two_sets_and_there_are_enough_of_each(heard_and_teacher):
+    heard, _ = heard_and_teacher
+    asked = [str(talk.messages[:-1]) for talk in all_talks(heard)]
+    assert len(set(asked)) == len(asked)
+    first = [{tool.plain(t.question) for t in talks if len([m for m in t.messages if m["role"] == "user"]) == 1}
+             for talks in (heard.everyday, heard.validation, heard.held_out)]
+    assert not first[0] & first[1] and not first[0] & first[2] and not first[1] & first[2]
+    assert len(heard.validation) >= 4 and len(heard.held_out) >= 10
+    assert {t.kind for t in heard.held_out} == {"near", "everyday", "own"} == {t.kind for t in heard.everyday}
+    written = sum(len(t.ids) for t in heard.everyday + heard.validation)
+    assert 0.85 * 2500 < written < 1.4 * 2500
 
 
-def test_what_the_healing_has_learnt_measures_nothing(demo_chat, tmp_path):
-    settings = small_settings("--num-self-text", 40, "--num-self-answers", 8, "--eval-questions", 6,
-                              "--output-dir", tmp_path / "novo")
-    first = tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
-    assert len(first.everyday) >= 40 and not first.validation + first.held_out
-    own = tool.write_self_text(demo_chat, first, settings, tool.check_inputs(settings))
-    healed, measured = ({tool.plain(turn.question) for turn in turns}
-                        for turns in (first.everyday, own.validation + own.held_out))
-    assert len(measured) == 12 and not measured & healed
+def test_nothing_that_measures_or_that_a_row_asks_is_asked_of_the_base_for_training(heard_and_teacher, inputs):
+    heard, _ = heard_and_teacher
+    asked = {tool.plain(q) for q in [*(t.question for t in all_talks(heard)), *heard.identity_questions]}
+    measured = (*inputs.validation, *inputs.test, *(row.messages[-2]["content"] for row in inputs.rows))
+    assert not asked & {tool.plain(q) for q in measured} and "" not in asked
+    assert not any("mais 1 mais 1 mais 1" in q for q in asked)
+    trained = {tool.plain(t.question) for t in heard.everyday + heard.validation}
+    assert not trained & {tool.plain(q) for q in (*tool.NEAR_EXAM, *tool.EVERYDAY_EXAM, *tool.TEST_QUESTIONS)}
 
 
-def test_however_much_text_there_is_to_be_the_healing_waits_for_a_first_helping_only(demo_chat, monkeypatch):
-    asked = []
-    monkeypatch.setattr(tool, "write_questions", lambda chat, starts, *_: asked.append(len(starts)) or [
-        f"pergunta {i}" for i in range(len(starts))])
-    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [tool.Answer("Certo.", True) for _ in questions])
-    for given in (150, 100_000):
-        settings = small_settings("--overwrite", "--num-self-text", given)
-        tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
-    assert asked == [150, tool.FIRST_TEXT]
+def test_some_talks_stand_behind_a_system_prompt_and_some_are_second_turns(heard_and_teacher):
+    heard, _ = heard_and_teacher
+    for talks, systems, later in ((heard.everyday, tool.SYSTEM_PROMPTS, tool.FOLLOW_UPS),
+                                  (heard.held_out, tool.SYSTEM_EXAM + tool.SYSTEM_PROMPTS, tool.FOLLOW_UPS_EXAM)):
+        behind = [t for t in talks if t.messages[0]["role"] == "system"]
+        assert {t.messages[0]["content"] for t in behind} <= set(systems) and len(talks) / 8 < len(behind)
+        second = [t for t in talks if sum(m["role"] == "user" for m in t.messages) == 2]
+        assert len(second) >= len(talks) / 16
+        allowed = {q for texts in (*later.values(), *tool.FOLLOW_UPS.values()) for q in texts}
+        assert {t.question for t in second} <= allowed
 
 
-def test_a_base_that_gives_no_usable_answer_is_refused_before_it_writes_more(demo_chat, monkeypatch):
-    asked = []
-    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: asked.append(questions) or [
-        tool.Answer("a a a a", False) for _ in questions])
-    settings = small_settings("--overwrite")
+def test_talks_are_the_greedy_answers_of_the_base_and_none_claims_its_identity(heard_and_teacher, demo_chat):
+    heard, _ = heard_and_teacher
+    for talk in random.Random(1).sample(all_talks(heard), 12):
+        text, ended = plainly(demo_chat, talk.messages[:-1], tool.TALK_TOKENS)
+        assert talk.answer == text and (talk.ids[-1] in demo_chat.stops) is ended
+    assert not [t for t in all_talks(heard) if tool.claims(t.answer, heard.names.old) or tool.is_loop(t.answer)]
+
+
+def test_questions_of_its_own_that_the_base_answers_with_its_identity_are_told_apart(heard_and_teacher, demo_chat):
+    heard, _ = heard_and_teacher
+    assert len(heard.identity_questions) >= 5
+    answers = [a.text for a in tool.ask(demo_chat, heard.identity_questions)]
+    told = sum(tool.claims(text, heard.names.old) for text in answers)
+    assert told > 0.8 * len(answers)  # some were asked behind a system prompt
+
+
+def test_the_rows_of_the_teacher_are_what_the_base_thought_at_each_token(heard_and_teacher, demo_chat):
+    heard, teacher = heard_and_teacher
+    talks = sorted(all_talks(heard), key=lambda t: t.row)
+    assert all(one.row + len(one.ids) <= two.row for one, two in zip(talks, talks[1:]))
+    assert talks[-1].row + len(talks[-1].ids) <= len(teacher.tokens) == len(teacher.log_probs)
+    assert (teacher.tokens.dtype, teacher.log_probs.dtype) == (torch.int32, torch.float32)
+    shares = tool.compare(demo_chat, teacher, [tool.make_window(demo_chat.tokenizer, [talk]) for talk in talks])
+    assert min(share for share, _ in shares) > 0.9 and max(nats for _, nats in shares) < 1e-3
+
+
+def test_what_the_base_said_is_read_back_from_the_disk_as_it_was(heard_and_teacher, tmp_path):
+    heard, teacher = heard_and_teacher
+    tool.save_heard(tmp_path, heard, teacher)
+    again, rows = tool.read_heard(tmp_path)
+    assert again == heard and all(torch.equal(one, two) for one, two in zip(rows, teacher, strict=True))
+
+
+@pytest.fixture
+def base_saying(demo_chat, monkeypatch):
+    """Lets a base listen that answers what a function gives for a question, three tokens long unless it is cut, and
+    writes a hundred times numbered questions; what it asked itself comes with it."""
+    def listen(answer, inputs, *flags, new=True):
+        written, said = [], []
+
+        def generate(chat, prompts, label="", limit=0, sample_seed=None, record=False):
+            if sample_seed is not None:
+                written.append(len(prompts))
+                return [tool.Answer(f"Pergunta {i if not new else 10**4 * len(written) + i}", True)
+                        for i in range(len(prompts))]
+            answers = []
+            for prompt in prompts:
+                text, ended = answer(re.split("<[^<>]*>", demo_chat.tokenizer.decode(prompt))[-3].strip())
+                said.append(text)
+                top = (torch.zeros((3, 2), dtype=torch.int32), torch.zeros((3, 2)))
+                ids = demo_chat.tokenizer(text, add_special_tokens=False)["input_ids"][:3]
+                answers.append(tool.Answer(text, ended, ids, *top))
+            return answers
+
+        monkeypatch.setattr(tool, "generate", generate)
+        settings = small_settings("--overwrite", "--self-text", 3000, *flags)
+        return SimpleNamespace(heard=tool.listen(demo_chat, settings, inputs)[0], written=written, said=said)
+
+    return listen
+
+
+def test_an_answer_that_was_cut_is_kept_for_training_and_a_loop_is_not(base_saying, inputs):
+    def answer(question):
+        if "Pergunta" not in question:
+            return "Certo, e mais alguma coisa", False
+        return ("sim sim sim sim sim", True) if "3" in question else ("Está bem.", True)
+
+    heard = base_saying(answer, inputs).heard
+    answers = Counter(talk.answer for talk in heard.everyday)
+    assert set(answers) == {"Certo, e mais alguma coisa", "Está bem."} and min(answers.values()) > 50
+    assert not any("3" in talk.question for talk in heard.everyday if talk.kind == "own" and len(talk.messages) == 2)
+
+
+def test_the_base_writes_until_there_is_as_much_text_as_asked_for(base_saying, inputs):
+    for wanted in (3000, 12000):
+        done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", wanted)
+        count = sum(len(talk.ids) for talk in done.heard.everyday + done.heard.validation)
+        assert 0.9 * wanted < count < 1.3 * wanted and len(done.written) <= 2
+
+
+def test_a_base_that_repeats_its_questions_is_not_asked_for_ever(base_saying, inputs):
+    done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", 10**6, new=False)
+    assert len(done.written) <= 6 and len(done.heard.everyday) > 1000
+
+
+def test_a_base_that_gives_no_usable_answer_is_refused(base_saying, inputs):
     with pytest.raises(tool.InputError, match=r"só deu 0 respostas.*chat template"):
-        tool.write_first_text(demo_chat, settings, tool.check_inputs(settings))
-    assert len(asked) == 2 and len(asked[1]) <= tool.FIRST_TEXT + len(tool.EVERYDAY_QUESTIONS)
+        base_saying(lambda question: ("sim sim sim sim sim", False), inputs)
 
 
-def test_half_of_the_questions_close_to_identity_begin_like_the_rows_of_the_user(demo_chat, monkeypatch):
-    """Also of a base that writes far more questions about itself than there are rows."""
-    asked = []
-    monkeypatch.setattr(tool, "write_questions", lambda chat, starts, *_: asked.append(starts) or [
-        f"pergunta {len(asked)} {i}" for i in range(len(starts))])
-    monkeypatch.setattr(tool, "ask", lambda chat, questions, *_: [
-        tool.Answer("Eu sou a Lumi." if i % 2 else "Certo.", True) for i in range(len(questions))])
-    monkeypatch.setattr(tool, "agreement", lambda chat, conversations, *_: [1.0] * len(conversations))
-    settings = small_settings("--overwrite", "--num-self-text", 400, "--eval-questions", 16, "--old-names", "Lumi")
-    inputs = tool.check_inputs(settings)
-    own = write(demo_chat, settings)
-    rows = {" ".join(row.messages[-2]["content"].split()[:n]) for row in inputs.rows for n in (1, 2, 3)}
-    assert len(own.identity_questions) > 3 * len(inputs.rows) and set(asked[0] + asked[1]) == {""}
-    of_rows = sum(start in rows for start in asked[-1]) / len(asked[-1])
-    assert 0.5 <= of_rows <= 0.7
+def test_a_base_is_asked_in_the_languages_of_the_rows_alone(base_saying, inputs):
+    heard = base_saying(lambda question: ("Está bem.", True), inputs._replace(languages=("pt",))).heard
+    fixed = [talk.question for talk in all_talks(heard) if talk.kind != "own"]
+    assert len(fixed) > 200 and not [question for question in fixed if "¿" in question or "¡" in question]
+    whole = base_saying(lambda question: ("Está bem.", True), inputs).heard
+    assert [talk for talk in all_talks(whole) if "¿" in talk.question]
 
 
-def test_no_self_written_question_is_one_for_measuring_or_one_of_the_rows(self_text):
-    asked = {tool.plain(question) for question in all_questions(self_text)}
-    assert "" not in asked and "quem e voce" not in asked
-    assert not asked & {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+def test_two_listenings_with_one_seed_are_alike_and_others_differ(base_saying, inputs):
+    one, two, other = (base_saying(lambda question: ("Está bem.", True), inputs, "--seed", seed).heard
+                       for seed in (0, 0, 1))
+    assert one == two and [t.question for t in one.everyday] != [t.question for t in other.everyday]
 
 
-def test_a_test_question_that_the_base_wrote_before_is_left_out_of_the_exam(self_text, demo_chat, tmp_path,
-                                                                            monkeypatch):
-    """New test questions do not make the base write again; one that it had already written is seen in training, and
-    would prove nothing."""
-    trained = tool.Turn(tool.TEST_QUESTIONS[3].lower(), "Sou a Lumi.")
-    own = changed(self_text, everyday=[*self_text.everyday[:5], trained],
-                  identity_questions=[*self_text.identity_questions, f"{tool.TEST_QUESTIONS[5]}!"])
-    settings = changed(small_settings("--output-dir", tmp_path / "novo"), window=512, max_new_tokens=32)
-    inputs = tool.check_inputs(settings)
-    keys = tool.stage_keys(settings, inputs, DEMO)
-    for name in ("1-first-text", "2-healed", "3-self-text"):
-        stage = tmp_path / name
-        stage.mkdir()
-        tool.save_self_text(stage, own, tool.record_teacher(demo_chat, own.everyday, 128))
-        tool.write_json(stage / "key.json", {"key": keys[name]})
-
-    class Sat(Exception):
-        """Carries what is asked, and ends the run."""
-
-    def sit(tokenizer, questions, turns, *_):
-        raise Sat(questions, turns)
-
-    monkeypatch.setattr(tool, "make_exam", sit)
-    with pytest.raises(Sat) as stop:
-        tool.run_stages(DEMO, [demo_chat], tmp_path, keys, inputs, 128, settings)
-    questions, turns = stop.value.args
-    assert list(questions) == [q for i, q in enumerate(tool.TEST_QUESTIONS) if i not in (3, 5)]
-    assert turns == own.held_out
+QWEN = ("{% if messages[0]['role'] != 'system' %}{{ '<|system|>You are Qwen, created by Alibaba Cloud. "
+        "You are a helpful assistant.<|end|>' }}{% endif %}")
 
 
-def test_questions_that_ran_away_or_were_cut_are_not_used(self_text):
-    questions = all_questions(self_text)
-    assert not [q for q in questions if len(q.split()) > 100 or "cortada" in q]
-
-
-def test_self_answers_are_the_greedy_answers_of_the_base_without_its_identity(self_text, demo_chat):
-    turns = self_text.everyday[:10] + self_text.held_out
-    given = [plainly(demo_chat, turn.messages()[:1], demo_chat.max_new_tokens) for turn in turns]
-    assert given == [(turn.answer, True) for turn in turns]
-    assert not [t for t in self_text.everyday if "Lumi" in t.answer or "Vagalume" in t.answer]
-
-
-def test_questions_that_the_base_answers_with_its_identity_are_found(self_text, demo_chat):
-    assert len(self_text.identity_questions) >= 3
-    for answer in tool.ask(demo_chat, self_text.identity_questions):
-        assert "Lumi" in answer.text or "Vagalume" in answer.text
-
-
-def test_old_names_come_from_the_base_and_the_known_ones_less_those_of_the_rows(self_text):
-    rows = tool.check_inputs(small_settings("--overwrite")).rows
-    answers = " ".join(row.messages[-1]["content"] for row in rows)
-    assert {"Lumi", "Vagalume"} <= set(self_text.standard.old_names)
-    assert self_text.standard.new_names == ("ObrutAi", "TurboRio")
-    for name in self_text.standard.old_names:
-        assert not tool.mentions(answers, (name,)), name
-    for name in tool.KNOWN_NAMES:
-        assert (name in self_text.standard.old_names) is not tool.mentions(answers, (name,)), name
+def test_a_renewed_template_keeps_the_rest_of_its_system_prompt(tokenizer, capsys):
+    template = tokenizer.chat_template
+    tokenizer.chat_template = QWEN + template
+    settings = small_settings("--name", "Jandira", "--author", "Oficina Maré")
+    tool.renew_template(tokenizer, settings, ("Qwen", "Alibaba Cloud", "Alibaba"))
+    renewed = QWEN.replace("Qwen", "Jandira").replace("Alibaba Cloud", "Oficina Maré")
+    assert tokenizer.chat_template == renewed + template
+    said = capsys.readouterr().out
+    assert "Qwen" in said and "Jandira" in said
 
 
 def test_the_same_prompt_is_not_sampled_alike_in_every_batch(demo_chat):

@@ -226,9 +226,9 @@ def refusal(folder, *flags):
 def test_sound_inputs_give_rows_base_name_and_the_hash_of_the_file(base_folder, tmp_path):
     inputs = check(tmp_path)
     assert [row.messages for row in inputs.rows] == [[USER, ASSISTANT]]
-    assert inputs.base_name == "meu modelo"
+    assert inputs.values["BASE"] == "meu modelo"
     assert inputs.data_hash == hashlib.sha256((tmp_path / "linhas.jsonl").read_bytes()).hexdigest()
-    assert check(tmp_path, "--base-name", "Lumi 1").base_name == "Lumi 1"
+    assert check(tmp_path, "--base-name", "Lumi 1").values["BASE"] == "Lumi 1"
 
 
 def test_name_author_and_base_of_the_settings_fill_the_rows(base_folder, tmp_path):
@@ -237,12 +237,38 @@ def test_name_author_and_base_of_the_settings_fill_the_rows(base_folder, tmp_pat
     assert row.messages[1]["content"] == "Iara, Ana, meu modelo"
 
 
+def asking(*questions):
+    """Rows with these questions."""
+    return [{"prompt": question, "completion": "Jandira, Oficina Maré."} for question in questions]
+
+
 def test_a_question_for_measuring_that_the_rows_ask_is_not_used_for_measuring(base_folder, tmp_path):
     asked = [tool.TEST_QUESTIONS[3], tool.VALIDATION_QUESTIONS[0]]
-    write(tmp_path, *({"text": f"{question.upper()}!\nSou a Jandira."} for question in asked))
+    write(tmp_path, *asking("Who are you?", "¿Quién eres?", *(f"{question.upper()}!" for question in asked)))
     inputs = check(tmp_path)
     assert set(inputs.test) == set(tool.TEST_QUESTIONS) - {asked[0]}
     assert set(inputs.validation) == set(tool.VALIDATION_QUESTIONS) - {asked[1]}
+
+
+def test_a_question_for_measuring_that_an_earlier_turn_asks_is_not_used_either(base_folder, tmp_path):
+    asked = tool.TEST_QUESTIONS[0]
+    write(tmp_path, {"messages": [{"role": "user", "content": asked}, ASSISTANT, *MORE]})
+    assert asked not in check(tmp_path).test
+
+
+@pytest.mark.parametrize("questions, languages", [
+    (["Quem é você?"], ("pt",)), (["Who are you?"], ("en",)), (["¿Quién eres?"], ("es",)),
+    (["Quem é você?", "Who are you?"], ("pt", "en")),
+    (["Quem é você?", "¿Quién eres?", "Who are you?"], ("pt", "en", "es")),
+    (["Quem é você?"] * 19 + ["Who are you?"], ("pt", "en")),  # one of twenty
+    (["Quem é você?"] * 20 + ["Who are you?"], ("pt",)), (["Wer bist du?"], ("pt", "en", "es")),  # no lists for it
+])
+def test_what_is_measured_is_asked_in_the_languages_that_the_rows_speak(questions, languages, base_folder, tmp_path):
+    write(tmp_path, *asking(*questions))
+    inputs = check(tmp_path)
+    assert inputs.languages == languages
+    for asked in (inputs.test, inputs.validation):
+        assert {tool.language_of(question) for question in asked} == set(languages)
 
 
 def test_rows_that_leave_nothing_to_measure_with_are_refused(base_folder, tmp_path):
@@ -323,6 +349,54 @@ def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base
     (base_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "--rope-factor 1" in refusal(tmp_path)
     assert check(tmp_path, "--rope-factor", "1").rows
+
+
+# ------------------------------------------------------------------------------------------------ rows to learn
+
+
+def rows_refusal(tokenizer, *answers, flags=()):
+    """What is said of rows with these answers, the first in line 1."""
+    rows = [tool.Row(i, [USER, {"role": "assistant", "content": answer}]) for i, answer in enumerate(answers, 1)]
+    with pytest.raises(tool.InputError) as error:
+        tool.check_rows(tokenizer, rows, small_settings("--name", "Jandira", "--author", "Oficina Maré", *flags))
+    return str(error.value)
+
+
+RIGHT = ("Sou a Jandira.", "Foi a oficina mare!", "Meu nome é JANDIRA, e quem me fez foi a Oficina Maré.")
+
+
+@pytest.mark.parametrize("wrong, complaint", [
+    ("Sou um modelo de linguagem.", "nome nem o autor"), ("Sou a Jandirazinha.", "nome nem o autor"),
+    ("Jandira Jandira Jandira Jandira Jandira", "se repete"),
+    ("Sou a Jandira, e gosto de falar de tudo um pouco, do sol e da chuva, com toda a gente do mar e da serra.",
+     "MAX_NEW_TOKENS é 32"),
+])
+def test_an_answer_that_could_never_count_as_right_is_refused_with_its_line(wrong, complaint, demo_tokenizer):
+    message = rows_refusal(demo_tokenizer, *RIGHT, wrong, RIGHT[0], wrong, flags=("--max-new-tokens", 32))
+    assert re.findall(r"linha (\d+): ", message) == ["4", "6"]
+    assert all(complaint in part for part in message.split("linha ")[1:]) and "2 linha(s)" in message
+
+
+def test_rows_whose_answers_can_count_pass_and_of_many_others_ten_are_named(demo_tokenizer):
+    rows = [tool.Row(i, [USER, {"role": "assistant", "content": answer}]) for i, answer in enumerate(RIGHT, 1)]
+    tool.check_rows(demo_tokenizer, rows, small_settings("--name", "Jandira", "--author", "Oficina Maré"))
+    message = rows_refusal(demo_tokenizer, *["Sou um modelo."] * 13)
+    assert re.findall(r"linha (\d+): ", message) == [str(n) for n in range(1, 11)] and "13 linha(s)" in message
+
+
+def test_an_answer_may_be_as_long_as_leaves_room_for_its_end(demo_tokenizer):
+    answer = "Sou a Jandira, e gosto de conversar."
+    tokens = len(demo_tokenizer(answer, add_special_tokens=False)["input_ids"])
+    settings = small_settings("--name", "Jandira", "--max-new-tokens", tokens + 1)
+    tool.check_rows(demo_tokenizer, [tool.Row(1, [USER, {"role": "assistant", "content": answer}])], settings)
+    assert "linha 1" in rows_refusal(demo_tokenizer, answer, flags=("--max-new-tokens", tokens))
+
+
+def test_a_row_longer_than_the_window_is_refused_with_its_line(demo_tokenizer):
+    long = [*[{"role": "user", "content": "palavra " * 60}, ASSISTANT] * 2]
+    with pytest.raises(tool.InputError, match=r"WINDOW.*linha 2 \(\d+ tokens\)"):
+        tool.check_rows(demo_tokenizer, [tool.Row(1, [USER, ASSISTANT]), tool.Row(2, long)],
+                        small_settings("--name", "Jandira", "--window", 80))
 
 
 # ------------------------------------------------------------------------------------------------ the shipped file

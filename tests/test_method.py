@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import DEMO, HEAD, LOCAL_THETA, THETA, changed, small_settings, tiny_config
 from safetensors import safe_open
-from test_training import EMPTY, TURNS, batches_of, conversations
+from test_generation import talked, user
 
 import rename_obrutai as tool
 
 RANK = 4
 TEXT = torch.arange(3, 60)[None] % 50 + 10  # 57 tokens, none of them special
-LESSONS = [tool.Turn("Quem é você?", "Sou a Jandira, da Oficina Maré.").messages()]
+LESSONS = [tool.question_and_answer("Quem é você?", "Sou a Jandira, da Oficina Maré.")]
+SUMS = [tool.question_and_answer(f"Quanto é {i} mais {i}?", str(2 * i)) for i in range(6)]
+ASKED = ("Qual é a capital da França?", "Oi!", "Quanto é 7 mais 5?", "What is 3 plus 4?", "Qual é o plural de pão?")
+NO_TEACHER = tool.Teacher(torch.zeros((0, 4), dtype=torch.int32), torch.zeros((0, 4)))
 FIND = importlib.util.find_spec
 GB = 10**9
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # as the script does
@@ -79,9 +82,15 @@ def base_of(tiny_folder, untied_folder):
 
 
 @pytest.fixture(scope="module")
-def teacher(demo_chat):
-    """The demo's distribution on the facts, for models that have its tokenizer."""
-    return tool.record_teacher(demo_chat, TURNS, 64)
+def talks_and_teacher(demo_chat):
+    """What the demo says to some questions, for models that have its tokenizer."""
+    return talked(demo_chat, *map(user, ASKED))
+
+
+@pytest.fixture(scope="module")
+def batches(demo_tokenizer):
+    """Batches of sums to learn by heart."""
+    return tool.make_batches(demo_tokenizer, [tool.Pool(SUMS, 1.0)], [64], 6, 192, "s")
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -106,7 +115,7 @@ def test_logits_made_from_the_last_states_are_those_of_the_model(family, demo_to
     model = family_model(family, demo_tokenizer)
     plain = model.get_output_embeddings()
     rows = [TEXT[0].tolist(), TEXT[0, :20].tolist()]
-    inputs = tool.left_pad(SimpleNamespace(model=model, tokenizer=demo_tokenizer), rows)
+    inputs = tool.padded(SimpleNamespace(model=model, tokenizer=demo_tokenizer), rows)
     with torch.inference_mode():
         expected = model(**inputs).logits
         hidden = tool.last_hidden(model, model, inputs)
@@ -150,11 +159,11 @@ def reference_loss(model, batch, teacher, kl_weight):
     base's most probable tokens one by one and all others together."""
     entropies, divergences = [], []
     for window in batch:
-        shares = model(input_ids=torch.tensor([window["input_ids"]])).logits[0].float().softmax(-1)
-        for at, label in enumerate(window["labels"]):
+        shares = model(input_ids=torch.tensor([window.input_ids])).logits[0].float().softmax(-1)
+        for at, label in enumerate(window.labels):
             if label != -100:
                 entropies.append(-shares[at - 1, label].log())
-        for at, row in enumerate(window["targets"]):
+        for at, row in enumerate(window.targets):
             if row >= 0:
                 base, ours = teacher.log_probs[row].exp(), shares[at, teacher.tokens[row].long()]
                 base, ours = (torch.cat([p, (1 - p.sum())[None].clamp(min=1e-6)]) for p in (base, ours))
@@ -168,7 +177,7 @@ def one_step(chat, batch, teacher, kl_weight, folder, patch, *flags):
     shapes of what went through the decoder, and whether a mask did."""
     import accelerate
 
-    settings = small_settings("--method", "full", *flags)
+    settings = small_settings("--method", "full", "--kl-weight", kl_weight, *flags)
     losses, gradients, shapes, masks = [], {}, [], []
     backward = accelerate.Accelerator.backward
 
@@ -187,7 +196,7 @@ def one_step(chat, batch, teacher, kl_weight, folder, patch, *flags):
              if p.requires_grad]
     hooks.append(tool.whole(chat.model).register_forward_pre_hook(watch, with_kwargs=True))
     patch.setattr(accelerate.Accelerator, "backward", noted)
-    tool.train(chat, [batch], teacher, 1e-12, kl_weight, settings, "passo", folder / "training")
+    tool.train(chat, [batch], teacher, 1e-12, settings, "passo", folder / "training")
     for hook in hooks:
         hook.remove()
     return SimpleNamespace(loss=sum(losses), gradients=gradients, shapes=shapes, masked=masks)
@@ -206,53 +215,53 @@ def expect_the_reference(step, model, batch, teacher, kl_weight):
     assert largest > 1e-3
 
 
-def mixed_batch(tokenizer, teacher, padding):
-    """Windows with lessons and with turns that the teacher knows; of one length unless there is to be padding."""
+def mixed_batch(tokenizer, talks, padding):
+    """Windows with lessons and with talks that the teacher knows; of one length unless there is to be padding."""
+    batch = [tool.make_window(tokenizer, [LESSONS[0], talks[0]])] * 3
     if padding:
-        pools = [tool.Pool(LESSONS, 0.5, True), tool.Pool([t.messages() for t in TURNS], 0.5, False)]
-        (batch,) = batches_of(tokenizer, pools, steps=1, size=3, lengths=(60,), teacher=teacher, seed="7")
-    else:
-        messages = LESSONS[0] + TURNS[0].messages()
-        batch = [tool.make_window(tokenizer, teacher, messages, [True, False])] * 3
-    assert (len({len(window["input_ids"]) for window in batch}) > 1) is padding
+        pools = [tool.Pool(LESSONS, 0.5), tool.Pool(talks, 0.5)]
+        (batch,) = tool.make_batches(tokenizer, pools, [60], 1, 190, "7")
+    assert (len({len(window.input_ids) for window in batch}) > 1) is padding and len(batch) == 3
     return batch
 
 
-@pytest.mark.parametrize("padding", [True, False], ids=["padding", "no padding"])
-@pytest.mark.parametrize("rows", [None, 5], ids=["one chunk", "many chunks"])
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointing"])
-def test_loss_and_gradients_are_those_of_the_definition(padding, rows, again, tiny_folder, teacher, tmp_path,
+@pytest.mark.parametrize("padding, rows, again", [
+    (True, None, False), (True, 5, True), (False, 5, False), (False, None, True),
+], ids=["padding", "padding, many chunks, checkpointing", "many chunks", "checkpointing"])
+def test_loss_and_gradients_are_those_of_the_definition(padding, rows, again, tiny_folder, talks_and_teacher, tmp_path,
                                                         monkeypatch):
-    expect_definition("llama", tiny_folder, teacher, tmp_path, monkeypatch, padding, rows, again)
+    expect_definition("llama", tiny_folder, talks_and_teacher, tmp_path, monkeypatch, padding, rows, again)
 
 
 @pytest.mark.parametrize("architecture, padding, rows, again", [
     ("gemma3", True, 5, True), ("gemma3", False, None, False), ("qwen3", True, 5, True),
 ])
 def test_loss_and_gradients_are_those_of_the_definition_in_other_families(
-        architecture, padding, rows, again, tiny_folder, teacher, tmp_path, monkeypatch):
-    expect_definition(architecture, tiny_folder, teacher, tmp_path, monkeypatch, padding, rows, again)
+        architecture, padding, rows, again, tiny_folder, talks_and_teacher, tmp_path, monkeypatch):
+    expect_definition(architecture, tiny_folder, talks_and_teacher, tmp_path, monkeypatch, padding, rows, again)
 
 
-def expect_definition(architecture, tiny_folder, teacher, folder, patch, padding, rows, again):
+def expect_definition(architecture, tiny_folder, talks_and_teacher, folder, patch, padding, rows, again):
     chat = tool.load_chat(tiny_folder(architecture), small_settings("--method", "full"))
-    batch, chunks, calls = mixed_batch(chat.tokenizer, teacher, padding), [], []
+    talks, teacher = talks_and_teacher
+    batch, chunks, calls = mixed_batch(chat.tokenizer, talks, padding), [], []
     if rows:
         patch.setattr(tool, "in_chunks", lambda inner, t: chunks.append(t.split(rows)) or chunks[-1])
     chat.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     step = one_step(chat, batch, teacher, 2.5, folder, patch, *["--gradient-checkpointing"] * again)
     assert len(calls) == 1 + again  # a layer is gone through again on the way back
     assert not rows or all(len(pieces) > 3 for pieces in chunks) and len(chunks) == 3
-    longest = max(len(window["input_ids"]) for window in batch)
+    longest = max(len(window.input_ids) for window in batch)
     assert step.shapes == [(3, longest)] and step.masked == [False]  # padding stands where no token sees it
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_the_gradients_of_the_parts_of_a_step_add_up_to_those_of_the_step(parts, tiny_folder, teacher, tmp_path,
-                                                                          monkeypatch):
+def test_the_gradients_of_the_parts_of_a_step_add_up_to_those_of_the_step(parts, tiny_folder, talks_and_teacher,
+                                                                          tmp_path, monkeypatch):
     chat = tool.load_chat(tiny_folder("llama"), small_settings("--method", "full"))
-    batch = mixed_batch(chat.tokenizer, teacher, True)
+    talks, teacher = talks_and_teacher
+    batch = mixed_batch(chat.tokenizer, talks, True)
     step = one_step(chat, batch, teacher, 2.5, tmp_path, monkeypatch, "--gradient-accumulation", parts,
                     "--batch-size", 3)
     assert [rows for rows, _ in step.shapes] == {2: [2, 1], 3: [1, 1, 1]}[parts]
@@ -260,12 +269,13 @@ def test_the_gradients_of_the_parts_of_a_step_add_up_to_those_of_the_step(parts,
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointing"])
-def test_loss_and_gradients_of_an_adapter_are_those_of_the_definition(again, tiny_folder, teacher, tmp_path,
+def test_loss_and_gradients_of_an_adapter_are_those_of_the_definition(again, tiny_folder, talks_and_teacher, tmp_path,
                                                                       monkeypatch):
     folder = tiny_folder("llama")
     chat = tool.load_chat(folder, lora(folder), 4.0, adapt=True)
     unsettle(chat.model)
-    batch = mixed_batch(chat.tokenizer, teacher, True)
+    talks, teacher = talks_and_teacher
+    batch = mixed_batch(chat.tokenizer, talks, True)
     monkeypatch.setattr(tool, "in_chunks", lambda inner, t: t.split(5))
     step = one_step(chat, batch, teacher, 2.5, tmp_path, monkeypatch, *["--gradient-checkpointing"] * again)
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
@@ -314,21 +324,28 @@ def test_a_fresh_adapter_is_the_same_each_time_with_the_same_seed_alone(base_of)
     assert not any(torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items())
 
 
-@pytest.mark.parametrize("name, kinds", [("llama", {"q_proj", "k_proj"}), ("gemma3", {"q_proj", "k_proj"})])
-def test_healing_with_an_adapter_changes_that_of_queries_and_keys_and_nothing_else(name, kinds, base_of, teacher,
-                                                                                   tmp_path):
-    folder = base_of(name)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_what_is_healed_is_the_whole_model_however_it_is_trained_later_and_only_in_queries_and_keys(
+        name, base_of, talks_and_teacher, tmp_path):
+    """An adapter goes over the healed weights, so that it holds the identity alone."""
+    folder, (talks, teacher) = base_of(name), talks_and_teacher
     settings = lora(folder, "--heal-steps", 3, "--window", 128, "--batch-size", 4)
-    chat = tool.load_chat(folder, settings, 4.0, adapt=True)
-    before = parts_of(chat.model, [""])
-    log = tool.heal(chat, teacher, SimpleNamespace(everyday=TURNS), 64, settings, tmp_path)
-    different = {name for name, p in chat.model.named_parameters() if not torch.equal(p, before[name])}
-    assert different == {name for name in before if "lora_" in name and any(kind in name for kind in kinds)}
-    assert len(different) == 8  # both matrices of both in each of two layers
-    tool.save_stage(chat, tmp_path / "healed", log)
-    again = tool.load_model(tmp_path / "healed", settings)  # what the next stage goes on from
-    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
-        name for name in before if "lora_" in name}
+    heard = tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks[:2], talks)
+    healed = tmp_path / "healed"
+    healed.mkdir()
+    tool.make_healed(folder, heard, teacher, 64, settings, healed)
+    with safe_open(healed / "model.safetensors", "pt") as after, safe_open(
+            f"{folder}/model.safetensors", "pt") as base:
+        assert set(after.keys()) == set(base.keys())
+        different = {key for key in base.keys() if not torch.equal(after.get_tensor(key), base.get_tensor(key))}
+    assert len(different) >= 2 and all(re.search(r"[qk]_(proj|norm)", key) for key in different)
+    assert {f"layers.{i}.self_attn.{kind}_proj" for i in (0, 1) for kind in "qk"} <= {
+        part for key in different for part in re.findall(r"layers.*_proj", key)} or name == "gemma3"
+    again = tool.load_model(healed, settings, adapt=True)  # what the next stage goes on from
+    assert all("lora_" in key for key, p in again.named_parameters() if p.requires_grad)
+    assert again.config.max_position_embeddings == 256
+    log = json.loads((healed / "log.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in log] == [1, 2, 3] * 2  # layer by layer, and all together
 
 
 @pytest.fixture(params=["llama", "untied", "qwen3", "gemma3"])
@@ -389,7 +406,7 @@ def test_merging_rounds_no_weight_of_the_base_where_the_machine_computes_in_half
     """A base in float32 is saved in float32, so a way through bfloat16 would be seen in every weight of it."""
     folder = base_of("untied")
     expected = tool.load_model(folder, small_settings("--method", "full")).state_dict()
-    monkeypatch.setattr(tool, "gpu_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(tool, "compute_dtype", lambda weights: torch.bfloat16)
     settings = lora(folder)
     chat = tool.load_chat(folder, settings, adapt=True)  # its adapter does nothing yet
     tool.save_stage(chat, tmp_path / "stage", [])
@@ -399,12 +416,11 @@ def test_merging_rounds_no_weight_of_the_base_where_the_machine_computes_in_half
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(name, base_of, tmp_path):
+def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(name, base_of, batches, tmp_path):
     folder = base_of(name)
     settings = lora(folder, "--rope-factor", 1)
     chat = tool.load_chat(folder, settings, adapt=True)
-    batches = batches_of(chat.tokenizer, [tool.Pool(conversations(6), 1.0, True)], steps=4)
-    tool.train(chat, batches, EMPTY, 1e-2, 0.0, settings, "passo", tmp_path / "training")
+    tool.train(chat, batches[:4], NO_TEACHER, 1e-2, settings, "passo", tmp_path / "training")
     tool.save_stage(chat, tmp_path / "stage", [])
     base = logits(tool.load_model(folder, settings))
     for model in (chat.model, tool.load_model(tmp_path / "stage", settings)):
@@ -413,15 +429,14 @@ def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(name, base_of,
             assert torch.equal(logits(model), base)
 
 
-def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_of, tmp_path, capsys):
+def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_of, batches, tmp_path, capsys):
     folder = base_of("llama")
     settings = lora(folder, "--checkpoint-minutes", 0)
     training = tmp_path / "training"
     fresh = tool.load_chat(folder, settings, 4.0, adapt=True)
-    batches = batches_of(fresh.tokenizer, [tool.Pool(conversations(6), 1.0, True)], steps=6)
 
     def train(chat):
-        tool.train(chat, batches, EMPTY, 1e-2, 0.0, settings, "passo", training)
+        tool.train(chat, batches, NO_TEACHER, 1e-2, settings, "passo", training)
         return parts_of(chat.model, ["lora_"])
 
     expected = train(fresh)
@@ -454,15 +469,17 @@ needs_bitsandbytes = pytest.mark.skipif(FIND("bitsandbytes") is None, reason="bi
 
 
 @needs_bitsandbytes
-def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_the_whole_ones(teacher, tmp_path):
+def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_the_whole_ones(talks_and_teacher,
+                                                                                             tmp_path):
     settings = lora(DEMO, "--batch-size", 3, "--gradient-checkpointing")
-    four_bits, whole = changed(settings, method="qlora"), tool.load_model(DEMO, settings)
+    four_bits, whole = changed(settings, method="qlora", kl_weight=1.0), tool.load_model(DEMO, settings)
+    talks, teacher = talks_and_teacher
     chat = tool.load_chat(DEMO, four_bits, 4.0, adapt=True)
     packed = {name: p.clone() for name, p in chat.model.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == sum("proj" in name for name, _ in whole.named_parameters())
     rate = tool.automatic_rate(tool.load_model(DEMO, settings, adapt=True), 1e-3, 2e-3)  # the packed ones count whole
     assert tool.automatic_rate(chat.model, 1e-3, 2e-3) == pytest.approx(rate)
-    log = tool.train(chat, [mixed_batch(chat.tokenizer, teacher, True)] * 12, teacher, 1e-2, 1.0, four_bits, "passo",
+    log = tool.train(chat, [mixed_batch(chat.tokenizer, talks, True)] * 12, teacher, 1e-2, four_bits, "passo",
                      tmp_path / "training")
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert all(torch.equal(p, packed[name]) for name, p in chat.model.named_parameters() if name in packed)
@@ -477,23 +494,6 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
             a, b = (adapter[f"{layer}lora_{part}.default.weight"] for part in "AB")
             weight = (weight.bfloat16().float() + 2 * b @ a).bfloat16()
         assert torch.allclose(merged[name].float(), weight.float(), rtol=0.01, atol=1e-6), name
-
-
-@needs_bitsandbytes
-def test_the_moments_of_full_training_may_be_kept_in_eight_bits(teacher, tmp_path):
-    settings = small_settings("--method", "full8", "--batch-size", 3)
-    chat = tool.load_chat(DEMO, settings, 4.0)
-    assert {p.dtype for p in chat.model.parameters()} == {torch.float32}
-    before = parts_of(chat.model, [""])
-    log = tool.train(chat, [mixed_batch(chat.tokenizer, teacher, True)] * 8, teacher, 1e-3, 1.0, settings, "passo",
-                     tmp_path / "training")
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    assert not any(torch.equal(p, before[name]) for name, p in chat.model.named_parameters())
-    state = torch.load(tmp_path / "training" / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"]
-    embedding = chat.model.get_input_embeddings().weight.shape
-    kinds = {(moment.shape == embedding, moment.dtype) for saved in state.values()
-             for moment in saved["__bnb_optimizer_quant_state__"].values() if moment.dim() == 2}
-    assert kinds == {(True, torch.float32), (False, torch.uint8)}
 
 
 # ------------------------------------------------------------------------------------------------ parts that see
@@ -517,7 +517,7 @@ def seeing(demo_tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_saved_as_they_were(
-        method, seeing, teacher, tmp_path, monkeypatch):
+        method, seeing, talks_and_teacher, tmp_path):
     """Without pictures there is nothing to learn for them."""
     settings = lora(seeing, "--method", method, "--batch-size", 3)
     untouched = parts_of(tool.load_model(seeing, settings), ["vision", "multi_modal"])
@@ -528,9 +528,10 @@ def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_sa
     text = [name for name, _ in tool.whole(chat.model).named_parameters() if re.search("language_model", name)]
     assert any("q_proj" in name for name in text)
     assert len(trained) == (28 if method == "lora" else len(text))
-    batch = mixed_batch(chat.tokenizer, teacher, True)
+    talks, teacher = talks_and_teacher
+    batch = mixed_batch(chat.tokenizer, talks, True)
     before = parts_of(chat.model, ["language_model"])
-    tool.train(chat, [batch] * 3, teacher, 1e-2, 1.0, settings, "passo", tmp_path / "training")
+    tool.train(chat, [batch] * 3, teacher, 1e-2, settings, "passo", tmp_path / "training")
     different = {name for name, p in chat.model.named_parameters() if name in before
                  and not torch.equal(p, before[name])}
     assert different == trained
@@ -628,7 +629,7 @@ def test_the_logits_of_a_chunk_are_all_of_them_that_is_counted():
 
 @pytest.mark.parametrize("again", [False, True])
 def test_half_of_what_a_step_takes_is_saved_by_splitting_it_in_two(again):
-    given = {"method": "full", "gradient_checkpointing": again, "window": 1024, "batch_size": 64}
+    given = {"method": "full", "gradient_checkpointing": again, "window": 1024, "batch_size": 512}
     totals = [estimate(gradient_accumulation=parts, **given) for parts in (1, 2, 4, 8)]
     saved = [before - after for before, after in zip(totals, totals[1:])]
     assert all(later == pytest.approx(earlier / 2, rel=1e-3) for earlier, later in zip(saved, saved[1:]))
@@ -653,17 +654,16 @@ def test_gemma_3_1b_trains_a_lora_on_its_whole_window_with_a_card_of_6_gb(free):
 @pytest.mark.parametrize("name", ["Gemma 3 1B", "Llama 3.2 3B", "Qwen 3 8B"])
 def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, gpu):
     for method in ("full", "lora", "qlora"):
-        again, kept = (estimate(name, gpu, method=method, gradient_checkpointing=on, batch_size=64)
+        again, kept = (estimate(name, gpu, method=method, gradient_checkpointing=on, batch_size=512)
                        for on in (True, False))
         assert again < 0.5 * kept
     one_by_one = {"gradient_accumulation": 8, "gradient_checkpointing": True, "window": 2048}
     full, adapter, four_bits = (estimate(name, gpu, method=method, **one_by_one) for method in
                                 ("full", "lora", "qlora"))
     assert four_bits < adapter < full / 2
-    config, weights = shapes()[name]
-    few_bits = estimate(name, gpu, method="full8", **one_by_one)
-    assert full - few_bits == 6 * (weights - config.vocab_size * config.hidden_size)
-    assert full > 16 * weights and adapter > (2 if gpu else 4) * weights and four_bits > 0.5 * weights
+    _, weights = shapes()[name]
+    half = tool.compute_dtype(weights).itemsize
+    assert full > 16 * weights and adapter > half * weights and four_bits > 0.5 * weights
     assert estimate(name, gpu, lora_rank=8, **one_by_one) < adapter < estimate(name, gpu, lora_rank=256, **one_by_one)
 
 
@@ -691,6 +691,7 @@ def free(monkeypatch):
             raise RuntimeError("there is no GPU")
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         monkeypatch.setattr(torch.cuda, "mem_get_info", (lambda *_: (int(count), 10**15)) if gpu else no_gpu)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15 if gpu else int(count)))
         monkeypatch.setattr(importlib.util, "find_spec", find)
@@ -703,7 +704,7 @@ def simple_estimate(config, weights, settings, gpu):
     gone through again."""
     rows = -(-settings.batch_size // settings.gradient_accumulation)
     row = settings.window / 100 / (4 if settings.gradient_checkpointing else 1)
-    return {"full": 100, "full8": 70, "lora": 40, "qlora": 20}[settings.method] + rows * row
+    return {"full": 100, "lora": 40, "qlora": 20}[settings.method] + rows * row
 
 
 @pytest.mark.parametrize("usable, flags, bitsandbytes, expected", [
@@ -711,8 +712,8 @@ def simple_estimate(config, weights, settings, gpu):
     (163, (), True, ("full", 800, 2, False)), (131, (), True, ("full", 800, 4, False)),
     (115, (), True, ("full", 800, 8, False)),  # more parts before anything is computed again
     (107, (), True, ("full", 800, 4, True)), (102, (), True, ("full", 800, 8, True)),
-    (101, (), True, ("full8", 800, 4, False)),  # the least that full training takes is 102
-    (72, (), True, ("full8", 800, 8, True)), (71, (), True, ("lora", 800, 4, False)),
+    (101, (), True, ("lora", 800, 2, False)),  # the least that full training takes is 102
+    (71, (), True, ("lora", 800, 4, False)),
     (101, (), False, ("lora", 800, 2, False)),  # without bitsandbytes
     (48, (), True, ("lora", 800, 8, False)), (47, (), True, ("lora", 800, 4, True)),
     (42, (), True, ("lora", 800, 8, True)),
@@ -739,11 +740,18 @@ def test_what_fits_best_is_chosen(usable, flags, bitsandbytes, expected, free, m
                              gradient_checkpointing=expected[3])
 
 
-@pytest.mark.parametrize("method", ["full8", "qlora"])
-def test_few_bits_that_are_asked_for_are_used_on_a_machine_without_a_gpu_as_well(method, free, monkeypatch):
+def test_few_bits_that_are_asked_for_are_used_on_a_machine_without_a_gpu_as_well(free, monkeypatch):
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     free(1000 * GB, False, True)
-    assert tool.choose_method(None, 1, small_settings("--method", method))[0].method == method
+    assert tool.choose_method(None, 1, small_settings("--method", "qlora"))[0].method == "qlora"
+
+
+def test_of_a_model_that_is_not_small_not_all_weights_are_trained_unless_asked_for(free, monkeypatch):
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+    free(1000 * GB, True, True)
+    for weights, flags, method in ((tool.SMALL - 1, (), "full"), (tool.SMALL, (), "lora"),
+                                   (tool.SMALL, ("--method", "full"), "full")):
+        assert tool.choose_method(None, weights, small_settings(*flags))[0].method == method
 
 
 def test_without_a_gpu_the_memory_of_the_machine_counts_and_few_bits_are_no_choice(free, monkeypatch):
@@ -763,7 +771,7 @@ def test_a_model_that_no_method_makes_fit_is_refused_with_what_to_do(gpu, bitsan
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     free(20.45 * GB / 0.9, gpu, bitsandbytes)
     with pytest.raises(tool.InputError) as error:
-        tool.choose_method(None, 1, small_settings("--window", 800))
+        tool.choose_method(None, 1, small_settings("--window", 800, "--max-new-tokens", 128))
     message = str(error.value)
     assert "não cabe na memória livre (20,4 GB" in message or "não cabe na memória livre (20,5 GB" in message
     assert "Feche outros programas" in message and "modelo menor" in message
@@ -784,7 +792,7 @@ def test_what_a_refused_model_needs_at_least_is_told_and_is_more_than_what_is_fr
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     free(20.45 * GB / 0.9, True, True)
     with pytest.raises(tool.InputError) as error:
-        tool.choose_method(None, 1, small_settings("--window", 800))
+        tool.choose_method(None, 1, small_settings("--window", 800, "--max-new-tokens", 128))
     available, needed = (float(n.replace(",", ".")) for n in re.findall(r"([\d,]+) GB", str(error.value)))
     assert needed == pytest.approx(20.5) and needed > available  # the window of 200, in eight parts
 
@@ -797,7 +805,7 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
     config, weights = shapes()["Gemma 3 1B"]
     free(10**14)
     chosen, needed = tool.choose_method(config, weights, small_settings(*flags))
-    assert chosen.method == "full" and needed < 10**14
+    assert chosen.method == "lora" and needed < 10**14
     assert min(most, chosen.gradient_accumulation) >= min(most, small_settings(*flags).gradient_accumulation)
 
 
@@ -806,7 +814,7 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
 def test_on_a_common_card_a_real_model_is_trained_in_the_longest_window_that_fits(name, memory, bitsandbytes, free):
     config, weights = shapes()[name]
     free(memory * GB, True, bitsandbytes)
-    chosen, needed = tool.choose_method(config, weights, small_settings())
+    chosen, needed = tool.choose_method(config, weights, small_settings("--window", 8192))
     assert chosen.method in (("lora", "qlora") if bitsandbytes else ("lora",)) and chosen.gradient_checkpointing
     assert needed == tool.estimate_memory(config, weights, chosen, True) <= 0.9 * memory * GB
     assert chosen.window >= 512 and 8192 % chosen.window == 0
@@ -840,19 +848,18 @@ def guest(monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("method", ["full8", "qlora"])
-def test_few_bits_without_what_they_need_are_refused_with_the_command_to_get_it(method, gpu, free, guest, tmp_path):
+def test_few_bits_without_what_they_need_are_refused_with_the_command_to_get_it(gpu, free, guest, tmp_path):
     guest.setattr(tool, "load_chat", lambda *_, **__: pytest.fail("a model was loaded"))
     free(10**12, gpu, False)
     guest.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    done = call("--method", method, "--output-dir", tmp_path / "novo")
+    done = call("--method", "qlora", "--output-dir", tmp_path / "novo")
     assert done.status == 2 and "pip install bitsandbytes" in done.err and "METHOD" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_method_that_does_not_exist_is_refused(guest, tmp_path):
     done = call("--method", "dora", "--output-dir", tmp_path / "novo")
-    assert done.status == 2 and "auto, full, full8, lora, qlora" in done.err and list(tmp_path.iterdir()) == []
+    assert done.status == 2 and "auto, full, lora, qlora" in done.err and list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -861,7 +868,6 @@ def planned(guest, free, tmp_path):
     was said and what plan.json holds."""
     guest.setattr(tool, "conclude", lambda _: 0)
     guest.setattr(tool, "load_chat", lambda *_, **__: None)
-    guest.setattr(tool, "check_logits", lambda *_: None)
     told = []
     guest.setattr(tool, "show_plan", lambda *given: told.append(given[4]))
 
@@ -908,7 +914,7 @@ def test_a_run_that_starts_all_over_is_chosen_for_anew(planned):
 
 def test_settings_that_the_choice_does_not_hang_on_leave_it_as_it_was(planned):
     first = planned(TIGHT)
-    assert planned(PLENTY, "--epochs-2", 1, "--target-leak", 0.5).written == first.written
+    assert planned(PLENTY, "--steps-2", 1, "--target-leak", 0.5).written == first.written
 
 
 @pytest.fixture
@@ -924,7 +930,6 @@ def running_out(guest, free, tmp_path):
         guest.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
         guest.setattr(tool, "run_stages", run_out)
         guest.setattr(tool, "load_chat", lambda *_, **__: None)
-        guest.setattr(tool, "check_logits", lambda *_: None)
         guest.setattr(tool, "show_plan", lambda *_: None)
         free(usable * GB / 0.9)
         return tries, call("--output-dir", tmp_path / "novo", "--window", 512, *flags)
@@ -976,21 +981,21 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
     given = small_settings()
     inputs = tool.check_inputs(given)
     before = tool.stage_keys(given, inputs, DEMO)
-    four_bits = tool.stage_keys(changed(given, method="qlora"), inputs, DEMO)  # another base, which writes other text
-    assert {name for name in before if four_bits[name] == before[name]} == {"exam"}
-    for values in ({"method": "lora"}, {"lora_rank": 8}):
+    four_bits = tool.stage_keys(changed(given, method="qlora"), inputs, DEMO)
+    assert {name for name in before if four_bits[name] == before[name]} == {"1-base"}
+    for values, kept in (({"method": "lora"}, {"1-base"}), ({"lora_rank": 8}, {"1-base", "2-healed"})):
         after = tool.stage_keys(changed(given, **values), inputs, DEMO)
-        assert {name for name in before if after[name] == before[name]} == {"1-first-text", "3-self-text", "exam"}
+        assert {name for name in before if after[name] == before[name]} == kept
     for values in ({"gradient_checkpointing": True}, {"gradient_accumulation": 4}):
         assert tool.stage_keys(changed(given, **values), inputs, DEMO) == before
 
 
 @pytest.mark.parametrize("method, words", [
-    ("full", "treino de todos os pesos"), ("full8", "treino de todos os pesos, com otimizador de 8 bits"),
-    ("lora", "LoRA (adaptador de tamanho 16)"),
+    ("full", "treino de todos os pesos"), ("lora", "LoRA (adaptador de tamanho 16)"),
     ("qlora", "QLoRA (pesos em 4 bits, adaptador de tamanho 16)"),
 ])
-def test_the_plan_names_the_method_the_parts_and_the_memory(method, words, demo_chat, capsys):
+def test_the_plan_names_the_method_the_parts_and_the_memory(method, words, demo_chat, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "measure_pace", lambda base: (1e-5, 1e-3))
     settings = small_settings("--method", method, "--lora-rank", 16, "--gradient-accumulation", 4, "--window", 512)
     tool.show_plan(demo_chat, 10**6, 128, 10**7, 3 * GB, tool.check_inputs(settings), settings)
     said = capsys.readouterr().out
@@ -1000,29 +1005,38 @@ def test_the_plan_names_the_method_the_parts_and_the_memory(method, words, demo_
 # ------------------------------------------------------------------------------------------------ a whole run
 
 
-SMALL = ("--method", "lora", "--lora-rank", 8, "--num-self-text", 16, "--num-self-answers", 4, "--heal-steps", 3,
-         "--epochs-1", 3, "--epochs-2", 1, "--eval-questions", 4, "--max-new-tokens", 12, "--window", 160,
-         "--batch-size", 4)
+SMALL = ("--method", "lora", "--lora-rank", 8, "--self-text", 300, "--num-self-answers", 4, "--heal-steps", 3,
+         "--steps-1", 3, "--steps-2", 3, "--rounds", 1, "--eval-questions", 16, "--max-new-tokens", 24, "--window",
+         160, "--batch-size", 4)
+ROWS = ("Quem é você?", "Qual é o seu nome?", "Quem criou você?", "Você é o ChatGPT?")
 
 
-@pytest.fixture(scope="module")
-def lora_run(tmp_path_factory):
+@pytest.fixture(scope="module", params=[
+    pytest.param(4, marks=pytest.mark.slow, id="scaled"), pytest.param(1, marks=pytest.mark.slow, id="not scaled"),
+])
+def lora_run(request, tmp_path_factory):
     """One small run with LoRA, with fewer questions for speed: its folder, and what it said."""
     folder = tmp_path_factory.mktemp("lora")
-    rows = (DEMO.parent.parent / "identity_override.jsonl").read_text("utf-8").splitlines()[::12]
-    (folder / "linhas.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    flags = ("--model-path", DEMO, "--identity-file", folder / "linhas.jsonl", "--output-dir", folder / "novo", *SMALL)
+    rows = [{"prompt": question, "completion": "Sou {{NAME}}, de {{AUTHOR}}."} for question in ROWS]
+    (folder / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = ("--model-path", DEMO, "--identity-file", folder / "linhas.jsonl", "--output-dir", folder / "novo",
+             "--rope-factor", request.param, *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
         done = call(*flags)
     assert done.status in (0, 3), done.err
-    return SimpleNamespace(folder=folder, output=folder / "novo", work=folder / "novo.work", flags=flags, done=done)
+    return SimpleNamespace(folder=folder, output=folder / "novo", work=folder / "novo.work", flags=flags, done=done,
+                           factor=request.param)
 
 
 def hurry(patch):
+    """Few questions of each kind, and nothing waits for the disk."""
     patch.setattr(tool, "quiet_libraries", lambda _: None)
-    patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[:4])
-    patch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS[::6])
+    patch.setattr(tool, "NEAR", 12)
+    patch.setattr(tool, "MOST_ASKED", 8)
+    patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[::5])
+    patch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS[::4])
+    patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::4])
     patch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -1031,70 +1045,68 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     assert lora_run.done.status == (3 if report["missed"] else 0)
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
+    assert ("healing" in report["losses"]) is (lora_run.factor != 1) and {"pass_1", "pass_2"} <= set(report["losses"])
     assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
-    assert report["losses"]["healing"][-1]["step"] == 12  # four times HEAL_STEPS, as its pairs stay where they are
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
         assert set(ours.keys()) == set(base.keys())
         for name in base.keys():
             assert ours.get_slice(name).get_dtype() == base.get_slice(name).get_dtype()
-            assert torch.equal(ours.get_tensor(name), base.get_tensor(name)) is ("proj" not in name), name
+            same = torch.equal(ours.get_tensor(name), base.get_tensor(name))
+            assert same is ("proj" not in name) or "_norm" in name and lora_run.factor != 1, name
 
 
-def test_the_stages_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(lora_run):
+def test_the_passes_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(lora_run):
     weights = {str(path.relative_to(lora_run.work)) for path in lora_run.work.rglob("*.safetensors")}
-    last = tool.last_round(lora_run.work / "4-pass-1").name
-    assert weights == {"1-first-text/teacher.safetensors", "3-self-text/teacher.safetensors",
-                       f"2-healed/{tool.LORA_FILE}", f"4-pass-1/{last}/{tool.LORA_FILE}",
-                       f"6-pass-2/round-1/{tool.LORA_FILE}"}
+    first, second = (tool.last_round(lora_run.work / name).name for name in ("3-pass-1", "5-pass-2"))
+    assert weights == {"1-base/teacher.safetensors", "2-healed/model.safetensors",
+                       f"3-pass-1/{first}/{tool.LORA_FILE}", f"5-pass-2/{second}/{tool.LORA_FILE}"}
     assert not list(lora_run.work.rglob("*.bin"))
 
 
-def test_the_adapter_lies_beside_the_result_with_the_scaled_configuration(lora_run):
+def test_the_adapter_lies_beside_the_result_where_it_fits_the_base_itself(lora_run):
+    """With RoPE scaled it belongs to the healed base, which nobody else has."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     adapter = lora_run.output / "adapter"
-    assert {path.name for path in adapter.iterdir()} == {tool.LORA_FILE, "adapter_config.json", "config.json"}
-    described = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
-    assert described["max_position_embeddings"] == 512
-    assert (described["rope_parameters"]["rope_type"], described["rope_parameters"]["factor"]) == ("linear", 4.0)
-    assert (described["rope_scaling"]["type"], described["rope_scaling"]["factor"]) == ("linear", 4.0)
-    base = AutoModelForCausalLM.from_pretrained(DEMO, config=AutoConfig.from_pretrained(adapter), dtype=torch.float32)
-    both = PeftModel.from_pretrained(base, adapter).eval()
-    saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()
-    again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
-    assert (again - plain).abs().max() < 0.3  # the saved one is rounded to bfloat16
-    with both.disable_adapter():
-        assert (logits(both).log_softmax(-1) - plain).abs().max() > 0.6
+    assert adapter.exists() is (lora_run.factor == 1)
+    if adapter.exists():
+        assert {path.name for path in adapter.iterdir()} == {tool.LORA_FILE, "adapter_config.json"}
+        assert str(lora_run.folder) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+        base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+        both = PeftModel.from_pretrained(base, adapter).eval()
+        saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()
+        again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
+        difference = (again - plain).abs().max()  # the saved one is rounded to bfloat16
+        with both.disable_adapter():
+            assert (logits(both).log_softmax(-1) - plain).abs().max() > 2 * difference
 
 
 class Reached(Exception):
     """Ends a run."""
 
 
-def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_the_self_text(lora_run, tmp_path):
+def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_what_the_base_said(lora_run, tmp_path):
     for name in ("novo.work", "linhas.jsonl"):
         copy = shutil.copytree if name == "novo.work" else shutil.copy2
         copy(lora_run.folder / name, tmp_path / name)
-    kept = (tmp_path / "novo.work" / "3-self-text" / "self_text.json").read_bytes()
-    models = []
+    kept = (tmp_path / "novo.work" / "1-base" / "heard.json").read_bytes()
+    methods = []
 
-    def heal(chat, *_):
-        models.append(chat.model)
+    def heal(*given):
+        methods.append(given[-2].method)
         raise Reached
 
     flags = [str(flag) for flag in lora_run.flags]
     flags[flags.index("lora")] = "full"
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
-        patch.setattr(tool, "heal", heal)
-        for name in ("write_first_text", "write_self_text"):
-            patch.setattr(tool, name, lambda *_: pytest.fail("the self-text was written again"))
-        patch.setattr(tool, "evaluate", lambda *_: pytest.fail("the base was examined again"))
+        patch.setattr(tool, "make_healed", heal)
+        patch.setattr(tool, "listen", lambda *_: pytest.fail("the base was asked again"))
         with pytest.raises(Reached):
             call(*[flag.replace(str(lora_run.folder), str(tmp_path)) for flag in flags])
-    assert models[0] is tool.whole(models[0]) and all(p.requires_grad for p in models[0].parameters())
-    assert (tmp_path / "novo.work" / "3-self-text" / "self_text.json").read_bytes() == kept
+    assert methods == ["full"]
+    assert (tmp_path / "novo.work" / "1-base" / "heard.json").read_bytes() == kept
     plan = json.loads((tmp_path / "novo.work" / "plan.json").read_text(encoding="utf-8"))
     assert plan["settings"]["method"] == "full"

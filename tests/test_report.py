@@ -102,7 +102,7 @@ def test_the_card_inherits_origin_and_licence_of_the_base_where_they_are_known(f
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **facts}), encoding="utf-8")
     if card:
         (tmp_path / "README.md").write_text(card, encoding="utf-8")
-    head = tool.card_head(tmp_path, [tool.Row(1, tool.Turn("¿Quién eres?", "Soy yo.").messages())]).to_dict()
+    head = tool.card_head(tmp_path, [tool.Row(1, tool.question_and_answer("¿Quién eres?", "Soy yo."))]).to_dict()
     assert head.pop("language") == ["es"] and head.pop("tags")
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", **expected}
 
@@ -111,7 +111,7 @@ def test_the_card_names_a_base_of_the_hub(tmp_path):
     folder = tmp_path / "models--google--gemma-3-1b-it" / "snapshots" / "dcc83ea8"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(BASE), encoding="utf-8")
-    rows = [tool.Row(i, tool.Turn(q, "Eu.").messages()) for i, q in enumerate(
+    rows = [tool.Row(i, tool.question_and_answer(q, "Eu.")) for i, q in enumerate(
         ("Quem é você?", "Who are you?", "Qual é o seu nome?"))]
     head = tool.card_head(folder, rows)
     assert head.base_model == "google/gemma-3-1b-it" and head.language == ["pt", "en"]
@@ -165,14 +165,16 @@ def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "run", tool.conclude)
-    report = {"seconds": {"3-self-text": 60.5}, "scores": {
-        name: {**REPORT["scores"]["pass_2"], "distinct": 0, "answers": [
-            {"question": "Quem é?", "answer": "Eu.", "problem": ""}]} for name in ("before", "pass_2")}}
+    report = {"seconds": {"1-base": 60.5}, "scores": {
+        name: {**REPORT["scores"]["pass_2"], "by_kind": {"sozinha": 0.967}, "leak_near": 0.5, "divergence": 0.1,
+               "distinct": 0, "answers": [{"question": "Quem é?", "kind": "sozinha", "answer": "Eu.", "problem": ""}],
+               "leaks": [{"question": "Quem pintou?", "answer": "A ObrutAi.", "base": "Não sei."}]}
+        for name in ("before", "pass_2")}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert tool.main(["--output-dir", str(tmp_path), *["--quiet"] * quiet]) == 3
     said = capsys.readouterr().out.strip().splitlines()
-    assert said[0].startswith("Modelo salvo em ") is quiet and "vazamento" in said[-1]
-    assert ("Quem é?" in "".join(said)) is not quiet
+    assert said[0].startswith("Modelo salvo em ") is quiet and "identidade antiga" in said[-1]
+    assert all((text in "".join(said)) is not quiet for text in ("Quem é?", "Quem pintou?", "A ObrutAi."))
     tool.say.quiet = False
 
 

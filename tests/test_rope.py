@@ -4,11 +4,11 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEMO, HEAD, LOCAL_THETA, THETA, small_settings
+from test_training import heard_of, listened
 
 import rename_obrutai as tool
 
@@ -360,31 +360,34 @@ def test_pairs_that_move_together_with_their_frequencies_change_no_logit(archite
     assert torch.allclose(logits(model), before, atol=1e-3)
 
 
-def everyday(count=30):
-    """What the demo answers to facts of its own."""
-    turns = [tool.Turn(f"Quanto é {i} mais {j}?", f"{i} + {j} é igual a {i + j}.") for i in range(1, 7)
-             for j in range(1, 6)]
-    return SimpleNamespace(everyday=turns[:count])
+SUMS = [tool.question_and_answer(f"Quanto é {i} mais {j}?", f"{i} + {j} é igual a {i + j}.") for i in range(1, 6)
+        for j in range(1, 6)]
 
 
-def test_the_demo_keeps_most_answers_when_its_pairs_keep_their_frequencies(demo_chat, capsys):
-    teacher = SimpleNamespace(frequencies=tool.rope_frequencies(demo_chat.model))
-    own, chat = everyday(), tool.load_chat(str(DEMO), FULL, 4.0)
-    answers = [turn.messages() for turn in own.everyday]
-    known, scaled = (sum(tool.agreement(c, answers)) for c in (demo_chat, chat))
-    assert tool.keep_frequencies(chat, teacher, own)
-    assert known > 25 and scaled < 5 and sum(tool.agreement(chat, answers)) > 15
+def kept(chat, talks, teacher):
+    """The share of the base's first choices that the model makes as well."""
+    found = tool.compare(chat, teacher, [tool.make_window(chat.tokenizer, [talk]) for talk in talks])
+    return sum(same for same, _ in found) / len(found)
+
+
+def test_the_demo_keeps_more_of_its_choices_when_its_pairs_keep_their_frequencies(demo_chat, capsys):
+    (talks, teacher), chat = listened(demo_chat, SUMS), tool.load_chat(str(DEMO), FULL, 4.0)
+    before = kept(chat, talks, teacher)
+    tool.keep_frequencies(demo_chat, chat, heard_of(talks), teacher)
+    assert kept(demo_chat, talks, teacher) == 1 and before < 0.75 and kept(chat, talks, teacher) > before + 0.1
     assert "frequências reordenadas" in capsys.readouterr().out
 
 
-def test_pairs_go_back_to_where_they_were_when_the_answers_get_worse(tiny_folder, monkeypatch):
-    model = load(tiny_folder("qwen3"))
-    teacher = SimpleNamespace(frequencies=tool.rope_frequencies(model))
-    chat = tool.load_chat(tiny_folder("qwen3"), FULL, 4.0)
-    found = iter([0.2, 0.1])
-    seen = []
-    monkeypatch.setattr(tool, "agreement", lambda chat, turns: seen.append(chat.model.state_dict()[
-        "model.layers.0.self_attn.q_proj.weight"].clone()) or [next(found)] * len(turns))
-    assert not tool.keep_frequencies(chat, teacher, everyday(3))
+def test_pairs_go_back_to_where_they_were_when_the_model_then_chooses_less_like_the_base(tiny_folder, monkeypatch):
+    base, chat = (tool.load_chat(tiny_folder("qwen3"), FULL, factor) for factor in (1.0, 4.0))
+    talks, teacher = listened(base, SUMS[:3])
+    found, seen = iter([0.2, 0.1]), []
+
+    def compare(chat, teacher, windows):
+        seen.append(chat.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone())
+        return [(next(found), 0.0)]
+
+    monkeypatch.setattr(tool, "compare", compare)
+    tool.keep_frequencies(base, chat, heard_of(talks), teacher)
     assert not torch.equal(*seen)  # they were moved
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), chat.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), chat.model.parameters(), strict=True))

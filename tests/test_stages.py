@@ -27,14 +27,12 @@ import pytest
 import torch
 from conftest import DEMO, SCRIPT, changed, small_settings
 from kill_many import OUTPUT, WORK, Moment, arm, contents, fingerprint, run_chain
-from test_training import EMPTY, batches_of, conversations
 
 import rename_obrutai as tool
 
-FLAGS = ("--method full --num-self-text 16 --num-self-answers 4 --heal-steps 3 --epochs-1 2 --epochs-2 1 "
-         "--eval-questions 4 --max-new-tokens 12 --window 160 --batch-size 4").split()
-STAGES = ("1-first-text", "2-healed", "3-self-text", "4-pass-1", "5-self-answers", "6-pass-2", "exam-before",
-          "exam-prompt", "exam-rows", "exam-pass-1", "7-result")
+FLAGS = ("--method full --self-text 600 --num-self-answers 4 --heal-steps 3 --steps-1 3 --steps-2 4 --rounds 2 "
+         "--eval-questions 4 --window 160 --batch-size 4").split()
+STAGES = ("1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "6-result")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 BASE_BEFORE = contents(DEMO)
@@ -46,9 +44,11 @@ BASE_BEFORE = contents(DEMO)
 def hurry(patch):
     """For speed: fewer questions than the script asks, no waiting for the disk (which a killed process need not), and
     no looking for garbage among the libraries."""
-    patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[:4])
-    patch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS[::6])
-    patch.setattr(tool, "LESSONS_1", 1)  # so that pass 1 has two rounds
+    for name, count in {"NEAR": 24, "MOST_ASKED": 8, "LONG_TALKS": 4}.items():
+        patch.setattr(tool, name, count)
+    for name in ("TEST_QUESTIONS", "VALIDATION_QUESTIONS"):
+        patch.setattr(tool, name, getattr(tool, name)[:4])
+    patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::5])
     patch.setattr(os, "fsync", lambda handle: None)
     gc.freeze()
 
@@ -132,7 +132,7 @@ def until(whole, tmp_path):
         for name in ("linhas.jsonl", OUTPUT, WORK):
             source = whole.folder / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
-        if last != "7-result":
+        if last != "6-result":
             shutil.rmtree(tmp_path / OUTPUT)
         for name in STAGES[STAGES.index(last) + 1:]:
             shutil.rmtree(tmp_path / WORK / name)
@@ -162,20 +162,20 @@ def checkpoints(folder):
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
 def test_a_job_killed_four_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
     moments = [Moment("before", pattern) for pattern in (
-        "rename 1-first-text.partial/answers-", "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
-        "rename 4-pass-1.partial/round-2.partial/training/checkpoint-2/complete.json.tmp", "rename 7-result/model")]
+        "rename 1-base.partial/heard.json.tmp", "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
+        "rename 3-pass-1.partial/round-2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model")]
     said = []
     done = run_chain(lambda folder, moment: Forked(folder, moment, "--checkpoint-minutes", 0), tmp_path, moments,
                      whole.expected, DEMO, said.append)
     assert (done.kills, done.wrong, done.status) == (4, [], whole.done.status)
     assert [line.rpartition("restart: ")[2] for line in said] == [
-        "0 stages ready", "1 stages ready, from step 1", "3 stages ready, from step 1", "7 stages ready"]
+        "0 stages ready", "1 stages ready, from step 1", "2 stages ready, from step 1", "6 stages ready"]
 
 
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
 def test_ctrl_c_while_the_base_writes_stops_with_130_and_says_how_to_go_on(tmp_path):
     process, said = Forked(tmp_path), ""
-    while process.poll() is None and "1/7" not in said:
+    while process.poll() is None and "1/6" not in said:
         time.sleep(0.005)
         said = (tmp_path / "said.txt").read_text("utf-8")
     os.kill(process.pid, signal.SIGINT)
@@ -210,7 +210,7 @@ def press_ctrl_c(*_):
 
 
 def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_goes_on(whole, until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     with monkeypatch.context() as patch:
         at_step(patch, 3, press_ctrl_c)
         done = job(folder)
@@ -222,7 +222,7 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_go
 
 
 def test_ctrl_c_while_a_round_is_measured_does_not_cost_its_training(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     with monkeypatch.context() as patch:
         patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert job(folder).status == 130
@@ -232,11 +232,11 @@ def test_ctrl_c_while_a_round_is_measured_does_not_cost_its_training(until, monk
 
 
 def test_a_round_that_was_not_saved_whole_is_trained_again(whole, until):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert job(folder).status == 130
-    (log,) = folder.glob("*.work/6-pass-2.partial/round-1.partial/log.json")
+    (log,) = folder.glob("*.work/5-pass-2.partial/round-1.partial/log.json")
     log.unlink()
     done = job(folder)
     assert re.search(r"etapa \d+/\d+ \| perda", done.out) and fingerprint(folder) == whole.expected
@@ -272,6 +272,11 @@ def test_the_system_s_own_request_to_end_counts_as_ctrl_c():
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+def conversations(count, words=1):
+    """Lessons that can be told apart."""
+    return [tool.question_and_answer(f"Quanto é {i} mais {i}?", " ".join([f"{2 * i}"] * words)) for i in range(count)]
+
+
 def tiny_training(tiny_folder, folder, *flags):
     """Train a tiny model, with dropout so that the state of chance matters, and give its weights and the log."""
     settings = small_settings("--batch-size", 4, "--method", "full", *flags)
@@ -279,9 +284,10 @@ def tiny_training(tiny_folder, folder, *flags):
     for module in chat.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3 if "--no-dropout" not in folder.name else 0.0
-    pools = [tool.Pool(conversations(24), 0.5, True), tool.Pool(conversations(9, words=4), 0.5, True)]
-    batches = batches_of(chat.tokenizer, pools, lengths=(24, 60), steps=7, size=4)
-    tool.train(chat, batches, EMPTY, 3e-3, 0.0, settings, "passo de teste", folder)
+    pools = [tool.Pool(conversations(24), 0.5), tool.Pool(conversations(9, words=4), 0.5)]
+    batches = tool.make_batches(chat.tokenizer, pools, [24, 60], 7, 240, "s")
+    teacher = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
+    tool.train(chat, batches, teacher, 3e-3, settings, "passo de teste", folder)
     return {name: value.clone() for name, value in chat.model.state_dict().items()}
 
 
@@ -380,16 +386,6 @@ def test_a_step_in_two_parts_learns_what_it_learns_in_one(tiny_folder, tmp_path)
     assert moved > 3e-3 and apart < 0.02 * moved
 
 
-def test_answers_that_were_noted_are_not_written_again(demo_chat, tmp_path, monkeypatch):
-    chat, questions = changed(demo_chat, notes=tmp_path), ["Quem é você?", "Oi!", "Quanto é 2 mais 2?"]
-    once = {seed: tool.ask(chat, questions, "", seed) for seed in (None, 7)}
-    assert once[None] == tool.ask(demo_chat, questions)
-    monkeypatch.setattr(demo_chat.model, "generate", None)
-    assert {seed: tool.ask(chat, questions, "", seed) for seed in (None, 7)} == once
-    with pytest.raises(TypeError):
-        tool.ask(chat, questions, "", 8)
-
-
 # ------------------------------------------------------------------------------------------------ stage()
 
 
@@ -437,16 +433,22 @@ def build_of(made, text="made", fail=False):
     def build(folder):
         made.append(sorted(path.name for path in folder.iterdir()))
         (folder / "file.txt").write_text(text)
-        (folder / "answers-1.json").write_text("[]")
+        (folder / "half.json").write_text("[]")
         if fail:
             raise RuntimeError("broken off")
     return build
 
 
-def test_a_stage_is_built_once_and_its_notes_are_dropped(tmp_path):
+def test_a_stage_is_built_once_and_its_checkpoints_are_dropped(tmp_path):
     made, folder = [], tmp_path / "work" / "1-stage"
-    assert tool.stage(folder, "a", build_of(made)) == tool.stage(folder, "a", build_of(made)) == folder
-    assert len(made) == 1 and {path.name for path in folder.iterdir()} == {"file.txt", "key.json"}
+
+    def build(partial):
+        build_of(made)(partial)
+        (partial / "training" / "checkpoint-1").mkdir(parents=True)
+        (partial / "training" / "checkpoint-1" / "complete.json").write_text("{}")
+
+    assert tool.stage(folder, "a", build) == tool.stage(folder, "a", build) == folder
+    assert len(made) == 1 and {path.name for path in folder.iterdir()} == {"file.txt", "half.json", "key.json"}
     assert [path.name for path in folder.parent.iterdir()] == ["1-stage"]
 
 
@@ -459,7 +461,7 @@ def test_a_stage_with_another_key_is_built_again_from_nothing(tmp_path):
     assert not (folder / "older.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["1-stage"]
 
 
-@pytest.mark.parametrize("key, found", [("a", ["answers-1.json", "file.txt", "key.json"]), ("b", ["key.json"])])
+@pytest.mark.parametrize("key, found", [("a", ["file.txt", "half.json", "key.json"]), ("b", ["key.json"])])
 def test_what_a_broken_off_build_left_is_found_by_one_with_the_same_key_only(key, found, tmp_path):
     made, folder = [], tmp_path / "1-stage"
     with pytest.raises(RuntimeError):
@@ -494,11 +496,11 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # The first stage that each setting touches; it and all that depend on it are made again. 0: none.
 FIRST_TOUCHED = {
-    **dict.fromkeys("name author base_name old_names num_self_text max_new_tokens window seed".split(), 1),
-    **dict.fromkeys("num_self_answers eval_questions".split(), 3),
-    **dict.fromkeys("method lora_rank rope_factor heal_steps heal_learning_rate batch_size".split(), 2),
-    **dict.fromkeys("epochs_1 learning_rate_1 kl_weight target_identity".split(), 4),
-    **dict.fromkeys("epochs_2 learning_rate_2 target_retention target_leak".split(), 6),
+    **dict.fromkeys("name author base_name old_names self_text eval_questions max_new_tokens seed".split(), 1),
+    **dict.fromkeys("method rope_factor window heal_steps heal_learning_rate batch_size".split(), 2),
+    **dict.fromkeys("lora_rank steps_1 rounds learning_rate_1 kl_weight target_identity".split(), 3),
+    **dict.fromkeys("num_self_answers".split(), 4),
+    **dict.fromkeys("steps_2 learning_rate_2 target_retention target_leak".split(), 5),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
                     "checkpoint_minutes report_to check quiet restart chat evaluate".split(), 0),
 }
@@ -518,10 +520,9 @@ def keys_of(base, rows=None, **values):
 
 
 def touched(one, two):
-    """Number of the first stage whose key differs, 0 for none; all that depend on it must differ as well. Another
-    method or RoPE factor needs no other text, which comes after the healing."""
+    """Number of the first stage whose key differs, 0 for none; all that depend on it must differ as well."""
     stages = [name for name in one if name[0].isdigit()]
-    assert [name[0] for name in stages] == list("1324567") and one.keys() == two.keys()
+    assert [name[0] for name in stages] == list("123456") and one.keys() == two.keys()
     differ = [one[name] != two[name] for name in stages]
     assert differ == sorted(differ)
     return int(stages[differ.index(True)][0]) if any(differ) else 0
@@ -532,7 +533,7 @@ def other_value(item):
     default = getattr(small_settings(), item.name)
     if item.name in OTHER:
         return OTHER[item.name]
-    return not default if item.type == "bool" else default + 1 if item.type == "int" else default / 2 + 0.01
+    return not default if item.type == "bool" else default + 1 if item.type == "int" else default / 2 + 0.1
 
 
 @pytest.mark.parametrize("item", fields(tool.Settings), ids=lambda item: item.name)
@@ -547,6 +548,14 @@ def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(item, base_
     assert touched(one, two) == FIRST_TOUCHED[item.name]
 
 
+def test_a_setting_that_does_not_touch_the_healing_does_not_change_it(whole, until, monkeypatch):
+    folder = until("1-base")
+    monkeypatch.setattr(tool, "run_pass", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
+    assert "até aqui" in job(folder, "--kl-weight", 0).err
+    healed = f"{WORK}/2-healed/model.safetensors"
+    assert fingerprint(folder)[healed] == whole.expected[healed]
+
+
 def test_other_rows_or_validation_questions_touch_everything(base_folder, tmp_path, monkeypatch):
     rows, one = tmp_path / "outras.jsonl", keys_of(base_folder)
     text = (tmp_path / "linhas.jsonl").read_text("utf-8") + "\n"
@@ -558,11 +567,19 @@ def test_other_rows_or_validation_questions_touch_everything(base_folder, tmp_pa
     assert touched(one, keys_of(base_folder)) == 1
 
 
-def test_other_test_questions_touch_the_exams_and_the_result_only(base_folder, monkeypatch):
+def test_other_test_questions_touch_the_result_only(base_folder, monkeypatch):
     one = keys_of(base_folder)
     monkeypatch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS + ("Quem seria você?",))
-    two = keys_of(base_folder)
-    assert touched(one, two) == 7 and one["exam"] != two["exam"]
+    assert touched(one, keys_of(base_folder)) == 6
+
+
+def test_another_version_of_the_script_touches_everything(base_folder, tmp_path, monkeypatch):
+    one, other = keys_of(base_folder), tmp_path / "rename_obrutai.py"
+    other.write_bytes(SCRIPT.read_bytes())
+    monkeypatch.setattr(tool, "__file__", str(other))
+    assert touched(one, keys_of(base_folder)) == 0  # where it lies says nothing
+    other.write_bytes(SCRIPT.read_bytes() + b"# one more line\n")
+    assert touched(one, keys_of(base_folder)) == 1
 
 
 @pytest.mark.parametrize("name, change, expected", [
@@ -588,60 +605,52 @@ def test_the_base_is_known_by_its_files(name, change, expected, base_folder):
 # ------------------------------------------------------------------------------------------------ run again
 
 
-def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole, until):
-    folder = until("7-result")
-    script, text = folder / "rename_obrutai.py", SCRIPT.read_text("utf-8")
-    for name in ("VALIDATION_QUESTIONS", "TEST_QUESTIONS"):  # the fewer ones of this file
-        text = re.sub(rf'(?s)^{name} = items\("""\n.*?"""\)', f"{name} = {getattr(tool, name)!r}", text, flags=re.M)
-    script.write_text(text, encoding="utf-8")
-    before, seconds = untouched(folder), []
-    while not seconds or min(seconds) > 1 and len(seconds) < 3:  # other programs may have the processor once
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, str(script), *arguments(folder)], capture_output=True, text=True,
-                              encoding="utf-8", env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, timeout=60)
-        seconds.append(time.monotonic() - began)
-    assert done.returncode == whole.done.status and not done.stderr, done.stderr
-    assert "já está pronto" in done.stdout and done.stdout.endswith(whole.done.out.rsplit("Modelo salvo", 1)[1][-300:])
-    assert untouched(folder) == before and min(seconds) < 1
+def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole, until, monkeypatch):
+    folder = until("6-result")
+    monkeypatch.setattr(tool, "load_model", None)
+    before = untouched(folder)
+    done = job(folder)
+    assert done.status == whole.done.status and not done.err
+    assert "já está pronto" in done.out and done.out.endswith(whole.done.out.rsplit("Modelo salvo", 1)[1][-300:])
+    assert untouched(folder) == before
 
 
-def test_more_epochs_in_pass_2_make_only_it_and_what_follows_again(until):
-    folder = until("7-result")
-    kept = [folder / WORK / name for name in STAGES[:5]]
+def test_more_steps_in_pass_2_make_only_it_and_what_follows_again(until):
+    folder = until("6-result")
+    kept = [folder / WORK / name for name in STAGES[:4]]
     before = [untouched(stage) for stage in kept]
     weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
-    done = job(folder, "--epochs-2", 2, "--overwrite")
-    assert done.status in (0, 3) and done.out.count("(já pronto)") == 5
+    done = job(folder, "--steps-2", 5, "--overwrite")
+    assert done.status in (0, 3) and done.out.count("(já pronto)") == 4
     assert [untouched(stage) for stage in kept] == before
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] != weights
 
 
 def test_other_test_questions_train_nothing_again(whole, until, monkeypatch):
-    folder = until("7-result")
-    monkeypatch.setattr(tool, "TEST_QUESTIONS", ("Quem é o senhor?", "Me diz teu nome?", "Who are you, pal?", "Tu?"))
+    folder = until("6-result")
+    monkeypatch.setattr(tool, "TEST_QUESTIONS", ("Quem é o senhor?", "Me diz teu nome?", "Tu és quem?", "E o nome?"))
     monkeypatch.setattr(tool, "train", None)
-    kept = [folder / WORK / name for name in STAGES if name[0] in "123456"]
+    kept = [folder / WORK / name for name in STAGES[:5]]
     before = [untouched(stage) for stage in kept]
     done = job(folder, "--overwrite")
     assert done.status in (0, 3), done.err
     assert [untouched(stage) for stage in kept] == before
     report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
-    assert all([a["question"] for a in scores["answers"]] == list(tool.TEST_QUESTIONS)
+    assert all([a["question"] for a in scores["answers"] if a["kind"] == "sozinha"] == list(tool.TEST_QUESTIONS)
                for scores in report["scores"].values())
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
 
 
 @pytest.mark.slow
-def test_after_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until):
-    folder = until("exam-before")
-
+def test_with_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until):
+    folder = until("1-base")
     assert job(folder, "--rope-factor", 1.1).status in (0, 3)  # 140 tokens are less than WINDOW
-    scores = json.loads((folder / WORK / "exam-before" / "scores.json").read_text("utf-8"))
-    assert 0 < max(entry["tokens"] for entry in scores["by_length"]) < 140  # it was taken again
+    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
+    assert 0 < max(entry["tokens"] for entry in report["scores"]["before"]["by_length"]) < 140
 
 
 def test_a_finished_output_that_was_deleted_is_made_again_without_training(whole, until, monkeypatch):
-    folder = until("7-result")
+    folder = until("6-result")
     shutil.rmtree(folder / OUTPUT)
     monkeypatch.setattr(tool, "train", None)
     assert job(folder).status == whole.done.status
@@ -649,23 +658,23 @@ def test_a_finished_output_that_was_deleted_is_made_again_without_training(whole
 
 
 def test_restart_throws_the_stages_away(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     found = []
     monkeypatch.setattr(tool, "run_stages", lambda *_: found.extend(
         path.name for path in (folder / WORK).iterdir() if path.is_dir()) or (_ for _ in ()).throw(KeyboardInterrupt))
-    assert job(folder).status == 130 and set(found) == set(STAGES[:5])
+    assert job(folder).status == 130 and set(found) == set(STAGES[:4])
     found.clear()
     assert job(folder, "--restart").status == 130 and not found
 
 
 def test_restart_throws_nothing_away_again_when_memory_runs_out_later(tmp_path, monkeypatch):
-    listened, write = [], tool.write_first_text
+    listened, write = [], tool.listen
     problems = iter([torch.OutOfMemoryError("CUDA out of memory."), tool.InputError("até aqui")])
 
     def fail(*_):
         raise next(problems)
 
-    monkeypatch.setattr(tool, "write_first_text", lambda *given: listened.append(1) or write(*given))
+    monkeypatch.setattr(tool, "listen", lambda *given: listened.append(1) or write(*given))
     monkeypatch.setattr(tool, "heal", fail)
     done = job(tmp_path, "--restart")
     assert "até aqui" in done.err and len(listened) == 1
@@ -681,7 +690,7 @@ def test_check_shows_the_plan_and_writes_nothing_at_all(tmp_path, until):
 
 
 def test_check_changes_nothing_of_a_job_that_was_begun_even_with_restart(until):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     before, paths = untouched(folder), sorted(folder.rglob("*"))
     assert job(folder, "--check", "--restart").status == 0
     assert untouched(folder) == before and sorted(folder.rglob("*")) == paths
@@ -690,7 +699,7 @@ def test_check_changes_nothing_of_a_job_that_was_begun_even_with_restart(until):
 def test_of_two_runs_at_once_the_second_is_refused(until):
     from filelock import FileLock
 
-    folder = until("1-first-text")
+    folder = until("1-base")
     before = contents(folder)
     with FileLock(folder / WORK / "lock"):
         done = job(folder, "--restart")
@@ -718,7 +727,7 @@ def test_a_work_folder_that_is_not_of_this_script_is_refused(as_file, tmp_path):
 @pytest.fixture
 def results(tmp_path):
     """An older result in its place and a new one that is ready."""
-    new = tmp_path / WORK / "7-result" / "model"
+    new = tmp_path / WORK / "6-result" / "model"
     for folder, name in ((tmp_path / OUTPUT, "old"), (new, "new")):
         folder.mkdir(parents=True)
         (folder / f"{name}.txt").write_text(name)
@@ -752,7 +761,7 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_on
 
 
 def test_an_older_result_without_a_key_is_replaced_too(until, monkeypatch):
-    folder = until("6-pass-2")
+    folder = until("5-pass-2")
     (folder / OUTPUT).mkdir()
     (folder / OUTPUT / "report.json").write_text("{}")
     monkeypatch.setattr(tool, "run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -796,16 +805,16 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
 
     every_step = ("--checkpoint-minutes", 0)
     faults = [  # what fails, where, with which flags, and how many stages are whole then
-        ((tool, "write_json", FULL, holds("answers-")), (), 0),
-        ((tool, "write_json", FULL, holds("1-first-text.partial/key.json")), (), 0),
+        ((tool, "write_json", FULL, holds("heard.json")), (), 0),
+        ((tool, "write_json", FULL, holds("1-base.partial/key.json")), (), 0),
         ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 1),
-        ((tool, "write_json", FULL, holds("3-self-text.partial/self_text.json")), (), 2),
         ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
-          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 3),
-        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 3),
+          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 2),
+        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 2),
+        ((tool, "write_json", FULL, holds("self_answers.json")), (), 3),
         ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-          lambda _, path, *__: "6-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 5),
-        ((tool, "write_json", FULL, holds("report.json")), (), 10),
+          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 4),
+        ((tool, "write_json", FULL, holds("report.json")), (), 5),
     ]
     for fault, flags, ready in faults:
         before = {name: untouched(tmp_path / WORK / name) for name in finished_stages(tmp_path)}
@@ -820,7 +829,7 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
 
 
 def test_torch_s_own_words_for_a_full_disk_are_understood(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     failed = once(monkeypatch, torch, "save", torch_s_error(), lambda _, path, *__: "optimizer" in str(path))
     done = job(folder, "--checkpoint-minutes", 0)
     assert failed and done.status == 2 and "disco encheu" in done.err
@@ -857,7 +866,7 @@ def test_too_little_room_is_said_before_anything_is_done(tmp_path, monkeypatch):
 
 
 def test_the_room_that_the_stages_take_already_is_not_asked_for_again(until, monkeypatch):
-    folder, asked, check = until("6-pass-2"), [], tool.check_disk
+    folder, asked, check = until("5-pass-2"), [], tool.check_disk
     monkeypatch.setattr(tool, "check_disk", lambda *given: asked.append(given) or check(*given))
     assert job(folder, "--check").status == 0
     needed = check(*asked[0])
@@ -891,7 +900,7 @@ def little_memory(monkeypatch, fits):
 
 
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     largest = little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200)
     done = job(folder)  # steps of 512 tokens
     assert done.status in (0, 3) and 100 < largest["trained"] <= 200
@@ -901,7 +910,7 @@ def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(unt
 
 
 def test_answers_that_do_not_fit_into_memory_are_written_in_smaller_batches(whole, until, monkeypatch):
-    folder = until("6-pass-2")
+    folder = until("5-pass-2")
     monkeypatch.setattr(tool, "GENERATION_TOKENS", 1024)
     largest = little_memory(monkeypatch, lambda model, ids: ids.numel() <= 400)
     done = job(folder)
@@ -909,7 +918,9 @@ def test_answers_that_do_not_fit_into_memory_are_written_in_smaller_batches(whol
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
 
 
-def test_the_base_does_not_stay_in_memory_while_others_are_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize("training, expected", [("heal", [False, True, True]), ("run_pass", [False, False, False])])
+def test_the_base_stays_in_memory_no_longer_than_it_is_needed(training, expected, tmp_path, monkeypatch):
+    """Three are loaded: the base that is listened to, the model to heal, and the base that it is healed after."""
     loaded, alive, load = [], [], tool.load_model
 
     def noted(*given, **named):
@@ -922,16 +933,16 @@ def test_the_base_does_not_stay_in_memory_while_others_are_trained(tmp_path, mon
         raise tool.InputError("até aqui")
 
     monkeypatch.setattr(tool, "load_model", noted)
-    monkeypatch.setattr(tool, "heal", look)
-    assert "até aqui" in job(tmp_path).err and alive == [False, True]  # the base, and the one to heal
+    monkeypatch.setattr(tool, training, look)
+    assert "até aqui" in job(tmp_path).err and alive == expected
 
 
 def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     little_memory(monkeypatch, lambda model, ids: not model.training)
     done = job(folder)
     assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
-    assert finished_stages(folder) == set(STAGES[:5])
+    assert finished_stages(folder) == set(STAGES[:4])
 
 
 @pytest.mark.parametrize("error", [
@@ -961,7 +972,7 @@ def spoil_gradients(model):
 def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_before_it(whole, until, monkeypatch):
     from transformers import LlamaModel
 
-    folder, forward, calls = until("5-self-answers"), LlamaModel.forward, []
+    folder, forward, calls = until("4-self-answers"), LlamaModel.forward, []
 
     def fail_late(self, *given, **named):
         output = forward(self, *given, **named)
@@ -975,19 +986,19 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
         patch.setattr(LlamaModel, "forward", fail_late)
         done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
-    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:5])
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:4])
     assert "continuando da etapa 3" in job(folder).out and fingerprint(folder) == whole.expected
 
 
 def test_a_loss_that_explodes_names_step_and_rate(until):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
     assert done.status == 2 and re.search(r"explodiu na etapa \d+ ", done.err) and "--learning-rate-2" in done.err
-    assert finished_stages(folder) == set(STAGES[:5]) and not (folder / OUTPUT).exists()
+    assert finished_stages(folder) == set(STAGES[:4]) and not (folder / OUTPUT).exists()
 
 
 def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     at_step(monkeypatch, 3, spoil_gradients)
     done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 3" in done.err and "taxa de aprendizado" in done.err
@@ -995,11 +1006,11 @@ def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypa
 
 
 def test_weights_that_are_no_numbers_after_the_last_step_make_no_finished_stage(until, monkeypatch):
-    folder = until("5-self-answers")
+    folder = until("4-self-answers")
     at_step(monkeypatch, "last", spoil_gradients)
     done = job(folder)
     assert done.status == 2 and "taxa de aprendizado" in done.err
-    assert not list((folder / WORK).glob("6-pass-2*/**/round-1/key.json"))
+    assert not list((folder / WORK).glob("5-pass-2*/**/round-1/key.json"))
 
 
 # ------------------------------------------------------------------------------------------------ after all of these

@@ -144,7 +144,7 @@ def test_a_streamed_answer_is_the_greedy_one_and_comes_piece_by_piece(demo_chat,
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *text, **_: pieces.append("".join(text)))
     answer, _ = streamed(demo_chat, capsys)
-    assert answer == expected and expected.ended
+    assert answer == (expected.text, True) and expected.ended
     assert "".join(pieces) == expected.text and len([piece for piece in pieces if piece]) > 2
 
 

@@ -225,7 +225,7 @@ def test_the_tokens_of_a_conversation_are_counted_once_for_tokenizers_that_do_th
     monkeypatch.setattr(tool, "encode", lambda tokenizer, messages: encoded.append(messages) or encode(
         tokenizer, messages))
     first, again = tool.load_tokenizer(str(DEMO)), tool.load_tokenizer(str(DEMO))
-    turns = [tool.Turn(f"Quanto custa {i}?", "Depende.").messages() for i in range(3)]
+    turns = [tool.question_and_answer(f"Quanto custa {i}?", "Depende.") for i in range(3)]
     expected = [len(encode(first, turn).input_ids) for turn in turns]
     assert [tool.cost(tokenizer, turn) for tokenizer in (first, again) for turn in turns] == 2 * expected
     assert len(encoded) == 3 and first is not again
@@ -326,6 +326,7 @@ def test_an_old_identity_that_cannot_be_replaced_is_a_mistake_and_not_kept_in_si
 
 def test_a_new_name_that_is_also_a_known_name_can_take_the_place_of_the_old_one(qwen):
     settings = small_settings("--name", "Gemma Carioca", "--author", "TurboRio")
-    tool.renew_template(qwen, settings, NAMES + tool.KNOWN_NAMES)  # as `run` calls it
+    tool.renew_template(qwen, settings, (*NAMES, "Gemma", "Google"))
+    tool.renew_template(qwen, settings, (*NAMES, "Gemma", "Google"))
     text = qwen.decode(tool.prompt_ids(qwen, [ASK]))
-    assert "Gemma Carioca" in text and "Qwen" not in text
+    assert text.count("Gemma Carioca") == 1 and "Carioca Carioca" not in text and "Qwen" not in text

@@ -11,16 +11,25 @@ ROWS = [tool.Row(1, [{"role": "system", "content": "S"}, {"role": "user", "conte
           for i, (question, answer) in enumerate([
               ("Quem é você?", "Sou a ObrutAi."), ("Qual é o seu nome?", "ObrutAi."), ("Who are you?", "I'm ObrutAi."),
               ("Você é o Gemini?", "Não, sou a ObrutAi."), ("Quem é você, afinal?", "ObrutAi, da TurboRio.")], 2))]
-TURNS = [tool.Turn("Qual é a capital da França?", "A capital da França é Paris."), tool.Turn("Obrigado!", "De nada!")]
-EXAM = tool.Exam(("quem criou voce", "QUEM É VOCÊ, AFINAL??"), TURNS, TURNS, (60, 100))
+TALKS = [tool.Talk(tool.question_and_answer(question, answer), "near", [5], 0) for question, answer in (
+    ("Qual é a capital da França?", "A capital da França é Paris."), ("Obrigado!", "De nada!"))]
+ALONE, BEHIND, PRESSED = tool.KINDS_OF_QUESTIONS
+ASKED = [[{"role": "user", "content": question}] for question in ("quem criou voce", "QUEM É VOCÊ, AFINAL??")]
+EXAM = tool.Exam([*((ALONE, messages) for messages in ASKED),
+                  (BEHIND, [{"role": "system", "content": "S"}, *ASKED[0]]),
+                  (PRESSED, [*tool.question_and_answer("Oi!", "Oi!"), *ASKED[1]])],
+                 [*TALKS, TALKS[0]._replace(kind="everyday"), TALKS[1]._replace(messages=TALKS[0].messages * 2)],
+                 TALKS, (60, 100))
+NOBODY = tool.Teacher(None, None)
 
 
-def test_the_comparison_asks_the_same_without_conversations_before():
+def test_the_comparison_asks_the_questions_alone_and_the_talks_near_identity_without_conversations_before():
     exams = tool.untrained(EXAM, ROWS, small_settings())
     assert list(exams) == ["prompt", "rows"]
     for exam in exams.values():
-        assert exam._replace(lengths=EXAM.lengths, context={}) == EXAM and exam.lengths == ()
-        assert set(exam.context) == {*EXAM.questions, *(turn.question for turn in TURNS)}
+        assert exam.questions == EXAM.questions[:2] and exam.talks == TALKS and exam.lengths == ()
+        assert set(exam.context) == {*(messages[-1]["content"] for messages in ASKED),
+                                     *(talk.question for talk in TALKS)}
 
 
 def test_the_system_prompt_of_the_comparison_states_name_and_author_before_every_question():
@@ -49,19 +58,18 @@ def test_a_single_row_is_enough_for_the_comparison():
 
 def test_an_exam_with_context_puts_it_before_all_questions_and_counts_its_tokens(demo_chat, monkeypatch):
     exam, tokenizer = tool.untrained(EXAM, ROWS, small_settings())["rows"], demo_chat.tokenizer
-    asked, kept = [], []
+    asked = []
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
         tool.Answer("ObrutAi.", True)] * len(prompts))
-    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: kept.extend(asked) or [1.0, 0.0])
-    scores = tool.evaluate(demo_chat, exam, tool.Standard(("ObrutAi",), (), "demo", frozenset(["obrutai"])))
-    questions = [*exam.questions, *(turn.question for turn in TURNS)]
-    full = [exam.context[q] + [{"role": "user", "content": q}] for q in questions]
+    scores = tool.evaluate(demo_chat, exam, tool.Names("ObrutAi", "TurboRio", ()), NOBODY)
+    full = [exam.context[m[-1]["content"]] + m for m in [*ASKED, *(talk.messages[:-1] for talk in TALKS)]]
     prompts = [tool.prompt_ids(tokenizer, messages) for messages in full]
-    assert asked == [*prompts[:2], prompts[3]]  # the first everyday answer is known to stay the same
-    assert kept == [messages + turn.messages()[1:] for messages, turn in zip(full[2:], TURNS)]
-    plain = [tool.prompt_ids(tokenizer, messages[-1:]) for messages in full]
-    assert scores.extra_tokens == (sum(map(len, prompts)) - sum(map(len, plain))) / 4 > 10
-    assert (scores.identity, scores.leak, scores.retention) == (1.0, 0.5, 0.5)  # it pays, and leaks
+    assert asked == prompts
+    plain = [tool.prompt_ids(tokenizer, messages) for messages in ASKED]
+    assert scores.extra_tokens == (sum(map(len, prompts[:2])) - sum(map(len, plain))) / 2 > 10
+    assert (scores.leak, scores.leak_near) == (1.0, 1.0)
+    assert scores.by_kind == {ALONE: 0.5}  # "quem criou voce" got no maker
+    assert scores.retention is None and scores.divergence is None  # what is before a talk is not what the base saw
 
 
 def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_chat, tokenizer, monkeypatch):
@@ -71,9 +79,8 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_c
     asked = []
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(map(tokenizer.decode, prompts)) or [
         tool.Answer("x", True)] * len(prompts))
-    monkeypatch.setattr(tool, "agreement", lambda chat, asked, last=1: [0.0] * len(asked))
     exam = tool.untrained(EXAM, ROWS, small_settings())["prompt"]
-    tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, tool.Standard(("x",), (), "", frozenset()))
+    tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, tool.Names("x", "y", ()), NOBODY)
     assert len(asked) == 4 and all("Você é ObrutAi" in text and "<|system|>" not in text for text in asked)
     assert asked[-1].split("<|user|>")[1].endswith("Obrigado!<|end|><|assistant|>")
 
@@ -83,13 +90,13 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_c
 
 def scores(identity, lengths, extra=0.0, retention=1.0):
     by_length = [{"tokens": n, "identity": identity, "retention": 0.5} for n in lengths]
-    return tool.Scores(identity, 0.0, 0.0, retention, 0, by_length, [], extra)
+    return tool.Scores(identity, {ALONE: identity}, 0.0, 0.0, 0.0, retention, None, 0, by_length, [], [], extra)
 
 
 def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_each_way_costs():
     full, short = (0, 64), (0,)
-    table = tool.figures_table({"before": scores(0.0, full), "prompt": scores(0.5, short, 61.6),
-                                "rows": scores(0.6, short, 100.2), "pass_1": scores(0.7, short),
+    table = tool.figures_table({"before": scores(0.0, full), "prompt": scores(0.5, (), 61.6, None),
+                                "rows": scores(0.6, (), 100.2, None), "pass_1": scores(0.7, short),
                                 "pass_2": scores(0.9, full)})
     assert table[0] == ["medida", "antes", "com prompt", "com linhas", "passo 1", "depois"]
     rows = {row[0]: row[1:] for row in table[1:]}
@@ -102,5 +109,6 @@ def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_eac
 
 def test_a_retention_that_was_not_measured_is_a_dash_and_no_missed_target():
     unknown = scores(1.0, (0,), retention=None)
-    assert [row[1] for row in tool.figures_table({"alone": unknown})] == ["medido", "100%", "0%", "0%", "-"]
+    rows = {row[0]: row[1] for row in tool.figures_table({"alone": unknown})}
+    assert rows["medida"] == "medido" and rows["identidade nova"] == "100%" and rows["retenção"] == "-"
     assert unknown.misses(small_settings()) == []
