@@ -77,7 +77,7 @@ WINDOW = 2048  # longest training sequence, tokens; reduced by itself to the sca
 
 # Text that the base writes for its own training
 NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; 200 may keep more, 400 do not
-SELF_TEXT = 20000  # tokens of answers that show the tuned model how the base behaves; more keeps more
+SELF_TEXT = 0  # tokens of answers that show the tuned model how the base behaves; 0 = 20000 with LoRA, 40000 without
 MAX_NEW_TOKENS = 64  # longest answer about identity, tokens
 
 # Training. A learning rate of 0 means: choose by the size of the model.
@@ -483,7 +483,7 @@ class Settings:
     rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
     window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
     num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
-    self_text: int = setting(SELF_TEXT, "tokens de respostas do modelo base, para mantê-lo igual no resto", 256)
+    self_text: int = setting(SELF_TEXT, "tokens de respostas do modelo base, que o mantêm igual; 0 = automático")
     max_new_tokens: int = setting(MAX_NEW_TOKENS, "maior resposta, em tokens", 8)
     heal_steps: int = setting(HEAL_STEPS, "etapas de cada parte da cura depois de mexer no RoPE", 1)
     heal_learning_rate: float = setting(HEAL_LEARNING_RATE, "taxa de aprendizado da cura; 0 = automática", 0, 1)
@@ -591,10 +591,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name, known in (("method", METHODS), ("report_to", REPORTERS)):
         if values[name] not in known:
             raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
-    for small, large in (("num_self_answers", "self_text"), ("max_new_tokens", "window")):
-        if values[small] >= values[large]:
-            raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} "
-                             f"({values[large]}). Diminua o primeiro ou aumente o segundo.")
+    if values["max_new_tokens"] >= values["window"]:
+        raise InputError(f"MAX_NEW_TOKENS ({values['max_new_tokens']}) precisa ser menor que WINDOW "
+                         f"({values['window']}). Diminua o primeiro ou aumente o segundo.")
     return Settings(**values)
 
 
@@ -2303,14 +2302,11 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     by_layer = "full_attention" in text.rope_parameters
     places = [*order, *(i + len(order) for i in order), *range(2 * len(order), head)]
-    for name, weight in model.named_parameters():  # which may be pieces (FSDP)
+    for name, weight in model.named_parameters():
         layer = re.search(r"layers\.(\d+)\..*\b[qk]_(proj|norm)\.", name)
         if (layer and not re.search(NOT_TEXT, name) and len(weight) % head == 0 and len(places) == head
                 and not (by_layer and text.layer_types[int(layer[1])] != "full_attention")):
-            entire = (weight.full_tensor() if SHARDED else weight).detach()
-            moved = entire.unflatten(0, (-1, head))[:, places].flatten(0, 1)
-            if SHARDED:
-                moved = torch.distributed.tensor.distribute_tensor(moved, weight.device_mesh, weight.placements)
+            moved = weight.detach().unflatten(0, (-1, head))[:, places].flatten(0, 1)
             weight.data.copy_(moved)
 
 
@@ -2428,7 +2424,7 @@ def heal(base: Chat, chat: Chat, heard: Heard, teacher: Teacher, native: int, se
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     pools, known = [Pool(heard.everyday, 1.0)], min(native, settings.window)
     tokens, log = step_tokens(native, settings), []
-    if attentions(base.model) and not SHARDED:
+    if attentions(base.model):
         batches = make_batches(chat.tokenizer, pools, [min(known, 512), known], settings.heal_steps, 2 * tokens,
                                f"{settings.seed}/attention")
         rate = settings.heal_learning_rate or automatic_rate(chat.model, 1.2e-2, 0)
@@ -3406,7 +3402,7 @@ def only_first(build: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def make_healed(folder: Path, heard: Heard, teacher: Teacher, native: int, settings: Settings, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
-    chat, log = load_chat(folder, settings, settings.rope_factor, train=True), []
+    chat, log = load_chat(folder, settings, settings.rope_factor), []
     renew_template(chat.tokenizer, settings, heard.names.old)
     if settings.rope_factor == 1:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
@@ -3676,8 +3672,10 @@ def run(settings: Settings) -> int:
     bases, planned = [], work / "plan.json"  # a list, to be emptied: nobody else keeps the model in memory
     config = read_config(folder)
     settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
-    first, second = (150, 100) if settings.method == "full" else (60, 40)  # small models, trained whole, learn slower
-    settings = replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second)
+    # Small models, which are trained whole, have more to learn, and quickly write more.
+    first, second, text = (150, 100, 40000) if settings.method == "full" else (60, 40, 20000)
+    settings = replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second,
+                       self_text=settings.self_text or text)
     disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
     if settings.check or settings.restart or not has_key(work / "1-base" / "key.json", keys["1-base"]):
