@@ -591,9 +591,11 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name, known in (("method", METHODS), ("report_to", REPORTERS)):
         if values[name] not in known:
             raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
-    if values["max_new_tokens"] >= values["window"]:
-        raise InputError(f"MAX_NEW_TOKENS ({values['max_new_tokens']}) precisa ser menor que WINDOW "
-                         f"({values['window']}). Diminua o primeiro ou aumente o segundo.")
+    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or 20000),
+                               ("max_new_tokens", "window", values["window"])):
+        if values[small] >= most:
+            raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} ({most}). "
+                             "Diminua o primeiro ou aumente o segundo.")
     return Settings(**values)
 
 
