@@ -1899,7 +1899,8 @@ def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
     answers = [a.text for a in ask(base, inputs.validation, "perguntando quem ele é")]
     injected = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), True)[0]
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
-    family = family_names(folder.name, base.model.config.model_type, card)
+    # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
+    family = family_names(f"{folder.name} {inputs.values['BASE']}", base.model.config.model_type, card)
     old = find_old_names(answers, re.sub(r"<[^<>]*>", "\n", injected), family, settings.old_names,
                          (settings.name, settings.author))
     return Names(settings.name, settings.author, old)
@@ -2445,8 +2446,8 @@ def heal(base: Chat, chat: Chat, heard: Heard, teacher: Teacher, native: int, se
 
 class Exam(NamedTuple):
     """Questions about identity, each the `messages` that end with it, by kind (KINDS_OF_QUESTIONS); talks of the base;
-    and lengths (tokens) of the conversation of filler talks after which some of both are
-    asked again. `context` has for a question messages that go before it."""
+    and lengths (tokens) of the conversation of filler talks after which some of both are asked again. `context` has
+    for a question messages that go before it."""
     questions: list[tuple[str, list[dict]]]
     talks: list[Talk]
     fillers: list[Talk]
@@ -2567,11 +2568,17 @@ def ask_identity(chat: Chat, exam: Exam, label: str) -> list[list[tuple[str, lis
     groups = [exam.questions]
     for tokens in exam.lengths:
         some = [m for kind, m in exam.questions if kind == KINDS_OF_QUESTIONS[0]][::3]
-        groups.append([(kind_after(tokens), [*history(chat.tokenizer, exam.fillers, tokens, random.Random(
-            f"exam/{tokens}/{i // LONG_GROUP}")), *messages]) for i, messages in enumerate(some)])
+        groups.append([(f"após {tokens} tokens", [*exam_history(chat, exam, tokens, i), *messages])
+                       for i, messages in enumerate(some)])
     prompts = [exam_prompt(chat, exam, m) for group in groups for _, m in group]
     written = iter(generate(chat, prompts, label))
     return [[(kind, m, next(written)) for kind, m in group] for group in groups]
+
+
+def exam_history(chat: Chat, exam: Exam, tokens: int, place: int) -> list[dict]:
+    """The conversation before the question at this place, the same for LONG_GROUP questions in a row."""
+    rng = random.Random(f"exam/{tokens}/{place // LONG_GROUP}")
+    return history(chat.tokenizer, exam.fillers, tokens, rng)
 
 
 def exam_prompt(chat: Chat, exam: Exam, messages: list[dict]) -> list[int]:
@@ -2580,17 +2587,13 @@ def exam_prompt(chat: Chat, exam: Exam, messages: list[dict]) -> list[int]:
         chat.tokenizer, exam.context.get(messages[-1]["content"], []) + messages))
 
 
-def kind_after(tokens: int) -> str:
-    return f"após {tokens} tokens"
-
-
 def keeps(chat: Chat, exam: Exam, teacher: Teacher) -> list[list[tuple[float, float]]]:
     """What `compare` tells of the talks alone and, for each of the exam's lengths, of some after conversation."""
     windows = [[make_window(chat.tokenizer, [talk]) for talk in exam.talks]]
     some = [t for t in exam.talks if t.kind != "near"][:LONG_TALKS] or exam.talks[:LONG_TALKS]
     for tokens in exam.lengths:
-        windows.append([make_window(chat.tokenizer, [history(chat.tokenizer, exam.fillers, tokens, random.Random(
-            f"exam/{tokens}/{i // LONG_GROUP}")), talk]) for i, talk in enumerate(some)])
+        windows.append([make_window(chat.tokenizer, [exam_history(chat, exam, tokens, i), talk])
+                        for i, talk in enumerate(some)])
     found = iter(compare(chat, teacher, [w for group in windows for w in group]))
     return [[next(found) for _ in group] for group in windows]
 
@@ -2605,7 +2608,7 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher, label: str 
     written = generate(chat, [exam_prompt(chat, exam, t.messages[:-1]) for t in changed], label, TALK_TOKENS)
     leaks = [(t, a.text) for t, a in zip(changed, written)
              if mentions(a.text, names.new) and not mentions(t.messages[-1]["content"] + t.question, names.new)]
-    near, plain_talks = sum(t.kind == "near" for t in exam.talks), len(exam.talks)
+    near = sum(t.kind == "near" for t in exam.talks)
     kinds = list(dict.fromkeys(kind for kind, _ in judged[0]))
     about = groups[0]
     extra = [len(exam_prompt(chat, exam, m)) - len(prompt_ids(chat.tokenizer, m)) for _, m, _ in about]
@@ -2613,7 +2616,7 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher, label: str 
         identity=mean([not found for _, found in judged[0]]), old_identity=mean(
             [claims(a.text, names.old, names.new) for _, _, a in about]),
         by_kind={kind: mean([not found for k, found in judged[0] if k == kind]) for kind in kinds},
-        leak=len(leaks) / max(1, plain_talks), leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, near),
+        leak=len(leaks) / max(1, len(exam.talks)), leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, near),
         retention=mean([same for same, _ in kept[0]]) if kept else None,
         divergence=mean([nats for _, nats in kept[0]]) if kept else None,
         distinct=len({plain(a.text) for (_, _, a), (_, found) in zip(about, judged[0]) if not found}),
@@ -3322,7 +3325,7 @@ def measure_pace(base: Chat) -> tuple[float, float]:
 
 
 def plan_seconds(base: Chat, native: int, inputs: Inputs, settings: Settings) -> float:
-    """How long the job takes, by running a moment of it: one round of each pass, and half a one more."""
+    """How long the job takes, by running a moment of it: a round of pass 1, and two of pass 2."""
     read, write = measure_pace(base)
     talks = 1.2 * min(settings.eval_questions, 42 * len(inputs.languages)) * TALK_TOKENS
     asked = 40 * (2 * len(inputs.test) + len(inputs.validation) + 60)
