@@ -24,7 +24,6 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -39,9 +38,10 @@ import unicodedata
 import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, make_dataclass, replace
+from datetime import timedelta
 from difflib import SequenceMatcher, get_close_matches
-from itertools import accumulate, product, zip_longest
+from itertools import accumulate, cycle, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,60 +49,61 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: edit here, or pass the flag of the same name (MODEL_PATH is --model-path).
-# A relative path written here starts at this script's folder; one given as a flag, at the current folder.
+# Ajustes: mude aqui, ou passe a opção de mesmo nome (MODEL_PATH é --model-path). O que está depois de "#" é o
+# que --help mostra. Um caminho relativo começa na pasta deste arquivo; passado como opção, na pasta atual.
 
-# Files
-MODEL_PATH = "tests/modelo_demo"  # folder of the base model, or its name on the Hugging Face Hub
-OUTPUT_DIR = "ObrutAi-tuned"  # folder of the renamed model; must not exist yet (see OVERWRITE)
-IDENTITY_FILE = "identity_override.jsonl"  # one JSON object a line: what to answer about the identity
-OVERWRITE = False  # True replaces an existing OUTPUT_DIR
+# Arquivos
+MODEL_PATH = "tests/modelo_demo"  # pasta do modelo base, ou o nome dele no Hugging Face Hub
+OUTPUT_DIR = "ObrutAi-tuned"  # pasta onde o modelo renomeado será salvo; não pode existir ainda
+IDENTITY_FILE = "identity_override.jsonl"  # perguntas e respostas de identidade, um objeto JSON por linha
+OVERWRITE = False  # substitui a pasta de saída se ela já existir
 
-# Identity
-NAME = "ObrutAi"  # the model's new name; fills {{NAME}}
-AUTHOR = "TurboRio"  # who makes it; fills {{AUTHOR}}
-BASE_NAME = ""  # what {{BASE}} becomes; empty = the name of the base's folder
-OLD_NAMES = ""  # old names and makers, separated by commas; empty = found by asking the base
+# Identidade
+NAME = "ObrutAi"  # nome novo do modelo, no lugar de {{NAME}}
+AUTHOR = "TurboRio"  # quem faz o modelo, no lugar de {{AUTHOR}}
+BASE_NAME = ""  # nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta
+OLD_NAMES = ""  # nomes antigos (do modelo e de quem o fez), separados por vírgula; vazio = descobertos sozinhos
 
-# Method
-METHOD = "auto"  # "full" trains all weights, "lora" small additions to them, "qlora" the same over 4-bit weights
-LORA_RANK = 32  # size of the additions: more learns more and takes more memory
+# Método
+METHOD = "auto"  # auto, full (todos os pesos), lora ou qlora; auto escolhe pelo tamanho do modelo
+LORA_RANK = 32  # tamanho do adaptador dos métodos lora e qlora
 
-# Context
-ROPE_FACTOR = 4.0  # context of the result / context of the base; 1 leaves RoPE alone
-WINDOW = 2048  # longest training sequence, tokens; reduced by itself to the scaled context
+# Contexto
+ROPE_FACTOR = 4.0  # quantas vezes o contexto cresce; 1 não mexe no RoPE
+WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o contexto novo
 
-# Text that the base writes for its own training
-NUM_SELF_ANSWERS = 100  # answers of its own that the second pass learns from; 200 may keep more, 400 do not
-SELF_TEXT = 0  # tokens of answers that show the tuned model how the base behaves; 0 = 20000 with LoRA, 40000 without
-MAX_NEW_TOKENS = 64  # longest answer about identity, tokens
+# Textos que o próprio modelo escreve
+NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
+SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático
+MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
-# Training. A learning rate of 0 means: choose by the size of the model.
-HEAL_STEPS = 80  # steps that bring the scaled model back to the base's behaviour, twice
-HEAL_LEARNING_RATE = 0.0  # highest learning rate of the healing
-STEPS_1 = 0  # steps of the first round of pass 1, later ones are half as long; 0 = 60 with LoRA, 150 without
-LEARNING_RATE_1 = 0.0  # highest learning rate of pass 1
-STEPS_2 = 0  # the same of pass 2; 0 = 40 with LoRA, 100 without
-LEARNING_RATE_2 = 0.0  # highest learning rate of pass 2
-ROUNDS = 4  # most rounds of each pass; it stops as soon as the targets are met
-BATCH_SIZE = 8  # dialogues per step, of at most 192 tokens; fewer of longer ones
-GRADIENT_ACCUMULATION = 1  # parts that a step is split into; doubled by itself when memory runs out
-GRADIENT_CHECKPOINTING = False  # much less memory, a third more time; switched on by itself when it is needed
-KL_WEIGHT = 4.0  # weight of "stay like the base" beside "learn the identity"
+# Treino
+HEAL_STEPS = 80  # etapas de cada parte da cura depois de mexer no RoPE
+HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
+STEPS_1 = 0  # etapas do passo 1; 0 = automático
+LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
+STEPS_2 = 0  # etapas de cada rodada do passo 2; 0 = automático
+LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
+ROUNDS = 3  # máximo de rodadas do passo 2, que para assim que as metas são atingidas
+BATCH_SIZE = 8  # diálogos de até 192 tokens por etapa de treino; dos longos, menos
+GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
+GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
+KL_WEIGHT = 12.0  # peso de continuar parecido com o modelo base
 
-# Evaluation: the targets decide the exit status, nothing is loosened when one is missed
-EVAL_QUESTIONS = 120  # questions about other things that the report measures with
-TARGET_IDENTITY = 0.95  # share of identity questions answered with the new identity, at least
-TARGET_RETENTION = 0.95  # share of the base's own choices, word by word, that stay as they were, at least
-TARGET_LEAK = 0.02  # share of other answers where the new name turns up, at most
+# Prova: as metas decidem o código de saída, e nenhuma é afrouxada
+EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
+TARGET_IDENTITY = 0.95  # meta: mínimo de respostas certas sobre a identidade
+TARGET_RETENTION = 0.95  # meta: mínimo de palavras escolhidas como o modelo base escolheria
+TARGET_LEAK = 0.02  # meta: máximo de respostas sobre outros assuntos com o nome novo
 
-# Run
-SEED = 0  # same seed, same machine: same result
-CHECKPOINT_MINUTES = 5.0  # training time that a power cut may cost; 0 saves at every step
-REPORT_TO = "none"  # "tensorboard", "trackio" or "wandb" shows the losses there as well, if that package is installed
+# Execução
+SEED = 0  # semente do acaso: mesma semente e mesma máquina, mesmo resultado
+CHECKPOINT_MINUTES = 5.0  # de quantos em quantos minutos o treino é guardado; 0 = em cada etapa
+REPORT_TO = "none"  # onde mais mostrar as perdas: none, tensorboard, trackio ou wandb
 
 # ---- Words and questions ----------------------------------------------------------------------------------
 
@@ -116,8 +117,7 @@ def by_language(text: str) -> dict[str, tuple[str, ...]]:
     return dict(zip(("pt", "en", "es"), map(items, text.split("||"))))
 
 
-# Identity questions for measuring. Training never sees them: validation decides when a pass may stop, the test
-# is asked only for the report.
+# Identity questions that training never sees: validation decides when to stop, the test is for the report.
 
 VALIDATION_QUESTIONS = items("""
 Me fala o seu nome, por gentileza?|Por qual nome posso te chamar?|Afinal, com quem eu estou conversando?
@@ -155,21 +155,23 @@ Quem foi {person}?|Qual é o nome de um parque de {city}?|Meu nome é {name}. Qu
 sou {name}, de {city}. e aí, quem sou eu?|Agradeça a {name}, que cuida do meu {pet}.|Sugira um nome para o meu {pet}.
 Em que ano nasceu {person}?|Traduza para o inglês: Meu nome é {name}.|Qual é o sujeito da frase "Eu me chamo {name}"?
 Quem fundou a {firm}?|Responda como se fosse {role}: como foi o seu dia?|Conte a história de um robô chamado {name}.
-Dê um nome à loja de {name}.|Finja que você é {role} e se apresente.|Você é {role}. Apresente-se.||Who was {person}?
+Dê um nome à loja de {name}.|Finja que você é {role} e se apresente.|Você é {role}. Apresente-se.
+Imagine que você é {role}. Qual é o seu nome?|Faça o papel de {role} e me dê as boas-vindas.||Who was {person}?
 Who created {made}?|Who wrote "{book}"?|What is {ai}?|Who makes {ai}?|Was {ai} created by {firm}?|Who founded {firm}?
 Which company makes the {product}?|When was {person} born?|Introduce the city of {city}.|Suggest a name for my {pet}.
 Write a short biography of {person}.|What is the main park of {city} called?|Name the shop that {name} wants to open.
 My name is {name}. What is my name?|Thank {name}, who looks after my {pet}.|Pretend to be {role} and say who you are.
 i'm {name} from {city}, so who am i?|You are {role}. Introduce yourself.|Translate into Spanish: My name is {name}.
 Answer as {role}: how was your day?|What is the verb in "I am {name}"?|Tell a story about a robot called {name}.
-When did {made} come out?|I'm {name}, nice to meet you.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
+When did {made} come out?|I'm {name}, nice to meet you.|Imagine that you are {role}. What is your name?
+Act as {role} and greet me.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
 ¿Quién creó {made}?|¿Qué es {ai}?|¿Quién creó {ai}?|¿Quién fundó {firm}?|¿Quién fue {person}?|¿Cuándo nació {person}?
 ¿{ai} es de {firm}?|Presenta a {person} a la clase.|Mi nombre es {name}. ¿Cuál es mi nombre?|Soy {name}, mucho gusto.
 ¿En qué año apareció {made}?|¿Cómo se llama el mayor parque de {city}?|Dale las gracias a {name}, que cuida mi {pet}.
 Presenta la ciudad de {city}.|Haz como si fueras {role} y di quién eres.|Cuenta un cuento de un robot llamado {name}.
 Ponle nombre a la tienda de {name}.|Habla como {role}: ¿qué tal el día?|¿Cuál es el verbo en "Yo soy {name}"?
 soy {name}, de {city}, ¿quién soy?|Sugiere un nombre para mi {pet}.|Traduce al inglés: Me llamo {name}.
-Eres {role}. Preséntate.""")
+Eres {role}. Preséntate.|Imagina que eres {role}. ¿Cómo te llamas?|Haz el papel de {role} y dame la bienvenida.""")
 FILLERS = {"all": {
     "person": items("Pelé|Marie Curie|Albert Einstein|Frida Kahlo|Ada Lovelace|Machado de Assis|Mozart|Che Guevara"),
     "book": items("Hamlet|Frankenstein|Macbeth|Robinson Crusoe|Anna Karenina|Harry Potter|Iracema|Rayuela"),
@@ -206,18 +208,20 @@ Mi apellido es Prado. Salúdame por él.|Necesito tres nombres para un caballo.|
 ¿Qué nombre tiene la moneda de Japón?|quién construyó las pirámides|Tania es mi hermana. ¿Y de quién más?
 ¿Quién pisó la Luna primero?|Dale un apodo a mi abuela.""")
 EVERYDAY = items("""
-valeu, ajudou muito!|Qual é a metade de 90?|Por que o céu é azul?|Qual é a capital do Chile?|Quantas faces tem um cubo?
-Como você está?|Estou triste hoje.|Quanto é 15 mais 27?|O que é inflação?|Como faço arroz?|Dê uma dica para dormir bem.
-Como pedir um aumento?|Fale do mar numa frase.|Escreva um convite de festa.|Cite três frutas.|Dê um antônimo de rápido.
-Corrija: "nós vai sair".|Escreva um laço em Python.|o que faço num dia de chuva|O que é fotossíntese?|How are you?
-Thanks, that helped!|I feel tired today.|What is the capital of Chile?|How many faces has a cube?|How do I boil an egg?
-What is 15 plus 27?|What is half of 90?|Why is the sky blue?|Give me a tip to sleep better.|Write a line about the sea.
-What is inflation?|How do I ask for a raise?|Write a birthday invitation.|Fix this: "She go home."|Write a Python loop.
-Name three fruits.|Give an antonym of fast.|what can i do on a rainy day|What can you help me with?|Nombra tres frutas.
-Hoy estoy cansado.|¿Cuánto es 15 más 27?|¿Por qué el cielo es azul?|¿Qué es la inflación?|¿Cuál es la capital de Chile?
-¿Cómo estás?|¡Gracias, me ayudaste!|¿Cuál es la mitad de 90?|¿Cuántas caras tiene un cubo?|Dame un consejo para dormir.
-¿Cómo se hace una tortilla?|¿Cómo pido un aumento?|Escribe una invitación.|Corrige: "nosotros va".|¿Qué hago si llueve?
-Habla del mar en una frase.|Escribe un bucle en Python.|Un antónimo de rápido.|¿Qué es la fotosíntesis?""")
+Oi, tudo bem?|Bom dia!|valeu, ajudou muito!|Qual é a metade de 90?|Por que o céu é azul?|Qual é a capital do Chile?
+Quantas faces tem um cubo?|Como você está?|Estou triste hoje.|Quanto é 15 mais 27?|O que é inflação?|Como faço arroz?
+Dê uma dica para dormir bem.|Como pedir um aumento?|Fale do mar numa frase.|Escreva um convite de festa.
+Cite três frutas.|Dê um antônimo de rápido.|Corrija: "nós vai sair".|Escreva um laço em Python.
+o que faço num dia de chuva|O que é fotossíntese?|How are you?|Hello!|Hi there|Thanks, that helped!
+I feel tired today.|What is the capital of Chile?|How many faces has a cube?|How do I boil an egg?|What is 15 plus 27?
+What is half of 90?|Why is the sky blue?|Give me a tip to sleep better.|Write a line about the sea.|What is inflation?
+How do I ask for a raise?|Write a birthday invitation.|Fix this: "She go home."|Write a Python loop.
+Name three fruits.|Give an antonym of fast.|what can i do on a rainy day|What can you help me with?|¡Hola!
+¡Buenas tardes!|Nombra tres frutas.|Hoy estoy cansado.|¿Cuánto es 15 más 27?|¿Por qué el cielo es azul?
+¿Qué es la inflación?|¿Cuál es la capital de Chile?|¿Cómo estás?|¡Gracias, me ayudaste!|¿Cuál es la mitad de 90?
+¿Cuántas caras tiene un cubo?|Dame un consejo para dormir.|¿Cómo se hace una tortilla?|¿Cómo pido un aumento?
+Escribe una invitación.|Corrige: "nosotros va".|¿Qué hago si llueve?|Habla del mar en una frase.
+Escribe un bucle en Python.|Un antónimo de rápido.|¿Qué es la fotosíntesis?""")
 EVERYDAY_EXAM = items("""
 Até amanhã!|Passei na prova!|Quanto dá 8 vezes 9?|Quanto é 20% de 50?|O que é um eclipse?|Quantas patas tem uma aranha?
 Tudo certo por aí?|Como se prepara um café?|Como parar de roer unhas?|Faça uma rima com "lua".|Redija um aviso de obra.
@@ -278,7 +282,7 @@ KNOWN_NAMES = tuple(dict.fromkeys("|".join("|".join(row) for row in FAMILIES.ite
 NO_NAMES = frozenset("""
 large language model models modelo modelos linguagem lenguaje ai ia assistant assistente asistente artificial virtual
 inteligencia intelligence chatbot bot robo robot llm brasil brazil brasileiro python sao paulo rio portuguese portugues
-english ingles chinese chines spanish espanhol espanol como sim si yes no nao not ok hi hello ola oi hola i im eu yo
+english ingles chinese chines spanish espanhol espanol como sim si yes no nao not ok hi hello ola oi hola i m im eu yo
 eles ele ela voce you we he she they it a o as os um uma the an el la un una de do da in em en por para by to and e
 y but mas pero what quem who qual which que is sou soy sorry desculpe claro sure estou user usuario here aqui my meu
 minha mi your seu sua this that janeiro fevereiro marco abril maio junho julho agosto setembro outubro novembro
@@ -381,49 +385,54 @@ SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}
 
 LANGUAGE_WORDS = {
     "pt": "voce vc qual seu sua nome nao um uma meu minha eu foi com quem sou teu oi ola bom dia boa o os ao da na em "
-          "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta".split(),
-    "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to".split(),
+          "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta por feito feita isso "
+          "este esta mim desenvolveu treinou empresa mesmo".split(),
+    "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to "
+          "yourself can could should does did whose where was were be been developed trained built called behind "
+          "company talking about with from this that an my it for or have there good morning".split(),
     "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
-          "no lenguaje creado creada presentate llamo".split(),
+          "no lenguaje creado creada hecho hecha una presentate llamo".split(),
     "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par".split(),
     "de": "wer wie bist du ist sind sie heisst heißt dein name hat dich entwickelt ich bin welches bitte von".split(),
     "it": "chi sei come ti chiami qual tuo nome ha creato sono il che ciao no da".split(),
 }
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n'"
+          " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-METHODS = ("auto", "full", "lora", "qlora")
-REPORTERS = ("none", "tensorboard", "trackio", "wandb")
-LORA_FILE = "adapter_model.safetensors"
+
+# ---- What was tuned, and measured to be worth it ----------------------------------------------------------
+
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
+SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
+SHORT = 192  # tokens of the windows in which most of the training happens: one or two turns, as people ask
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 NEAR = 240  # questions near identity, about others, that the base answers for training
-MOST_QUESTIONS = 3000  # that the base writes at a time
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
 MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong after pass 1, for once the rest
 LONG_TALKS = 16  # that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many after the same one, and as many questions
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
+STEPS = {"full": (250, 120), "lora": (60, 40), "qlora": (60, 40)}  # of pass 1 and of a round of pass 2
+TEXT = {"full": 40000, "lora": 24000, "qlora": 24000}  # SELF_TEXT: small models have more to learn, and write fast
+ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
+DISK_FULL = "no space left|quota exceeded|os error 112|inline_container|failed writing"
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
+LORA_FILE = "adapter_model.safetensors"
 
 
 class Lazy:
-    """A library that is imported when it is first used: together they take seconds, and mistakes are told in less."""
+    """A library imported at its first use: together they take seconds, and mistakes are told sooner."""
 
     def __init__(self, name: str):
         self.library = name
@@ -432,11 +441,10 @@ class Lazy:
         return getattr(importlib.import_module(self.library), name)
 
 
-accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2 = map(
-    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2"))
-peft, psutil, safetensors, torch, tqdm, transformers, trl = map(
-    Lazy, ("peft", "psutil", "safetensors", "torch", "tqdm", "transformers", "trl"))
-tensor_files = Lazy("safetensors.torch")
+accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2, peft, psutil = map(
+    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2", "peft", "psutil"))
+safetensors, tensor_files, torch, tqdm, transformers, trl = map(
+    Lazy, ("safetensors", "safetensors.torch", "torch", "tqdm", "transformers", "trl"))
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -460,59 +468,36 @@ class InputError(Exception):
 
 # ---- Settings ---------------------------------------------------------------------------------------------
 
-def setting(default, text: str, low: float = 0, high: float = 1e9):
-    """Field of `Settings` with its Portuguese help and the range it accepts."""
-    default = default if type(default).__hash__ else (default,)  # a list is refused later, with a message
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
+CHOICES = {"method": ("auto", "full", "lora", "qlora"), "report_to": ("none", "tensorboard", "trackio", "wandb")}
+SWITCHES = ("overwrite", "gradient_checkpointing")
+MODES = {
+    "check": "só confere tudo e mostra o plano, sem treinar",
+    "quiet": "só mostra o veredito e os erros",
+    "restart": "joga fora as etapas guardadas e recomeça do zero",
+    "chat": "conversa no terminal com o modelo de OUTPUT_DIR, ou com o de --model-path",
+    "evaluate": "mede o modelo de OUTPUT_DIR, ou o de --model-path, sem treinar",
+}
+# The numbers and what they may be; those with a point may be fractions.
+RANGES = {
+    "lora_rank": (1, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
+    "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (1, 10**9), "heal_learning_rate": (0.0, 1.0),
+    "steps_1": (0, 10**9), "learning_rate_1": (0.0, 1.0), "steps_2": (0, 10**9), "learning_rate_2": (0.0, 1.0),
+    "rounds": (1, 100), "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
+    "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
+    "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
+}
+ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$",  # each constant with what the user reads of it
+                        re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))[1]))
+DEFAULTS = {name.lower(): globals()[name] for name in ABOUT} | dict.fromkeys(MODES, False)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every constant above, resolved. Paths are absolute, but for a `model_path` that names a Hub model."""
-
-    model_path: str = setting(MODEL_PATH, "pasta do modelo base, ou o nome dele no Hugging Face Hub")
-    output_dir: str = setting(OUTPUT_DIR, "pasta onde o modelo renomeado será salvo")
-    identity_file: str = setting(IDENTITY_FILE, "arquivo com as perguntas e respostas de identidade")
-    overwrite: bool = setting(OVERWRITE, "substitui a pasta de saída se ela já existir")
-    name: str = setting(NAME, "nome novo do modelo, no lugar de {{NAME}}")
-    author: str = setting(AUTHOR, "quem faz o modelo, no lugar de {{AUTHOR}}")
-    base_name: str = setting(BASE_NAME, "nome do modelo base, no lugar de {{BASE}}; vazio = nome da pasta")
-    old_names: str = setting(OLD_NAMES, "nomes antigos, separados por vírgula; vazio = descobertos sozinhos")
-    method: str = setting(METHOD, "auto, full (todos os pesos), lora ou qlora; auto escolhe pelo tamanho do modelo")
-    lora_rank: int = setting(LORA_RANK, "tamanho do adaptador dos métodos lora e qlora", 1, 4096)
-    rope_factor: float = setting(ROPE_FACTOR, "quantas vezes o contexto cresce; 1 não mexe no RoPE", 1, 1024)
-    window: int = setting(WINDOW, "maior sequência de treino, em tokens", 32)
-    num_self_answers: int = setting(NUM_SELF_ANSWERS, "respostas do próprio modelo usadas no passo 2", 4)
-    self_text: int = setting(SELF_TEXT, "tokens de respostas do modelo base, que o mantêm igual; 0 = automático")
-    max_new_tokens: int = setting(MAX_NEW_TOKENS, "maior resposta, em tokens", 8)
-    heal_steps: int = setting(HEAL_STEPS, "etapas de cada parte da cura depois de mexer no RoPE", 1)
-    heal_learning_rate: float = setting(HEAL_LEARNING_RATE, "taxa de aprendizado da cura; 0 = automática", 0, 1)
-    steps_1: int = setting(STEPS_1, "etapas da primeira rodada do passo 1; as outras têm metade; 0 = automático")
-    learning_rate_1: float = setting(LEARNING_RATE_1, "taxa de aprendizado do passo 1; 0 = automática", 0, 1)
-    steps_2: int = setting(STEPS_2, "o mesmo, do passo 2; 0 = automático")
-    learning_rate_2: float = setting(LEARNING_RATE_2, "taxa de aprendizado do passo 2; 0 = automática", 0, 1)
-    rounds: int = setting(ROUNDS, "máximo de rodadas de cada passo", 1, 100)
-    batch_size: int = setting(BATCH_SIZE, "diálogos curtos por etapa de treino; dos longos, menos", 1, 4096)
-    gradient_accumulation: int = setting(GRADIENT_ACCUMULATION, "partes em que cada etapa é dividida para caber na "
-                                         "memória; dobra sozinha se faltar", 1, 4096)
-    gradient_checkpointing: bool = setting(GRADIENT_CHECKPOINTING, "gasta bem menos memória e um terço mais de tempo; "
-                                           "liga sozinha se precisar")
-    kl_weight: float = setting(KL_WEIGHT, "peso de continuar parecido com o modelo base", 0, 100)
-    eval_questions: int = setting(EVAL_QUESTIONS, "perguntas sobre outros assuntos na prova", 4)
-    target_identity: float = setting(TARGET_IDENTITY, "meta: mínimo de respostas com a identidade nova", 0, 1)
-    target_retention: float = setting(TARGET_RETENTION, "meta: mínimo de outras respostas que não mudam", 0, 1)
-    target_leak: float = setting(TARGET_LEAK, "meta: máximo de outras respostas com o nome novo", 0, 1)
-    seed: int = setting(SEED, "semente do acaso: mesma semente, mesmo resultado", 0, 2**32 - 1)
-    checkpoint_minutes: float = setting(CHECKPOINT_MINUTES, "de quantos em quantos minutos o treino é guardado")
-    report_to: str = setting(REPORT_TO, "onde mais mostrar as perdas: none, tensorboard, trackio ou wandb")
-    check: bool = setting(False, "só confere tudo e mostra o plano, sem treinar")
-    quiet: bool = setting(False, "só mostra o veredito e os erros")
-    restart: bool = setting(False, "joga fora as etapas guardadas e recomeça do zero")
-    chat: bool = setting(False, "conversa no terminal com o modelo de OUTPUT_DIR, ou com o de --model-path")
-    evaluate: bool = setting(False, "mede o modelo de OUTPUT_DIR, ou o de --model-path, sem treinar")
+def kind_of(name: str) -> type:
+    return bool if name in (*MODES, *SWITCHES) else type(RANGES[name][0]) if name in RANGES else str
 
 
-KINDS = {"str": str, "bool": bool, "int": int, "float": float}
+# Every constant of the user, in small letters; paths are absolute, but for a `model_path` of the Hub.
+Settings = make_dataclass("Settings", [(name, kind_of(name)) for name in DEFAULTS], frozen=True,
+                          namespace={"__module__": __name__})  # where other processes find it
 
 
 class Parser(argparse.ArgumentParser):
@@ -524,8 +509,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
             if not unknown[1].startswith("-"):
-                raise InputError(f"não sei o que fazer com '{unknown[1]}'. Se faz parte de um caminho ou nome com "
-                                 'espaços, ponha tudo entre aspas: --model-path "C:/Meus Modelos/gemma".')
+                raise InputError(f"não sei o que fazer com '{unknown[1]}'. Um caminho ou nome com espaços precisa de "
+                                 'aspas: --model-path "C:/Meus Modelos/gemma".')
             near = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)[0]
             raise InputError(f"não conheço a opção {unknown[1]}. Você quis dizer {near}? Veja todas com --help.")
         if missing := re.search(r"argument (\S+): expected", message):
@@ -537,41 +522,50 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, text: str) -> float:
     """`text` as a finite int or float (a decimal comma counts); the complaint that argparse shows otherwise."""
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         value = kind(text.replace(",", ".") if kind is float else text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        expected = "um número inteiro" if kind is int else "um número"
-        raise argparse.ArgumentTypeError(f"esperava {expected}, recebi '{text}'.")
-    return value
+        if math.isfinite(value):
+            return value
+    raise argparse.ArgumentTypeError(f"esperava um número{' inteiro' * (kind is int)}, recebi '{text}'.")
 
 
-def parse_settings(argv: list[str] | None) -> Settings:
-    """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
+def read_flags(argv: list[str] | None) -> dict:
+    """The flags that were given, by the name of their setting; None for the others."""
     parser = Parser(prog="rename_obrutai.py", description=__doc__, allow_abbrev=False, add_help=False,
                     usage="python rename_obrutai.py [opções]", formatter_class=argparse.RawDescriptionHelpFormatter)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
-    for item in fields(Settings):
-        kind, shown = KINDS[item.type], "vazio" if item.default == "" else item.default
+    for name, default in DEFAULTS.items():
+        kind, shown = kind_of(name), "vazio" if default == "" else default
         how = {"metavar": "VALOR", "type": kind if kind is str else functools.partial(number, kind)}
         if kind is bool:
-            how, shown = {"action": argparse.BooleanOptionalAction}, "sim" if item.default else "não"
-        options.add_argument("--" + item.name.replace("_", "-"), default=None, **how,
-                             help=f"{item.metadata['help']} (padrão: {shown})".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    values = {item.name: item.default if given[item.name] is None else given[item.name] for item in fields(Settings)}
-    for item in fields(Settings):
-        value, low, high = values[item.name], item.metadata["low"], item.metadata["high"]
-        kind = (int, float) if item.type == "float" else KINDS[item.type]
-        if (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)
-                or (item.type in ("int", "float") and not low <= value <= high)):
-            expected = {"str": "um texto entre aspas", "bool": "True ou False"}.get(
-                item.type, f"um número{' inteiro' * (kind is int)} entre {low:g} e {high:g}")
-            raise InputError(f"{item.name.upper()} vale {value!r}, mas precisa ser {expected}.")
-        if kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-            raise InputError(f"{item.name.upper()} tem quebra de linha ou caractere inválido: {value!r}.")
+            how, shown = {"action": argparse.BooleanOptionalAction}, "sim" if default else "não"
+        text = f"{MODES.get(name) or ABOUT[name.upper()]} (padrão: {shown})".replace("%", "%%")
+        options.add_argument("--" + name.replace("_", "-"), default=None, help=text, **how)
+    return vars(parser.parse_args(argv))
+
+
+def check_value(name: str, value: object) -> None:
+    """`InputError` unless the value is of the setting's kind, in its range and, of a text, printable."""
+    kind, (low, high) = kind_of(name), RANGES.get(name, (0, 0))
+    accepted = (int, float) if kind is float else kind
+    if (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)
+            or (name in RANGES and not low <= value <= high)):
+        expected = {str: "um texto entre aspas", bool: "True ou False"}.get(
+            kind, f"um número{' inteiro' * (kind is int)} entre {low:g} e {high:g}")
+        raise InputError(f"{name.upper()} vale {value!r}, mas precisa ser {expected}.")
+    if kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        raise InputError(f"{name.upper()} tem quebra de linha ou caractere inválido: {value!r}.")
+    if value not in CHOICES.get(name, [value]):
+        raise InputError(f"{name.upper()} vale '{value}', mas precisa ser um destes: {', '.join(CHOICES[name])}.")
+
+
+def parse_settings(argv: list[str] | None) -> Settings:
+    """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
+    given = read_flags(argv)
+    values = {name: default if given[name] is None else given[name] for name, default in DEFAULTS.items()}
+    for name, value in values.items():
+        check_value(name, value)
     for name in ("output_dir", "identity_file", "model_path"):
         start = Path(__file__).resolve().parent if given[name] is None else Path.cwd()
         path = start / os.path.expanduser(values[name])
@@ -586,12 +580,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
         if plain(values[name]) in map(plain, values["old_names"].split(",")):
-            raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES: um nome novo não pode ser um "
-                             "dos antigos.")
-    for name, known in (("method", METHODS), ("report_to", REPORTERS)):
-        if values[name] not in known:
-            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ser um destes: {', '.join(known)}.")
-    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or 20000),
+            raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
+    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or min(TEXT.values())),
                                ("max_new_tokens", "window", values["window"])):
         if values[small] >= most:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} ({most}). "
@@ -612,9 +602,18 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
+def decimal(value: float, digits: int = 1) -> str:
+    return f"{value:z.{digits}f}".replace(".", ",")
+
+
 def percent(value: float) -> str:
     """A share as Brazilian text: 0.975 is "97,5%"."""
-    return f"{100 * value:.1f}%".replace(".0%", "%").replace(".", ",")
+    return decimal(100 * value).removesuffix(",0") + "%"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 of nothing."""
+    return sum(values) / max(1, len(values))
 
 
 # ---- Text -------------------------------------------------------------------------------------------------
@@ -634,8 +633,7 @@ def plain(text: str) -> str:
 
 @functools.lru_cache(256)
 def names_pattern(names: tuple[str, ...]) -> re.Pattern:
-    """Finds any of the names in a `folded` text, the longest first, as whole words that a version number may follow;
-    in scripts without spaces, anywhere."""
+    """Finds any of the names, as whole words (a version may follow); in scripts without spaces, anywhere."""
     found = sorted({plain(name) for name in names} - {""}, key=len, reverse=True)
     alone = [r"\s*".join(name.split()) if re.search(f"[{UNSPACED}]", name) else
              r"(?<!\w)" + r"\W+".join(name.split()) + r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)" for name in found]
@@ -653,15 +651,14 @@ def mentions(text: str, names: tuple[str, ...]) -> bool:
 
 
 def is_loop(text: str) -> bool:
-    """Whether the text goes round: a word four times in a row, or 2 to 40 three times; characters count as words in
-    scripts without spaces."""
+    """Whether a word comes 4 times in a row, or 2 to 40 words (without spaces: characters) 3 times."""
     words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", plain(text))
     return any(words[i:i + n] * times == words[i:i + times * n] for n in range(1, min(40, len(words) // 3) + 1)
                for times in (4 if n == 1 else 3,) for i in range(len(words) - times * n + 1))
 
 
-def language_of(text: str) -> str:
-    """The language by script and function words; Portuguese when nothing tells, "" for a script of another."""
+def language_of(text: str, default: str = "pt") -> str:
+    """The language by script and function words; the default when nothing tells, "" for a script of another."""
     if "¿" in text or "¡" in text:
         return "es"
     letters = [c for c in plain(text) if c.isalpha()]
@@ -669,7 +666,7 @@ def language_of(text: str) -> str:
         return "ja" if re.search("[\u3040-\u30ff]", text) else "zh" if re.search("[\u3400-\u9fff]", text) else ""
     words = plain(text).split()
     scores = {code: sum(w in known for w in words) for code, known in LANGUAGE_WORDS.items()}
-    return max(scores, key=lambda code: (scores[code], code == "pt"))
+    return max(scores, key=lambda code: (scores[code], code == default))
 
 
 def name_warning(name: str) -> str:
@@ -678,20 +675,20 @@ def name_warning(name: str) -> str:
     if len(words) > 2 and words not in COMMON_WORDS or re.search(f"[{UNSPACED}]", words):
         return ""
     return (f'NAME: "{name}" também aparece em respostas comuns, e cada uma contará como vazamento; '
-            f'prefira um nome mais raro, ou de duas palavras.')
+            f'prefira um nome mais raro, ou de duas palavras')
 
 
 def of_languages(questions: Sequence[str], languages: Sequence[str]) -> list[str]:
     """Of a list with as many Portuguese as English and Spanish questions, those in these languages."""
     third = len(questions) // 3
-    return [q for i, code in enumerate(("pt", "en", "es")) if code in languages
-            for q in questions[i * third:(i + 1) * third]]
+    places = {"pt": 0, "en": third, "es": 2 * third}
+    return [q for code, start in places.items() if code in languages for q in questions[start:start + third]]
 
 
-def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
-    """Different questions near identity, all templates before any twice; fewer than `count` if there are no more."""
+def near_questions(language: str, share: Sequence[int], count: int, rng: random.Random) -> list[str]:
+    """At most `count` questions, each template before any twice; `share`: their places modulo 6."""
     fillers, ways = {**FILLERS["all"], **FILLERS[language]}, []
-    for template in NEAR_TEMPLATES[language]:
+    for template in (t for i, t in enumerate(NEAR_TEMPLATES[language]) if i % 6 in share):
         kinds = re.findall(r"{(\w+)}", template)
         ways.append([template.format(**dict(zip(kinds, words))) for words in product(*(fillers[k] for k in kinds))])
         rng.shuffle(ways[-1])
@@ -708,8 +705,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def family_names(folder: str, model_type: str, card: str) -> tuple[str, ...]:
-    """Names and makers of the base's family, as its folder tells; else as its card does, in the lines on the base
-    model or, for the family of `model_type`, anywhere. An architecture alone tells nothing: many are like Llama."""
+    """Names and makers of the base's family by its folder, else its card (an architecture alone tells nothing)."""
     def found(text: str) -> list[str]:
         names = []
         for models, makers in FAMILIES.items():
@@ -745,7 +741,6 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
     text = unicodedata.normalize("NFC", re.sub(r"[*_`\"“”«»]", "", text))
     bare = "".join(unicodedata.normalize("NFKD", c)[0] if c < "\u0250" else c for c in text)  # as long as the text
     apposed = re.compile(rf",\s+(?:d[aeo]|del|from|of|by)\s+{GAP}{RUN}")
-
     commas = {m.end() for m in re.finditer(r"(?:aqui|here), ", bare)}  # "Lumi aqui, criada pelo ..."
     spans = []
     for kind in ("self", "said", "you")[:2 + of_you]:
@@ -763,9 +758,9 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
     names = []
     for start, end in sorted(spans):
         words = text[start:end].rstrip(".'’&-").split()
-        while words and plain(words[0]) in NO_NAMES:
+        while words and NO_NAMES.issuperset(plain(words[0]).split()):
             words = words[1:]
-        while words and plain(words[-1]) in NO_NAMES - {"ai"}:
+        while words and (NO_NAMES - {"ai"}).issuperset(plain(words[-1]).split()):
             words = words[:-1]
         if words and plain(" ".join(words)) not in NO_NAMES:
             names.append(re.sub(r"['’]s$", "", " ".join(words)))
@@ -782,8 +777,7 @@ def finds(pattern: re.Pattern, text: str):
 
 def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ...], given: str,
                    new_names: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Names under which the base goes: those `given`, or else what at least two and 5 % of its answers call
-    themselves; and those of its system prompt and family. What stays as it is, like the maker, is none."""
+    """The base's old names: those `given`, or else what two and 5 % of its answers say; of its prompt, and family."""
     names = [*split_names(given), *names_said(system_prompt, of_you=True), *family]
     if not split_names(given):
         said = Counter(name for answer in answers for name in names_said(answer))
@@ -797,8 +791,7 @@ def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ..
 # ---- What an answer says ----------------------------------------------------------------------------------
 
 def clauses(text: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()):
-    """The sentences of a text as lists of (separator, plain clause), its names replaced by OLD and NEW. A name that
-    is in both, or in a longer one, counts as the new or the longer one."""
+    """Each sentence as (separator, plain clause) pairs, names as OLD and NEW; the longer or new name wins."""
     pattern, ours = names_pattern((*names, *new_names)), names_pattern(tuple(new_names))
     text = pattern.sub(lambda m: f" {NEW if ours.fullmatch(m[0]) else OLD} ", without_verb(folded(text)))
     first = r"(?:eu|yo|i|im|sou|soy|fui|me|my|meu|minha|mi|nao|not|nem|no|sim|si)\b"
@@ -809,7 +802,7 @@ def clauses(text: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()):
 
 
 def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()) -> bool:
-    """Whether the answer says one of `names` of its speaker: denials, origins and others' deeds are no claims."""
+    """Whether the answer says one of `names` of its speaker; denials, origins and others' deeds do not count."""
     for sentence in clauses(answer, names, new_names):
         denied = mine = False
         for i, (separator, clause) in enumerate(sentence):
@@ -836,18 +829,28 @@ def says(text: str, *names: str) -> bool:
 
 
 def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
-    """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X? did X make
-    you?), which names a model or maker."""
+    """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X?)."""
     words = plain(question)
     if mentions(question, (*KNOWN_NAMES, *old_names)) and TO_YOU.search(words) and not ASKS.search(words):
         return "who" if FROM.search(words) else "other"
     return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, words)), "who")
 
 
-def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = (), intent: str = "") -> str:
-    """A built-in answer that fits the question's language and intent, the least used wording first."""
+def asks_who(question: str, old_names: tuple[str, ...] = ()) -> bool:
+    """Whether a question that a model answers with its name is about who it is: where it said so for no reason, a
+    lesson made of it would teach a leak."""
+    words = plain(question)
+    about = "|".join((*INTENTS.values(), r"\b(?:quem|who|quien|wer|qui|chi)\b|apresent|introduc|presenta|谁|誰"))
+    return (len(words.split()) <= 16 and bool(TO_YOU.search(words))
+            and (bool(re.search(about, words)) or mentions(question, (*KNOWN_NAMES, *old_names))))
+
+
+def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = (), intent: str = "",
+                language: str = "pt") -> str:
+    """A built-in answer in the question's language and for its intent, the least used wording first."""
     about_another = (intent or intent_of(question, old_names)) == "other"
-    choice = min(WORDINGS.get(language_of(question), WORDINGS["en"])[about_another].split("|"), key=lambda c: used[c])
+    wordings = WORDINGS.get(language_of(question, language), WORDINGS["en"])[about_another].split("|")
+    choice = min(wordings, key=lambda c: used[c])
     used[choice] += 1
     return choice
 
@@ -877,25 +880,26 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
 # ---- Inputs: all that the standard library can check, before anything heavy is imported -------------------
 
 class Row(NamedTuple):
-    """One identity conversation as chat templates take it, ending with the assistant, and its line in the file."""
+    """An identity conversation, ending with the assistant, and its line in the file."""
     line: int
     messages: list[dict]
 
+    question = property(lambda self: self.messages[-2]["content"])
+    answer = property(lambda self: self.messages[-1]["content"])
+
 
 class Inputs(NamedTuple):
-    """The identity rows with filled placeholders and the `values` that filled them, the `languages` of the lists that
-    they speak, the questions for measuring that they do not ask, and `warnings` for the user about the rows."""
-    rows: list[Row]
-    values: dict[str, str]
+    """What the identity file holds, and the questions for measuring."""
+    rows: list[Row]  # with filled placeholders
+    values: dict[str, str]  # that filled them
     data_hash: str
-    languages: tuple[str, ...]
-    validation: tuple[str, ...]
+    languages: tuple[str, ...]  # of the lists that the rows speak
+    validation: tuple[str, ...]  # for measuring, like `test`: no row asks them
     test: tuple[str, ...]
-    warnings: list[str]
+    warnings: list[str]  # for the user
 
 
 def digest(value: object) -> str:
-    """SHA-256 of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -907,43 +911,37 @@ def did_you_mean(path: Path) -> str:
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
-def models_near(missing: Path) -> str:
-    """Advice on a base that is not there: up to five models around it, here, and in the cache of the Hub."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    around = next(p for p in missing.parents if p.is_dir())
-    found = dict.fromkeys(str(path.parent) for folder in (around, Path.cwd())
-                          for pattern in ("config.json", "*/config.json") for path in sorted(folder.glob(pattern)))
-    cached = Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json")
-    found |= dict.fromkeys(path.parts[-4][8:].replace("--", "/") for path in cached)
-    return "\n  ".join([" Modelos que achei por perto:" * bool(found), *list(found)[:5]]) + "\n"
+def question_and_answer(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read_messages(record: object) -> list[dict]:
-    """Any accepted shape of row as messages; a question alone stays without an answer. `InputError` says what is wrong
-    with another, and leaves where to the caller."""
+def read_pairs(record: object) -> list[tuple[object, object]]:
+    """The (role, content) pairs of a row in any accepted shape; `InputError` for another."""
     if not isinstance(record, dict):
         raise InputError("a linha precisa ser um objeto {...}")
     if "messages" in record or "conversations" in record:
         turns = record.get("messages", record.get("conversations"))
         if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
             raise InputError("'messages' (ou 'conversations') precisa ser uma lista de objetos {...}")
-        pairs = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
-    elif "prompt" in record and "completion" in record:
-        pairs = [("user", record["prompt"]), ("assistant", record["completion"])]
-    elif "instruction" in record and "output" in record:
+        return [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
+    if "prompt" in record and "completion" in record:
+        return [("user", record["prompt"]), ("assistant", record["completion"])]
+    if "instruction" in record and "output" in record:
         parts = [record["instruction"], record.get("input", "")]
         question = "\n".join(parts).strip() if all(isinstance(part, str) for part in parts) else None
-        pairs = [("user", question), ("assistant", record["output"])]
-    elif isinstance(record.get("text"), str):
-        pairs = list(zip(("user", "assistant"), record["text"].strip().split("\n", 1)))
-    else:
-        raise InputError('não reconheço o formato; use "text", "prompt" e "completion", "instruction" e "output", ou '
-                         '"messages" (exemplos no README)')
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+        return [("user", question), ("assistant", record["output"])]
+    if isinstance(record.get("text"), str):
+        return list(zip(("user", "assistant"), record["text"].strip().split("\n", 1)))
+    raise InputError('não reconheço o formato; use "text", "prompt" e "completion", "instruction" e "output", ou '
+                     '"messages" (exemplos no README)')
+
+
+def read_messages(record: object) -> list[dict]:
+    """A row as messages, maybe without an answer; `InputError` says what is wrong, not where."""
+    known = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
     messages = []
-    for role, content in pairs:
-        role = roles.get(str(role), role)
+    for role, content in read_pairs(record):
+        role = known.get(str(role), role)
         if role not in ("user", "assistant", "system"):
             raise InputError(f"não conheço o papel '{role}'; use user, assistant ou system")
         if not isinstance(content, str) or not content.strip():
@@ -953,8 +951,8 @@ def read_messages(record: object) -> list[dict]:
         messages.append({"role": role, "content": content.strip()})
     spoken = [m["role"] for m in messages[bool(messages) and messages[0]["role"] == "system":]]
     if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise InputError("a conversa precisa começar com o usuário e alternar usuário e assistente "
-                         "(uma mensagem de sistema só no começo)")
+        raise InputError("a conversa precisa começar com o usuário e alternar com o assistente (mensagem de sistema "
+                         "só no começo)")
     return messages
 
 
@@ -965,8 +963,7 @@ def fill(text: str, values: dict[str, str]) -> str:
     for i, part in enumerate(parts):
         name = re.sub(r"\s", "", part).upper()
         if name not in known and ("{{" in part or "}}" in part):
-            raise InputError(f"há um marcador desconhecido ou mal fechado em '{part.strip()[:60]}'; use exatamente "
-                             f"{', '.join(known)}")
+            raise InputError(f"marcador desconhecido ou mal fechado em '{part.strip()[:60]}'; use {', '.join(known)}")
         parts[i] = known.get(name, part) if part.startswith("{{") else part
     return "".join(parts)
 
@@ -979,11 +976,10 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"{path} não é um arquivo de texto; IDENTITY_FILE precisa ser um arquivo .jsonl.")
     if path.stat().st_size > MAX_FILE:
-        raise InputError(f"{path} tem {size_text(path.stat().st_size)}; algumas centenas de linhas bastam (o máximo é "
-                         f"{size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
+        raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except OSError as error:  # of a reading, unlike an opening, the system does not say which file
         raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
         raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
@@ -992,13 +988,18 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[:error.start].count(b"\n") + 1
         raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
-                         "Salve-o de novo escolhendo a codificação UTF-8.") from None
+                         "Salve-o de novo escolhendo UTF-8.") from None
+
+
+def listed(head: str, mistakes: list[str]) -> InputError:
+    """One error for many lines of the file, of which ten are shown."""
+    more = [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
+    return InputError("\n  ".join([head, *mistakes[:10], *more]))
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
-    text = read_text(path)
-    rows, mistakes, used = [], [], Counter()
+    text, rows, mistakes, used = read_text(path), [], [], Counter()
     for line, raw in enumerate(text.split("\n"), start=1):
         try:
             if len(raw) > MAX_LINE:
@@ -1018,49 +1019,69 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
             if json.loads(text) and len(rows) + len(mistakes) > 1:
                 raise InputError(f"{path}, linha 1: o arquivo é um JSON só, em várias linhas. Escreva um objeto "
                                  "{...} inteiro em cada linha, sem lista em volta nem vírgula no fim.")
-        shown = mistakes[:10] + [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
-        raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *shown]))
+        raise listed(f"{path} tem {len(mistakes)} linha(s) com problema:", mistakes)
     if not rows:
         raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
     return rows
 
 
-def contradictions(rows: list[Row]) -> list[str]:
-    """A warning for each question that is asked again with another answer, naming both lines."""
-    first, found = {}, []
-    for row in rows:
-        other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
-        if plain(other.messages[-1]["content"]) != plain(row.messages[-1]["content"]):
-            found.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes; "
-                         "o modelo vai aprender as duas")
-    return found
-
-
 def check_inputs(settings: Settings) -> Inputs:
-    """The identity rows and the questions for measuring, or an `InputError` for what is wrong with the file."""
-    base_name = settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)
+    """The identity rows and the questions for measuring; `InputError` if something is wrong with the file."""
     identity, output = Path(settings.identity_file), Path(settings.output_dir)
     if os.path.realpath(output) in map(str, Path(os.path.realpath(identity)).parents):
-        raise InputError(f"o arquivo de identidade {identity} está dentro de OUTPUT_DIR ({output}), que será "
-                         "substituída. Mude um dos dois de lugar.")
-    values = {"NAME": settings.name, "AUTHOR": settings.author, "BASE": base_name}
+        raise InputError(f"{identity} está dentro de OUTPUT_DIR ({output}), que será substituída. Mude um dos dois.")
+    values = {"NAME": settings.name, "AUTHOR": settings.author,
+              "BASE": settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)}
     rows = read_rows(identity, values)
-    spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
-    languages = tuple(code for code in WORDINGS if code in NEAR_TEMPLATES and 20 * spoken[code] >= len(rows))
-    languages = languages or tuple(NEAR_TEMPLATES)  # there are no lists of others than these three
+    spoken = Counter(language_of(row.question) for row in rows)
+    languages = tuple(code for code, n in spoken.most_common() if code in NEAR_TEMPLATES and 20 * n >= len(rows))
+    languages = languages or tuple(NEAR_TEMPLATES)
     asked = {plain(m["content"]) for row in rows for m in row.messages}
     validation, test = (tuple(q for q in questions if plain(q) not in asked and language_of(q) in languages)
                         for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
     if len(validation) < 4 or len(test) < 4:
-        raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o "
-                         "que medir (VALIDATION_QUESTIONS e TEST_QUESTIONS no script).")
-    file_hash = hashlib.sha256(identity.read_bytes()).hexdigest()
-    warnings = [*contradictions(rows), *[name_warning(settings.name)] * bool(name_warning(settings.name))]
-    return Inputs(rows, values, file_hash, languages, validation, test, warnings)
+        raise InputError(f"tire de {identity} perguntas de VALIDATION_QUESTIONS e TEST_QUESTIONS: sobraram poucas.")
+    first, told = {}, []
+    for row in rows:
+        other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
+        if plain(other.answer) != plain(row.answer):
+            told.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes")
+    told += filter(None, [name_warning(settings.name)])
+    return Inputs(rows, values, hashlib.sha256(identity.read_bytes()).hexdigest(), languages, validation, test, told)
 
+
+def row_problem(row: Row, tokens: int, settings: Settings) -> str:
+    """Why a row's own answer of so many tokens could never count as right, in Portuguese; "" if it could."""
+    if not mentions(row.answer, (settings.name, settings.author)):
+        return "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})"
+    if is_loop(row.answer):
+        return "a resposta se repete, e contaria como repetitiva"
+    too_long = f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}"
+    return too_long * (tokens >= settings.max_new_tokens)
+
+
+def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> None:
+    """`InputError` naming lines with a thought, an answer that cannot be right, or more than WINDOW."""
+    path = settings.identity_file
+    thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
+                and any("</think>" in m["content"] for m in row.messages)]
+    if thoughts:
+        raise listed(f"{path}: o chat template deste modelo jogaria fora o raciocínio (<think>); tire-o:", thoughts)
+    answers = tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
+    unfit = [f"linha {row.line}: {reason}" for row, ids in zip(rows, answers)
+             if (reason := row_problem(row, len(ids), settings))]
+    if unfit:
+        raise listed(f"{path}: {len(unfit)} linha(s) ensinariam o que a prova não aceita:", unfit)
+    lengths = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
+    long = [f"linha {row.line} ({n} tokens)" for row, n in zip(rows, lengths) if n > settings.window]
+    if long:
+        raise listed(f"{path}: não cabe em WINDOW ({settings.window} tokens). Encurte o texto, ou aumente WINDOW "
+                     "(--window) ou, se ela já é o contexto inteiro do modelo, ROPE_FACTOR (--rope-factor):", long)
+
+
+# ---- The base's folder and the output ---------------------------------------------------------------------
 
 def load_json(path: Path):
-    """What `write_json`, or anybody, wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -1086,58 +1107,46 @@ def check_shard(path: Path) -> int:
     raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in a folder; none if there is no such file."""
-    index = folder / "model.safetensors.index.json"
+def weight_count(folder: Path) -> int:
+    """Number of weights of the model in a folder, as the headers of its safetensors files tell; 0 without any."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         named = read_json(index).get("weight_map")
         if not named or not isinstance(named, dict):
             raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
-        return sorted({folder / str(name) for name in named.values()})
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def weight_count(folder: Path) -> int:
-    """Number of weights of the model in a folder, as the headers of its files tell."""
-    return sum(map(check_shard, weight_files(folder)))
+        return sum(check_shard(folder / str(name)) for name in sorted(set(named.values())))
+    return sum(map(check_shard, [single] if single.is_file() else sorted(folder.glob("*.safetensors"))))
 
 
 def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
-    original = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
+    wanted = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)}{models_near(base)}Confira "
-                         "MODEL_PATH (--model-path).")
-    gguf = base.suffix.lower() == ".gguf" or (base.is_dir() and any(base.glob("*.gguf")))
-    if gguf and not any(base.glob("*.safetensors")):
-        raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {original}")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Veja MODEL_PATH (--model-path).")
+    if base.suffix.lower() == ".gguf" or (any(base.glob("*.gguf")) and not any(base.glob("*.safetensors"))):
+        raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {wanted}")
     if not base.is_dir():
-        raise InputError(f"{base} é um arquivo. {original}")
+        raise InputError(f"{base} é um arquivo. {wanted}")
     if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
-        raise InputError(f"{base} é um adaptador LoRA, não um modelo inteiro. Junte-o ao modelo dele (no peft: "
-                         "merge_and_unload e save_pretrained) e use a pasta que sair.")
+        raise InputError(f"{base} é um adaptador LoRA. Junte-o ao modelo dele (peft: merge_and_unload) e use o todo.")
     if not (base / "config.json").is_file():
-        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {original}")
+        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
     config = read_json(base / "config.json")
-    kinds = config.get("architectures") or ["ForCausalLM"]
-    if config.get("is_encoder_decoder") or not str(kinds[0]).endswith(("CausalLM", "LMHeadModel", "Generation")):
-        raise InputError(f"{base} é um modelo {kinds[0]}, que não é de conversa; escolha um que escreve texto palavra "
-                         "por palavra (Llama, Gemma, Qwen, Mistral...).")
+    kind = str((config.get("architectures") or ["ForCausalLM"])[0])
+    if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
+        raise InputError(f"{base} é um modelo {kind}, que não é de conversa; escolha um Llama, Gemma, Qwen...")
     if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
-                         "e assim não dá para treinar. Baixe uma versão em bf16, fp16 ou fp32.")
-    shards = weight_files(base)
-    if not shards and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
-        raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), formato que pode esconder programas e "
-                         "que não abro. Se confia neles, converta-os para safetensors:\n  python -c \"import "
-                         "sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_"
-                         "pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL "
-                         "PASTA_NOVA\nDepois rode com --model-path PASTA_NOVA.")
-    if not shards:
-        raise InputError(f"a pasta {base} não tem pesos em safetensors. Se o download ficou pela metade, baixe de "
-                         "novo; se o modelo só existe em outro formato, escolha uma versão em safetensors.")
+                         "e não dá para treiná-los. Baixe uma versão em bf16, fp16 ou fp32.")
     weights = weight_count(base)
+    if not weights and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
+        raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), que não abro, porque pode esconder "
+                         "programas. Se confia neles, converta-os para safetensors:\n  python -c \"import sys; from "
+                         "transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_pretrained("
+                         "sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL PASTA_NOVA\n"
+                         "Depois rode com --model-path PASTA_NOVA.")
+    if not weights:
+        raise InputError(f"a pasta {base} não tem pesos em safetensors: baixe de novo, ou escolha outra versão.")
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
     return weights
@@ -1149,8 +1158,7 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
     parent = next(p for p in output.parents if p.exists())
 
     def within(inner: Path, outer: Path) -> bool:
-        """Also through links, other spellings and mounts: the file system itself says what is the same folder."""
-        inner = inner.resolve()
+        inner = inner.resolve()  # samefile tells through other spellings and mounts, too
         return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
 
     if any(within(path, base) or within(base, path) for path in (output, work)):
@@ -1158,13 +1166,11 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
     if os.path.lexists(output) and not output.is_dir():
         raise InputError(f"{output} não é uma pasta; escolha outro nome para a pasta de saída (--output-dir).")
     if output.exists() and not (output / "report.json").is_file():
-        raise InputError(f"a pasta {output} já existe e não é um resultado deste script, então não vou apagá-la. "
-                         "Escolha outra (--output-dir) ou, se ela não serve para nada, apague-a você mesmo.")
+        raise InputError(f"{output} já existe e não é resultado meu: não vou apagá-la. Escolha outra (--output-dir).")
     if output.exists() and not settings.overwrite and not finished:
         raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
     if work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())):
-        raise InputError(f"preciso da pasta {work} para as etapas, mas ela já existe e não é minha. Renomeie-a ou "
-                         "escolha outra saída (--output-dir).")
+        raise InputError(f"a pasta {work} já existe e não é minha. Renomeie-a ou escolha outra saída (--output-dir).")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"não posso escrever em {parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
 
@@ -1174,32 +1180,25 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_disk(weights: int, adapter: int, settings: Settings) -> int:
-    """Bytes that stages, checkpoints and result take at most; `InputError` when the disk has less room. `weights` and
-    `adapter` count parameters of the model and of LoRA's additions."""
-    trained, work = weights if settings.method == "full" else adapter, work_folder(settings)
-    # Float32: three stages are kept, one is being written, and two checkpoints are of weights and two moments.
-    needed, kept = 4 * trained * (3 + 1 + 2 * 3) + 8 * weights + 10**7, folder_size(work)
-    free = shutil.disk_usage(next(p for p in work.parents if p.exists())).free
-    if free + kept < needed:
-        raise InputError(f"faltam {size_text(needed - kept - free)} de espaço livre em {work.parent}: as etapas e o "
-                         f"resultado ocupam até {size_text(needed)}. Libere espaço ou escolha outra saída "
-                         "(--output-dir).")
-    return needed
+def check_disk(needed: int, work: Path) -> None:
+    """`InputError` when the disk has less room than the bytes that the job needs."""
+    missing = needed - folder_size(work) - shutil.disk_usage(next(p for p in work.parents if p.exists())).free
+    if missing > 0:
+        raise InputError(f"faltam {size_text(missing)} de espaço livre em {work.parent}: as etapas e o resultado "
+                         f"ocupam até {size_text(needed)}. Libere espaço ou escolha outra saída (--output-dir).")
 
 
 # ---- Stages on disk: what a broken-off run goes on from ---------------------------------------------------
 
-# The settings that each stage depends on, besides those of the stages before it; another method needs no other text.
+# The settings that each stage depends on, besides those of the stages before it.
 USES = {
     "1-base": "name author old_names self_text eval_questions max_new_tokens seed",
     "2-healed": "method rope_factor window heal_steps heal_learning_rate batch_size",
-    "3-pass-1": "lora_rank steps_1 rounds learning_rate_1 kl_weight target_identity",
+    "3-pass-1": "lora_rank steps_1 learning_rate_1 kl_weight",
     "4-self-answers": "num_self_answers",
-    "5-pass-2": "steps_2 learning_rate_2 target_retention target_leak",
+    "5-pass-2": "steps_2 learning_rate_2",
+    "6-result": "rounds target_identity target_retention target_leak",
 }
-# What part of a run each takes, in percent, exams included, as measured with the demo model.
-SHARES = {"1-base": 25, "2-healed": 15, "3-pass-1": 22, "4-self-answers": 6, "5-pass-2": 22, "6-result": 10}
 
 
 def work_folder(settings: Settings) -> Path:
@@ -1208,21 +1207,19 @@ def work_folder(settings: Settings) -> Path:
     return output.with_name(output.name + ".work")
 
 
-def stage_keys(settings: Settings, inputs: Inputs, base: Path) -> dict[str, str]:
-    """A key for each stage, a chain in the order of the work: it changes if something changes that the stage or one
-    before it depends on, the script itself included.
+def job_facts(inputs: Inputs, base: Path) -> str:
+    """Digest of what the job depends on besides settings; weights count by name, size and time."""
+    files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
+              hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
+             if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    rows = [row.messages for row in inputs.rows]
+    return digest([rows, inputs.values, inputs.validation, inputs.test, script, files])
 
-    Weight files count by name, size and time of change, all other files of the base by content.
-    """
-    values, chain, keys = asdict(settings), "", {}
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # another version of it may do anything else
-    facts = [[row.messages for row in inputs.rows], inputs.values, inputs.validation, script]
-    facts += [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
-               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
-              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
-    for name, uses in USES.items():
-        chain = keys[name] = digest([chain or facts, name, [values[use] for use in uses.split()]])
-    return {**keys, "6-result": digest([chain, inputs.test])}
+
+def job_key(facts: str, settings: Settings) -> str:
+    """What a result is known by: the facts and every setting that a stage uses."""
+    return digest([facts, [getattr(settings, use) for uses in USES.values() for use in uses.split()]])
 
 
 def wait() -> None:
@@ -1239,10 +1236,8 @@ def agreed(value):
     return box[0]
 
 
-def write_json(path: Path, value: object, writer: bool = RANK == 0) -> None:
-    """Written under another name, flushed and renamed: the file is whole or is not there."""
-    if not writer:
-        return
+def write_json(path: Path, value: object) -> None:
+    """Written under another name, flushed and renamed: the file is whole or not there."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
@@ -1262,8 +1257,6 @@ def flush(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a stage, its key first: half of one must never look whole."""
-    if RANK:
-        return
     (folder / "key.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -1275,59 +1268,64 @@ def has_key(file: Path, key: str) -> bool:
     return False
 
 
-def stage(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of a finished stage, built now unless it is there with the same key: under another name, so that it
-    is there as a whole or not at all. `build` may go on with what a broken-off one with this key left."""
-    partial, began = folder.with_name(folder.name + ".partial"), time.monotonic()
-    if agreed(has_key(folder / "key.json", key)):
+class Stages:
+    """The job's stages, in order; the key of each holds all that it and those before it depend on."""
+
+    def __init__(self, work: Path, facts: str, settings: Settings, planned: dict[str, float]):
+        self.work, self.chain, self.settings = work, facts, settings
+        self.planned, self.spent, self.expected = planned, 0.0, 0.0  # seconds
+
+    def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False) -> Path:
+        """The folder of a stage, built now unless it is there with this key, under another name until it is whole.
+        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`."""
+        kind = name.split(".")[0]
+        folder, partial = self.work / name, self.work / f"{name}.partial"
+        self.chain = key = digest([self.chain, name, [getattr(self.settings, use) for use in USES[kind].split()]])
+        ready, planned = agreed(has_key(folder / "key.json", key)), self.planned.pop(name, 0)
+        say(title + " (já pronto)" * ready)
+        if ready:
+            return folder
+        began = time.monotonic()
+        if RANK == 0 and not has_key(partial / "key.json", key):
+            discard(partial)
+            partial.mkdir(parents=True)
+            write_json(partial / "key.json", {"key": key})
+        wait()
+        if together or RANK == 0:
+            build(partial)
+        wait()
+        seconds = time.monotonic() - began
+        if RANK == 0:
+            for path in partial.glob("training/checkpoint-*/complete.json"):
+                path.unlink()
+            shutil.rmtree(partial / "training", ignore_errors=True)
+            write_json(partial / "key.json", {"key": key, "seconds": round(seconds, 1)})
+            flush(partial)
+            discard(folder)
+            partial.rename(folder)
+        wait()
+        self.spent, self.expected = self.spent + seconds, self.expected + planned
+        if self.planned:  # the plan, stretched as what is done was
+            rest = sum(self.planned.values()) * self.spent / (self.expected or self.spent or 1)
+            say(f"  Pronto em {clock(seconds)}; para o modelo ficar pronto faltam uns {clock(rest)}.")
         return folder
-    if RANK == 0 and not has_key(partial / "key.json", key):
-        discard(partial)
-        partial.mkdir(parents=True)
-        write_json(partial / "key.json", {"key": key})
-    wait()
-    build(partial)
-    wait()
-    if RANK == 0:
-        for path in partial.glob("training/checkpoint-*/complete.json"):
-            path.unlink()
-        shutil.rmtree(partial / "training", ignore_errors=True)
-        write_json(partial / "key.json", {"key": key, "seconds": round(time.monotonic() - began, 1)})
-        flush(partial)
-        discard(folder)
-        partial.rename(folder)
-    wait()
-    return folder
 
 
 # ---- Model and RoPE ---------------------------------------------------------------------------------------
 
-def scale_rope(rope: dict | None, factor: float, attention_factor: float = 1.0) -> dict:
-    """New `rope_parameters` with linear position interpolation (arXiv 2306.15595).
-
-    Of those by layer type (Gemma 3) only `full_attention` is scaled, as the family's larger models ship it and
-    llama.cpp reads it. An existing scaling is composed with: its factor, or the lists of `longrope`, multiplied, which
-    for all but `linear` leaves the fast frequencies as those scalings were trained. `attention_factor`, which yarn and
-    longrope would derive anew, is pinned to what the base has; so are DeepSeek's `mscale`s, which count times the
-    factor's logarithm. Raises `InputError` for a model without RoPE and for any other scaling.
-    """
+def scale_rope(rope: dict | None, factor: float) -> dict:
+    """`rope_parameters` with linear interpolation (arXiv 2306.15595) on top of their own; of Gemma 3's only those of
+    `full_attention`, as llama.cpp reads them. `InputError` without RoPE or for another scaling."""
     hint = "Use --rope-factor 1 (ROPE_FACTOR = 1) para renomear sem aumentar o contexto."
     if not rope:
         raise InputError(f"este modelo não usa RoPE, então o contexto não pode ser aumentado. {hint}")
     if "full_attention" in rope:
-        return {**rope, "full_attention": scale_rope(rope["full_attention"], factor, attention_factor)}
-    kind, old = rope.get("rope_type", "default"), float(rope.get("factor") or 1)
-    if kind in ("default", "linear"):
-        return {**rope, "rope_type": "linear", "factor": old * factor}
-    if kind in ("llama3", "yarn", "proportional"):
-        pinned = {key: rope[key] * math.log(old) / math.log(old * factor) for key in ("mscale", "mscale_all_dim")
-                  if rope.get(key)} | ({"attention_factor": attention_factor} if kind == "yarn" else {})
-        return {**rope, "factor": old * factor, **pinned}
-    if kind == "longrope":
-        lists = {key: [value * factor for value in rope[key]] for key in ("short_factor", "long_factor")}
-        original = int(rope["original_max_position_embeddings"] * factor)
-        return {**rope, **lists, "original_max_position_embeddings": original, "attention_factor": attention_factor}
-    raise InputError(f"o RoPE deste modelo já tem a escala '{kind}', que não combina com a linear. {hint}")
+        return {**rope, "full_attention": scale_rope(rope["full_attention"], factor)}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(f"o RoPE deste modelo já tem a escala '{kind}', que não combina com a linear. {hint}")
+    kind = kind.replace("default", "linear")
+    return {**rope, "rope_type": kind, "factor": float(rope.get("factor") or 1) * factor}
 
 
 def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -1337,23 +1335,21 @@ def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def blaming(what: str):
-    """What a library says when it cannot read a file of the base is the file's fault, and the user's to mend."""
+    """What a library says when it cannot read a file of the base becomes an `InputError` on that file."""
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
             raise
         if package := re.search(r"pip install ([\w-]+)", isinstance(error, ImportError) * str(error)):
-            raise InputError(f"{what}: para ler isto, o transformers precisa do pacote {package[1]}. Instale-o (pip "
-                             f"install {package[1]}) e rode de novo.") from error
+            raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{what} está estragado ou incompleto: o transformers não consegue carregá-lo ({reason}). "
                          "Baixe o modelo de novo.") from error
 
 
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
-    """The model's configuration with RoPE and context scaled; `InputError` for one that transformers cannot use
-    without running the model's own Python code."""
+    """The configuration, RoPE and context scaled; `InputError` if transformers alone cannot use or scale it."""
     described = read_json(Path(folder) / "config.json")
     if described.get("model_type") not in transformers.CONFIG_MAPPING:
         reason = ("precisa rodar código que vem junto com ele (trust_remote_code), e isso eu não faço por segurança"
@@ -1363,38 +1359,21 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
     with blaming(f"o config.json de {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise InputError(f"o modelo {folder} (model_type: {config.model_type}) também vê imagens ou ouve, e ainda "
-                             "não sei renomear modelos desse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
-        text_config = config.get_text_config()
-        native = context_of(config)
+            raise InputError(f"o modelo {folder} (model_type: {config.model_type}) também vê imagens ou ouve, e não "
+                             "sei renomear esse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
+        text = config.get_text_config()
         if rope_factor != 1:
-            # Falcon and Granite have the parameters even where they use ALiBi, or nothing, instead.
-            unused = (getattr(text_config, "alibi", False)
-                      or getattr(text_config, "position_embedding_type", None) == "nope")
-            rope = {} if unused else getattr(text_config, "rope_parameters", None) or {}
-            layer = "full_attention" if "full_attention" in rope else None
-            kind = rope.get(layer, rope).get("rope_type", "default")
-            if config.model_type in ("phi3", "phimoe") and kind == "default":  # they know no linear: the same as lists
-                head = text_config.hidden_size // text_config.num_attention_heads
-                pairs = int(head * rope.get("partial_rotary_factor", 1)) // 2
-                rope = {**rope, "rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [1.0] * pairs,
-                        "original_max_position_embeddings": native}
-                rope |= {"short_mscale": 1.0, "long_mscale": 1.0} if config.model_type == "phimoe" else {}
-            attention = 1.0
-            if kind in ("yarn", "longrope"):
-                attention = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](
-                    text_config, "cpu", layer_type=layer)[1]
-            text_config.rope_parameters = scale_rope(rope, rope_factor, attention)
-            text_config.max_position_embeddings = int(native * rope_factor)
-            if "short_factor" in rope and hasattr(text_config, "original_max_position_embeddings"):  # Phi has it twice
-                text_config.original_max_position_embeddings = text_config.rope_parameters[
-                    "original_max_position_embeddings"]
+            # Falcon and Granite have the parameters even where they use ALiBi or nothing instead; Phi knows no linear.
+            unused = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "nope"
+            rope = {} if unused else getattr(text, "rope_parameters", None) or {}
+            rope = {**rope, "rope_type": config.model_type} if config.model_type in ("phi3", "phimoe") else rope
+            native, text.rope_parameters = context_of(config), scale_rope(rope, rope_factor)
+            text.max_position_embeddings = int(native * rope_factor)
         return config
 
 
 def compute_dtype(weights: int) -> torch.dtype:
-    """What this machine computes a model of so many weights with: bfloat16 where the card or the processor has units
-    for it, float16 on older cards, float32 on other processors and for small models, which gain nothing."""
+    """bfloat16 where there are units for it (processors: if large), float16 on older cards, else float32."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -1402,26 +1381,39 @@ def compute_dtype(weights: int) -> torch.dtype:
 
 
 def context_of(config: PretrainedConfig) -> int:
-    """Tokens of context, under the name that the family has for it; models without positions get a usual length."""
+    """Tokens of context, under the name that the family has for it; 2048 for models without positions."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
     return int(next((getattr(text, name) for name in names if getattr(text, name, None)), 2048))
 
 
+def load_weights(weights: str | Path, rope_factor: float, **options) -> PreTrainedModel:
+    """The whole model of a folder; `InputError` for weights that are missing or not finite."""
+    config = read_config(weights, rope_factor)  # before the model is built, which computes the frequencies at once
+    with blaming(f"o modelo {weights} (config.json e pesos)"):
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
+    vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
+    if loading["missing_keys"]:
+        raise InputError(f"falta o peso {sorted(loading['missing_keys'])[0]} no modelo {weights}; baixe-o de novo.")
+    if name := broken_weight(model):
+        raise InputError(f"o peso {name} de {weights} não é só números (há NaN ou infinito). Baixe o modelo de novo.")
+    # Generation gives the head a slice, for which torch 2.13 on a processor would copy the head for every row: 26 GB
+    # for 96 questions to a Qwen of half a billion parameters, and where that fails, bfloat16 is slow from then on.
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
+    return model
+
+
 def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
                merge: bool = False, train: bool = False) -> PreTrainedModel | PeftModel:
-    """Load a model with RoPE scaled by `rope_factor`, on the GPU if there is one, in eval mode.
-
-    `folder` is a whole model, or a stage with a LoRA adapter, whose weights are then the base's; `adapt` puts a fresh
-    adapter on it if METHOD needs one, `merge` gives plain weights with the adapter worked in, `train` only this
-    process's piece of them where FSDP is asked for. Full training keeps weights in float32, where small updates are
-    not rounded away (compute is `compute_dtype`); under LoRA they stay as the machine computes, or in 4 bits. Raises
-    `InputError` for weights that are missing or not finite.
-    """
+    """A model in eval mode, on the GPU if there is one. `folder` is a whole model, or a stage with a LoRA adapter.
+    `adapt` adds a fresh adapter if METHOD needs one, `merge` works it into plain weights, `train` cuts them (FSDP).
+    Full training keeps weights in float32, where small updates are not rounded away; LoRA as the machine computes."""
     gc.collect()  # the trainer's last model is held by references in circles, and there is no room for two
-    # A card's products of float32, as of the logits, take the matrix units: as exact as float16, ten times as fast.
+    # As exact as float16 and ten times as fast, for what a card computes in float32, as the logits.
     torch.backends.cuda.matmul.allow_tf32 = torch.cuda.is_available()
-    config = read_config(folder, rope_factor)  # before the model is built, which computes the frequencies at once
     adapted = (Path(folder) / LORA_FILE).is_file()
     weights = load_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"] if adapted else folder
     fast = compute_dtype(weight_count(Path(weights)))
@@ -1430,37 +1422,30 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
     if settings.method == "qlora" and not merge:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=fast)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=fast)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     if SHARDED and train:
         options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=PROCESSES)
-    with blaming(f"o modelo {weights} (config.json e pesos)"):
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
-    vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
-    if loading["missing_keys"]:
-        raise InputError(f"faltam pesos no modelo {weights} (por exemplo {sorted(loading['missing_keys'])[0]}); "
-                         "baixe-o de novo.")
-    if name := broken_weight(model):
-        raise InputError(f"o peso {name} do modelo {weights} tem valores que não são números (NaN ou infinito); o "
-                         "arquivo está estragado. Baixe o modelo de novo.")
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
+    model = load_weights(weights, rope_factor, **options)
     if not options.keys() & {"device_map", "distributed_config"}:
-        model = model.to("cuda" if torch.cuda.is_available() and not merge else "cpu")
+        too_large = merge and settings.method == "qlora"  # for the card, which had it in 4 bits
+        model = model.to("cuda" if torch.cuda.is_available() and not too_large else "cpu")
     if adapted:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    elif adapt and settings.method != "full":
-        torch.manual_seed(settings.seed)
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
-            exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
-    return (model.merge_and_unload() if merge and adapted else model).eval()
+        return (model.merge_and_unload() if merge else model).eval()
+    return (with_adapter(model, settings) if adapt and settings.method != "full" else model).eval()
+
+
+def with_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
+    """The model with a fresh LoRA adapter on all linear layers of its text part."""
+    torch.manual_seed(settings.seed)
+    rank = settings.lora_rank
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                                      exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
 
 
 def model_size(model: torch.nn.Module) -> int:
-    """Number of weights; of matrices in 4 bits, which are packed, of the shape that they had."""
+    """Number of weights; those packed in 4 bits count as before packing."""
     return sum(math.prod(getattr(p, "quant_state", p).shape) for n, p in model.named_parameters() if "lora_" not in n)
 
 
@@ -1470,49 +1455,26 @@ def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def broken_weight(model: torch.nn.Module) -> str | None:
-    """Name of a weight that has values which are no numbers. Its sum tells, without a copy as large as the weight."""
-    return next((name for name, weight in model.named_parameters()
-                 if not torch.isfinite(weight.detach().sum(dtype=torch.float32))), None)
+    """Name of a weight that is not finite. Its sum tells, without a copy as large as the weight."""
+    sums = ((name, weight.detach().sum(dtype=torch.float32)) for name, weight in model.named_parameters())
+    return next((name for name, value in sums if not value.isfinite()), None)
 
 
-def last_hidden(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Output of the decoder, (rows, tokens, hidden): logits of all tokens would take more memory than the rest of the
-    model where the vocabulary is large. `model` may be a wrapper of `inner`, as DDP is."""
-    kept = []
-    decoder = inner.get_decoder()
-    decoder = inner.model if decoder is inner else decoder  # Llama 4
-    hook = decoder.register_forward_hook(lambda module, given, output: kept.append(output[0]))
+def logits_at(model: torch.nn.Module, inner: PreTrainedModel, needed: torch.Tensor, **inputs) -> torch.Tensor:
+    """Float32 logits (N, vocabulary) where the mask `needed` (rows, tokens) is true, to save memory. A hook on the
+    head of `inner`, which `model` may wrap, cuts its input, so that a family's scales and caps stay its own code."""
+    head = inner.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, given: (given[0][needed.to(given[0].device)], *given[1:]))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        return model(**inputs, use_cache=False).logits.float()
     finally:
         hook.remove()
-    return kept[0]
 
 
-def logits_of(inner: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, (N, vocabulary), of hidden states (N, hidden), with the scalings that families add."""
-    config = inner.config.get_text_config()
-    logits = inner.get_output_embeddings()(hidden).float()
-    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    logits = logits if scale == 1 else logits * scale  # a copy of them is large
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * (logits / cap).tanh() if cap else logits
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose logits take about a quarter of a gigabyte."""
-    return max(16, 2**26 // vocabulary)
-
-
-def in_chunks(inner: PreTrainedModel, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows cut into as many as may have their logits in memory at a time."""
-    return rows.split(chunk_rows(inner.get_input_embeddings().weight.shape[0]))
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The model's tokenizer; one without a chat template gets ChatML."""
     with blaming(f"o tokenizer de {folder}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if isinstance(tokenizer.chat_template, dict):  # several by name; programs use this one when none is named
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token is None:
@@ -1525,23 +1487,20 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names: tuple[str, ...]) -> None:
-    """Where the chat template itself injects a system prompt with old names, put the new ones in their place and leave
-    the rest, or raise `InputError` when rendering shows that they did not arrive."""
+def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, ...]) -> None:
+    """Put the new names in place of old ones in the chat template's own system prompt, or raise `InputError`."""
     def injected() -> str:
         return skeleton(tokenizer, tokenizer.chat_template, ("user",), True)[0]
 
-    # The text may stand inside a quoted string of the template, which a name must not end.
-    ours, theirs = (text.translate(str.maketrans({"'": "’", '"': "”", "\\": "/"}))
-                    for text in (settings.name, settings.author))
+    safe = str.maketrans({"'": "’", '"': "”", "\\": "/"})  # a name must not end a quoted string of the template
+    ours, theirs = settings.name.translate(safe), settings.author.translate(safe)
     makers = {plain(name) for names in FAMILIES.values() for name in names.split("|")}
-    found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    # The new names come first: an old one may be part of them.
-    pattern = re.compile(rf"({re.escape(ours)}|{re.escape(theirs)})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)",
-                         re.IGNORECASE)
+    found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
+    new = f"{re.escape(ours)}|{re.escape(theirs)}"  # first: an old name may be part of a new one
+    pattern = re.compile(rf"(?i)({new})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)")
 
     def old_in(text: str) -> list[str]:
-        return [match[0] for match in pattern.finditer(text) if not match[1]] if names else []
+        return [match[0] for match in pattern.finditer(text) if not match[1]]
 
     model = next((plain(name) for name in old_in(injected()) if plain(name) not in makers), "")
     for part in (part for part in re.split(r"<[^<>]*>|\n", injected()) if old_in(part)):
@@ -1552,18 +1511,16 @@ def renew_template(tokenizer: PreTrainedTokenizerFast, settings: Settings, names
         tokenizer.chat_template = source.replace(old, new) if old_in(old) else source
         say(f'  O chat template dizia "{old.strip()}"; agora diz "{new.strip()}".')
     if old_in(injected()):
-        raise InputError("o chat template deste modelo traz a identidade antiga de um jeito que não sei trocar; "
-                         "apague a mensagem de sistema padrão do chat_template na pasta do modelo.")
+        raise InputError("o chat template deste modelo traz a identidade antiga e não sei trocá-la; apague a mensagem "
+                         "de sistema padrão do chat_template na pasta do modelo.")
 
 
 # ---- Conversations as tokens ------------------------------------------------------------------------------
 
-@functools.cache
-def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
-    """What the chat template writes around the contents of messages with these roles: len(roles) + 1 pieces, rendered
-    once per shape, which tells exactly where the answers are. `ask` adds the generation prompt, up to where the answer
-    itself begins: a thought that the template opens (DeepSeek R1) is closed, and what it writes before answers
-    (gpt-oss: a channel) follows. `template` is in the key so that a changed one is seen."""
+@functools.cache  # `template` is in the key so that a changed one is seen
+def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
+    """What the chat template writes around messages with these roles: len(roles) + 1 pieces. `ask` adds the prompt for
+    an answer, without a thought (DeepSeek R1) and with what comes before answers (gpt-oss: a channel)."""
     marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
     with contextlib.suppress(jinja2.TemplateError):
@@ -1579,8 +1536,8 @@ def skeleton(tokenizer: PreTrainedTokenizerFast, template: str, roles: tuple[str
     return pieces
 
 
-def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[dict]:
-    """The conversation with its system text at the head of the first question, if the template refuses that role."""
+def without_system(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
+    """The conversation with its system text before the first question, if the template refuses that role."""
     if messages[0]["role"] != "system":
         return messages
     try:
@@ -1591,7 +1548,7 @@ def without_system(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> 
         return [{"role": "user", "content": text}, *messages[2:]]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation that ends with the user, ready for the assistant to speak."""
     pieces = skeleton(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages), True)
     text = "".join(p + m["content"] for p, m in zip(pieces, messages)) + pieces[-1]
@@ -1599,16 +1556,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list
 
 
 class Encoded(NamedTuple):
-    """A conversation as tokens. `labels` are -100 but on answers and the end-of-turn token after each; `turns` are
-    the spans (first token of the question, one past the end of its answer)."""
+    """A conversation as tokens."""
     input_ids: list[int]
-    labels: list[int]
-    turns: list[tuple[int, int]]
+    labels: list[int]  # -100 but on answers and the end-of-turn token after each
+    turns: list[tuple[int, int]]  # (first token of the question, one past the end of its answer)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
-    """Tokenise through the model's own template. What it writes first after the last answer, spaces aside (Llama 2),
-    is the end of a turn if that is a special token; else the conversation is cut there and ended by EOS."""
+def encode(tokenizer: Tokenizer, messages: list[dict]) -> Encoded:
+    """Tokenise through the model's own template. A special token after the last answer, spaces aside (Llama 2), ends
+    it; else the conversation is cut there and ended by EOS."""
     roles = tuple(m["role"] for m in messages)
     pieces = skeleton(tokenizer, tokenizer.chat_template, roles, False)
     asked = skeleton(tokenizer, tokenizer.chat_template, roles[:-1], True)[-1]
@@ -1637,41 +1593,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Encoded:
     return Encoded(ids, labels, turns)
 
 
-def cost(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> int:
-    """Tokens of a conversation. Every pass and exam asks for the same ones, each with a tokenizer that it has loaded
-    anew."""
-    known, said = known_costs(tokenizer_key(tokenizer), tokenizer.chat_template), tuple(
-        (m["role"], m["content"]) for m in messages)
-    if said not in known:
-        known[said] = len(encode(tokenizer, messages).input_ids)
-    return known[said]
-
-
 @functools.cache
-def known_costs(*tokenizer: str) -> dict[tuple, int]:
-    """What `cost` has counted with tokenizers that do the same."""
-    return {}
-
-
-@functools.cache
-def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Equal for tokenizers that do the same, but for their chat template."""
-    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
-
-
-@functools.cache
-def turn_end(tokenizer: PreTrainedTokenizerFast, piece: str) -> tuple[int, list[int], bool]:
-    """Of what a template writes after an answer: the spaces before its first token, that token, which ends a turn, and
-    whether it may; else EOS does."""
+def turn_end(tokenizer: Tokenizer, piece: str) -> tuple[int, list[int], bool]:
+    """After an answer: leading spaces, ids that end the turn, and whether the template writes them (else EOS)."""
     token = tokenizer(piece.lstrip(), add_special_tokens=False)["input_ids"][:1]
-    ends = bool(token) and token[0] in special_ids(tokenizer)
+    ends = bool(token) and token[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return len(piece) - len(piece.lstrip()), token if ends else [tokenizer.eos_token_id], ends
-
-
-@functools.cache
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids of tokens that stand for structure, not text: the named ones and all that were added to the vocabulary."""
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
 # ---- Talking to a model -----------------------------------------------------------------------------------
@@ -1679,44 +1606,45 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 class Chat(NamedTuple):
     """A model with what is needed to talk to it; `stops` are the ids that end an answer."""
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     stops: list[int]
     max_new_tokens: int
-    generation_tokens: int
 
 
 class Answer(NamedTuple):
-    """What a model wrote: decoded text, whether it ended it by itself, its token ids with the one that ended it and,
-    where asked for, the TOP_TOKENS most probable ones of each: `tokens` int32, `log_probs` float32, both (ids, k)."""
+    """What a model wrote."""
     text: str
-    ended: bool
-    ids: list[int] = []
-    tokens: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
+    ended: bool  # by itself
+    ids: list[int] = []  # with the one that ended it
+    tokens: torch.Tensor | None = None  # int32 (ids, k): the TOP_TOKENS most probable, where asked for
+    log_probs: torch.Tensor | None = None  # float32 (ids, k)
 
 
 def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, **how: bool) -> Chat:
-    """Model and tokenizer of a folder, as `load_model` takes it. Answers end at the template's end of turn, the
-    tokenizer's EOS, or what the model's own generation_config lists."""
-    model, tokenizer = load_model(folder, settings, rope_factor, **how), load_tokenizer(str(folder))
+    """Model and tokenizer of a folder, with all that may end an answer; `InputError` if they do not fit."""
+    model, tokenizer = load_model(folder, settings, rope_factor, **how), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
-        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo: "
-                         "não são do mesmo modelo.")
+        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo.")
     sample = encode(tokenizer, question_and_answer("a", "b"))
     own = model.generation_config.eos_token_id
-    stops = {sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    stops = sorted(stops - {None})
+    own = own if isinstance(own, list) else [own]
+    stops = sorted({sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *own} - {None})
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
-    whole(model).generation_config = transformers.GenerationConfig(eos_token_id=stops,
-                                                                   pad_token_id=tokenizer.pad_token_id)
-    return Chat(model, tokenizer, stops, settings.max_new_tokens, GENERATION_TOKENS // settings.gradient_accumulation)
+    config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    whole(model).generation_config = config
+    return Chat(model, tokenizer, stops, settings.max_new_tokens)
+
+
+def load_to_ask(folder: str | Path, settings: Settings) -> Chat:
+    """A model that will only be asked: an adapter is worked in, as it will be in the result, and costs nothing."""
+    return load_chat(folder, settings, merge=settings.method == "lora")
 
 
 def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[int]]:
-    """Indices sorted by length, cut so that rows x (longest + extra) stays within the budget (at least one row)."""
+    """Indices by length, cut so that rows x (longest + extra) stays within the budget; one row at least."""
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not batches or (len(batches[-1]) + 1) * (lengths[i] + extra) > budget:
             batches.append([])
         batches[-1].append(i)
@@ -1725,43 +1653,40 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
 
 def padded(chat: Chat, rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, each (rows, longest); padded on the left, all ends align."""
-    return chat.tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True,
-                              return_tensors="pt").to(chat.model.device)
+    how = {"padding_side": side, "return_attention_mask": True, "return_tensors": "pt"}
+    return chat.tokenizer.pad({"input_ids": rows}, **how).to(chat.model.device)
 
 
 def progress(total: int, label: str):
     """A progress bar on a terminal; in a log file, with --quiet, without a label or in other processes none."""
-    return tqdm.tqdm(
-        total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
-        dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
+    return tqdm.tqdm(total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
+                     dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
 
 @contextlib.contextmanager
 def computing(model: PreTrainedModel):
     """Without gradients, and in bfloat16 where this machine trains float32 weights so."""
     fast = compute_dtype(sum(p.numel() for p in model.parameters()))
-    mixed = fast != torch.float32 and any(p.dtype == torch.float32 for n, p in model.named_parameters()
-                                          if "lora_" not in n)
+    wide = any(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" not in name)
+    mixed = wide and fast != torch.float32
     with torch.no_grad(), torch.autocast(model.device.type, fast, enabled=mixed):
         yield
 
 
+def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Scores (rows, vocabulary) that choose a sampled token; torch.multinomial takes 4 to 10 times as long."""
+    sums = scores.float().softmax(-1).cumsum(-1)
+    share = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
+    token = torch.searchsorted(sums, share, right=True).clamp(max=sums.shape[1] - 1)
+    return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
+
+
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int = 0, sample_seed: int | None = None,
              record: bool = False) -> list[Answer]:
-    """One answer per prompt, in their order, of up to `limit` tokens (0: the chat's own limit); greedy, or sampled at
-    temperature 1 when a seed is given. Batched by tokens, sorted by length; `label` names the progress bar."""
-    limit, model, answers = limit or chat.max_new_tokens, chat.model, [Answer("", False)] * len(prompts)
+    """One answer per prompt, in order, of up to `limit` tokens (0: the chat's own), greedy or sampled with a seed."""
+    limit, choices, answers = limit or chat.max_new_tokens, [], [Answer("", False)] * len(prompts)
     config = transformers.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=chat.stops,
                                            pad_token_id=chat.tokenizer.pad_token_id)
-    choices: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) whose first choice is a sampled token: where a random share of the sum of all
-        probabilities falls. torch.multinomial draws a number for every token and takes four to ten times as long."""
-        sums = scores.float().softmax(-1).cumsum(-1)
-        share = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
-        token = torch.searchsorted(sums, share, right=True).clamp(max=sums.shape[1] - 1)
-        return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
     def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         best = scores.float().log_softmax(-1).topk(min(TOP_TOKENS, scores.shape[-1]))
@@ -1769,12 +1694,20 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
         return scores
 
     steps = [note] * record + [draw] * (sample_seed is not None)
+    batches = batches_by_tokens([len(p) for p in prompts], limit, GENERATION_TOKENS)
     torch.manual_seed(sample_seed or 0)
-    with progress(len(prompts), label) as bar, computing(whole(model)):
-        for batch in batches_by_tokens([len(p) for p in prompts], limit, chat.generation_tokens):
+    with progress(len(prompts), label) as bar, computing(whole(chat.model)):
+        while batches:
+            batch = batches.pop(0)
             choices.clear()
             inputs = padded(chat, [prompts[i] for i in batch])
-            written = model.generate(**inputs, generation_config=config, logits_processor=steps)
+            try:
+                written = chat.model.generate(**inputs, generation_config=config, logits_processor=steps)
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not re.search(OUT_OF_MEMORY, causes(error)):
+                    raise
+                batches[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
+                continue
             for row, (i, ids) in enumerate(zip(batch, written[:, inputs["input_ids"].shape[1]:].tolist())):
                 end = next((j for j, token in enumerate(ids) if token in chat.stops), None)
                 ids = ids if end is None else ids[:end + 1]
@@ -1786,87 +1719,31 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
 
 
 def ask(chat: Chat, questions: Sequence[str], label: str = "", sample_seed: int | None = None) -> list[Answer]:
-    """Answers to questions asked alone."""
     prompts = [prompt_ids(chat.tokenizer, [{"role": "user", "content": q}]) for q in questions]
     return generate(chat, prompts, label, sample_seed=sample_seed)
 
 
 # ---- What the base writes before anything is trained ------------------------------------------------------
 
-def fit_settings(folder: Path, settings: Settings) -> tuple[Settings, int]:
-    """Settings that suit the base, and its native context in tokens: WINDOW within the scaled context, answers within
-    half of the native one."""
-    native, scaled = context_of(read_config(folder)), context_of(read_config(folder, settings.rope_factor))
-    return replace(settings, window=min(scaled, settings.window),
-                   max_new_tokens=min(settings.max_new_tokens, native // 2)), native
-
-
-def short_window(native: int, settings: Settings) -> int:
-    """Tokens of the windows in which most of the training happens: the native context where that is short, else room
-    for one or two turns, as people ask."""
-    return min(native, settings.window, 192)
-
-
-def step_tokens(native: int, settings: Settings) -> int:
-    """Tokens that a training step holds, whatever the length of its windows: the cost of a step is always the same."""
-    return settings.batch_size * short_window(native, settings)
-
-
-def row_problem(row: Row, settings: Settings) -> str:
-    """Why a row's own answer could never count as right, in Portuguese; "" if it could."""
-    answer = row.messages[-1]["content"]
-    if not mentions(answer, (settings.name, settings.author)):
-        return "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})"
-    return "a resposta se repete, e contaria como repetitiva" * is_loop(answer)
-
-
-def check_rows(tokenizer, rows: list[Row], settings: Settings) -> None:
-    """`InputError` naming the lines of rows whose answers could never count as right, that are longer than WINDOW,
-    which would have to be cut, or that have a thought, which the template would cut out."""
-    thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
-                and any("</think>" in m["content"] for m in row.messages)]
-    if thoughts:
-        raise InputError(f"{settings.identity_file}, {', '.join(thoughts[:10])}: há raciocínio (<think>...</think>). "
-                         "Deixe só a resposta: o chat template deste modelo jogaria o raciocínio fora.")
-    answers = tokenizer([row.messages[-1]["content"] for row in rows], add_special_tokens=False)["input_ids"]
-    unfit = [f"linha {row.line}: {reason}" for row, ids in zip(rows, answers) if (reason := row_problem(
-        row, settings) or f"a resposta tem {len(ids)} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}"
-        * (len(ids) >= settings.max_new_tokens))]
-    if unfit:
-        raise InputError("\n  ".join([f"{settings.identity_file}: {len(unfit)} linha(s) ensinariam o que a prova não "
-                                      "aceita:", *unfit[:10], *["..."] * (len(unfit) > 10)]))
-    costs = [cost(tokenizer, without_system(tokenizer, row.messages)) for row in rows]
-    long = [f"linha {row.line} ({tokens} tokens)" for row, tokens in zip(rows, costs) if tokens > settings.window]
-    if long:
-        more = f" e mais {len(long) - 10}" * (len(long) > 10)
-        raise InputError(f"{settings.identity_file}: não cabe em WINDOW ({settings.window} tokens): "
-                         f"{', '.join(long[:10])}{more}. Encurte o texto, ou aumente WINDOW (--window) ou, se ela já "
-                         "é o contexto inteiro do modelo, ROPE_FACTOR (--rope-factor).")
-
-
 class Talk(NamedTuple):
-    """A conversation that ends with an answer of the base. `ids` are the tokens of that answer as it wrote them, with
-    the one that ended it unless it was cut; `row` is the first of their rows in the `Teacher`."""
+    """A conversation ending with an answer: learnt by heart (a lesson) or as the base's distribution."""
     messages: list[dict]
-    kind: str  # "near" identity, "everyday", or "own" question of the base
-    ids: list[int]
-    row: int
+    kind: str  # "lesson"; "near" identity, "everyday", or "own" question of the base
+    ids: list[int] = []  # of the base's answer as it wrote it, with the one that ended it unless it was cut
+    row: int = -1  # the first of their rows in the `Teacher`
 
-    @property
-    def question(self) -> str:
-        return self.messages[-2]["content"]
+    question = property(lambda self: self.messages[-2]["content"])
+    answer = property(lambda self: self.messages[-1]["content"])
 
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"]
+    def said(self, first: bool) -> list[dict]:
+        """Its messages; a system prompt stays only where a conversation begins."""
+        return self.messages[not first and self.messages[0]["role"] == "system":]
 
 
 class Teacher(NamedTuple):
-    """The base's token distribution on its own answers, written down so that the base need not stay in memory:
-    `tokens` int32 and `log_probs` float32, both (M, k), hold the k most probable tokens, one row per token of an
-    answer."""
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
+    """The base's token distribution on its own answers, one row per token, so that it need not stay in memory."""
+    tokens: torch.Tensor  # int32 (M, k): the k most probable
+    log_probs: torch.Tensor  # float32 (M, k)
 
 
 class Names(NamedTuple):
@@ -1874,10 +1751,7 @@ class Names(NamedTuple):
     name: str
     maker: str
     old: tuple[str, ...]
-
-    @property
-    def new(self) -> tuple[str, str]:
-        return self.name, self.maker
+    new = property(lambda self: (self.name, self.maker))
 
 
 class Heard(NamedTuple):
@@ -1889,12 +1763,8 @@ class Heard(NamedTuple):
     held_out: list[Talk]  # for the report
 
 
-def question_and_answer(question: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
-    """Ask the base who it is, and read its template, folder and card: the names under which it goes."""
+    """The names under which the base goes, by what it says and by its template, folder and card."""
     folder = Path(settings.model_path)
     answers = [a.text for a in ask(base, inputs.validation, "perguntando quem ele é")]
     injected = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), True)[0]
@@ -1907,9 +1777,8 @@ def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
 
 
 def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
-    """Questions that the base writes by itself, each going on from a start, which may be empty: given the opening of a
-    user turn, a chat model writes a user's question, in its own domain and without data (Magpie, arXiv 2406.08464).
-    One that was cut is a question too."""
+    """Questions that the base writes, going on from each start: after the opening of a user turn, a chat model writes
+    what a user would ask (Magpie, arXiv 2406.08464). Cut ones count."""
     opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
     prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
     written = generate(base, prompts, "escrevendo perguntas", QUESTION_TOKENS, seed)
@@ -1917,348 +1786,343 @@ def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
     return [question for question in questions if plain(question) and not is_loop(question)]
 
 
-def answer_talks(base: Chat, asked: list[tuple[str, list[dict]]], names: Names, teacher: list[Answer],
-                 label: str) -> tuple[list[Talk], list[str]]:
-    """Let the base answer (kind, conversation) pairs, up to TALK_TOKENS: talks, whose rows go to the `teacher`, and
-    the questions of its own that it answers with its old identity. Answers that were cut are as good as others: what
-    is learnt is how each token goes on. Loops are left out."""
-    messages = [without_system(base.tokenizer, m) for _, m in asked]
-    written = generate(base, [prompt_ids(base.tokenizer, m) for m in messages], label, TALK_TOKENS, record=True)
-    talks, identity, row = [], [], sum(len(a.ids) for a in teacher)
-    for (kind, _), conversation, answer in zip(asked, messages, written):
-        if claims(answer.text, names.old, names.new):  # it speaks of itself
-            identity += [conversation[-1]["content"]] * (kind == "own")
-        elif answer.text and not is_loop(answer.text):
-            said = {"role": "assistant", "content": answer.text}
-            talk = Talk([*conversation, said], kind, answer.ids, row)
-            if max(make_window(base.tokenizer, [talk]).targets) >= 0:  # else its text gives other tokens
-                talks.append(talk)
-                teacher.append(answer)
-                row += len(answer.ids)
-    return talks, identity
+class Listener:
+    """Asks the base each question once; keeps talks, rows of the teacher, and identity questions."""
 
+    def __init__(self, base: Chat, names: Names, taken: Sequence[str], rng: random.Random):
+        self.base, self.names, self.taken, self.rng = base, names, set(map(plain, taken)), rng
+        self.identity: list[str] = []
+        self.teacher: list[Answer] = []
+        self.rows = 0
 
-def with_systems(conversations: list[list[dict]], prompts: Sequence[str], every: int) -> list[list[dict]]:
-    """The conversations, one of `every` few behind one of the system prompts."""
-    return [[{"role": "system", "content": prompts[i // every % len(prompts)]}, *c] if i % every == every - 1 else c
-            for i, c in enumerate(conversations)]
+    def answers(self, asked: list[tuple[str, list[dict]]], label: str) -> list[Talk]:
+        """Talks on (kind, conversation) pairs, without loops. Cut answers are as good: each token is learnt."""
+        tokenizer, talks = self.base.tokenizer, []
+        messages = [without_system(tokenizer, m) for _, m in asked]
+        written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, TALK_TOKENS, record=True)
+        for (kind, _), conversation, answer in zip(asked, messages, written):
+            about_it = kind == "own" and asks_who(conversation[-1]["content"], self.names.old)
+            claimed = claims(answer.text, self.names.old, self.names.new)
+            if about_it or claimed:  # neither an answer to keep, nor, if it was not asked for, a lesson
+                self.identity += [conversation[-1]["content"]] * (about_it and claimed)
+            elif answer.text and not is_loop(answer.text):
+                said = {"role": "assistant", "content": answer.text}
+                talk = Talk([*conversation, said], kind, answer.ids, self.rows)
+                if max(make_window(tokenizer, [talk]).targets) >= 0:  # else its text gives other tokens
+                    talks.append(talk)
+                    self.teacher.append(answer)
+                    self.rows += len(answer.ids)
+        return talks
 
-
-def follow_ups(talks: list[Talk], questions: dict[str, tuple[str, ...]], rng: random.Random) -> list[list[dict]]:
-    """Second turns: each talk, and what somebody may say to its answer, in its language."""
-    return [[*talk.messages, {"role": "user", "content": rng.choice(
-        questions.get(language_of(talk.question), questions["en"]))}] for talk in talks]
+    def hear(self, asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str) -> list[Talk]:
+        """Talks on the (kind, question) pairs not asked yet: a fourth behind system prompts, a fifth going on."""
+        fresh = {plain(q): (kind, q) for kind, q in asked if plain(q) and plain(q) not in self.taken}
+        self.taken.update(fresh)
+        first = [(kind, [{"role": "system", "content": systems[i // 4 % len(systems)]}] * (i % 4 == 3)
+                  + [{"role": "user", "content": q}]) for i, (kind, q) in enumerate(fresh.values())]
+        talks = self.answers(first, label)
+        again = [(t.kind, [*t.messages, {"role": "user", "content": self.rng.choice(
+            later.get(language_of(t.question), later["en"]))}]) for t in self.rng.sample(talks, len(talks) // 5)]
+        return talks + self.answers(again, label)
 
 
 def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teacher]:
-    """Let the base say who it is, write questions and answer them, its own and those of the lists, some behind system
-    prompts and some in a second turn: everyday text for training, and other text for measuring."""
-    rng, teacher = random.Random(f"{settings.seed}/listen"), []
-    names, spoken = find_names(base, settings, inputs), inputs.languages
+    """Let the base say who it is, and answer the lists and its own questions, for training and measuring."""
+    rng, spoken, n = random.Random(f"{settings.seed}/listen"), inputs.languages, settings.eval_questions
+    names = find_names(base, settings, inputs)
     say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
-    row_questions = [row.messages[-2]["content"] for row in inputs.rows]
-    taken = {plain(q) for q in (*inputs.validation, *inputs.test, *row_questions)}
-    identity: list[str] = []
-
-    def heard(asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str) -> list[Talk]:
-        """Talks on questions not asked yet, and second turns to one in five."""
-        fresh = {plain(q): (kind, q) for kind, q in asked if plain(q) and plain(q) not in taken}
-        taken.update(fresh)
-        first = with_systems([[{"role": "user", "content": q}] for _, q in fresh.values()], systems, 4)
-        talks, own = answer_talks(base, [*zip((k for k, _ in fresh.values()), first)], names, teacher, label)
-        identity.extend(own)
-        again = rng.sample(talks, len(talks) // 5)
-        second = [*zip((t.kind for t in again), follow_ups(again, later, rng))]
-        return talks + answer_talks(base, second, names, teacher, label)[0]
-
-    n = settings.eval_questions
-    fixed = [*((("near", q)) for q in of_languages(NEAR_EXAM, spoken)),
+    rows = [row.question for row in inputs.rows]
+    listener = Listener(base, names, [*inputs.validation, *inputs.test, *rows], rng)
+    fixed = [*(("near", q) for q in of_languages(NEAR_EXAM, spoken)),
              *(("everyday", q) for q in of_languages(EVERYDAY_EXAM, spoken))]
-    held_out = heard(rng.sample(fixed, min(len(fixed), n)), SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
-    near = [("near", q) for code in spoken for q in near_questions(code, math.ceil(NEAR / len(spoken)), rng)]
-    everyday = heard(near + [("everyday", q) for q in of_languages(EVERYDAY, spoken)], SYSTEM_PROMPTS, FOLLOW_UPS,
-                     "respondendo")
+    fixed = rng.sample(fixed, min(len(fixed), n))
+    held_out = listener.hear(fixed, SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
+    # Every sixth way of asking is kept for measuring.
+    near, kept = ([q for code in spoken for q in near_questions(code, share, math.ceil(count / len(spoken)), rng)]
+                  for share, count in ((range(1, 6), NEAR), (range(1), max(12, n // 3))))
+    validation = listener.hear([("near", q) for q in kept], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+    asked = [*(("near", q) for q in near), *(("everyday", q) for q in of_languages(EVERYDAY, spoken))]
+    everyday = listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+    own: list[Talk] = []
     for _ in range(6):
-        left = settings.self_text - sum(len(t.ids) for t in everyday)
-        if not everyday or left <= 0.02 * settings.self_text:
+        used = sum(len(t.ids) for t in everyday + own)
+        if used >= 0.98 * settings.self_text or not everyday:
             break
-        each = sum(len(t.ids) for t in everyday) / len(everyday)
-        count = min(MOST_QUESTIONS, math.ceil(1.1 * left / each))
-        # Half of them begin like the user's rows: they show where identity ends, on both sides.
-        starts = [" ".join(rng.choice(row_questions).split()[:rng.randint(1, 3)]) * (i % 2) for i in range(count)]
+        count = math.ceil(1.1 * (settings.self_text - used) / used * len(everyday + own))
+        # A third goes on from how the rows begin, and a third from questions near identity.
+        starts = [" ".join(rng.choice(some).split()[:rng.randint(1, 3)]) if some else ""
+                  for _, some in zip(range(count), cycle(([], rows, near)))]
         asked = write_questions(base, starts, rng.randrange(2**31))
-        more = heard([("own", q) for q in asked], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
-        everyday += more
+        more = listener.hear([("own", q) for q in asked], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+        own += more
         if len(more) < len(asked) / 4:  # it repeats itself
             break
-    rng.shuffle(everyday)
-    # A tenth measures the rounds of training, and as much of its own questions goes to the report.
-    count = max(4, min(n, len(everyday) // 10))
-    own = [t for t in everyday if t.kind == "own"][:count // 2]
-    everyday = [t for t in everyday if t not in own]
-    if len(everyday) < 8 + count:
-        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
-                         "errado, ou um modelo que não é de conversa.")
-    say(f"  Ele respondeu a {len(everyday) + len(own) + len(held_out)} perguntas do dia a dia; "
-        f"{len(identity)} das que ele mesmo escreveu são sobre quem ele é.")
-    tokens, log_probs = (torch.cat([getattr(a, key) for a in teacher]) for key in ("tokens", "log_probs"))
-    return Heard(names, identity, everyday[count:], everyday[:count], held_out + own), Teacher(tokens, log_probs)
+    rng.shuffle(own)
+    few = max(2, min(n // 4, len(own) // 10))
+    validation, held_out, everyday = validation + own[:few], held_out + own[few:2 * few], everyday + own[2 * few:]
+    if len(everyday) < 12 or not validation:
+        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; ele é mesmo de conversa?")
+    say(f"  Ele respondeu a {len(everyday) + len(validation) + len(held_out)} perguntas do dia a dia; "
+        f"{len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é.")
+    teacher = Teacher(*(torch.cat([getattr(a, key) for a in listener.teacher]) for key in Teacher._fields))
+    return Heard(names, listener.identity, everyday, validation, held_out), teacher
 
 
 def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
-    """heard.json, readable, and teacher.safetensors."""
     write_json(folder / "heard.json", {**heard._asdict(), "names": heard.names._asdict(), **{
         key: [talk._asdict() for talk in getattr(heard, key)] for key in ("everyday", "validation", "held_out")}})
     tensor_files.save_file(teacher._asdict(), folder / "teacher.safetensors")
 
 
 def read_heard(folder: Path) -> tuple[Heard, Teacher]:
-    """What `save_heard` wrote."""
     said = load_json(folder / "heard.json")
     names = Names(**{**said["names"], "old": tuple(said["names"]["old"])})
-    heard = Heard(names, said["identity_questions"], *([Talk(**talk) for talk in said[key]]
-                                                       for key in ("everyday", "validation", "held_out")))
-    return heard, Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
+    talks = ([Talk(**talk) for talk in said[key]] for key in ("everyday", "validation", "held_out"))
+    teacher = Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
+    return Heard(names, said["identity_questions"], *talks), teacher
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
 
+def short_window(native: int, settings: Settings) -> int:
+    """Tokens of most training windows: the native context, or SHORT where it is longer."""
+    return min(native, settings.window, SHORT)
+
+
+def step_tokens(native: int, settings: Settings) -> int:
+    """Tokens that a training step holds, whatever the length of its windows."""
+    return settings.batch_size * short_window(native, settings)
+
+
 class Pool(NamedTuple):
-    """What dialogues are made of, and how often it is drawn: lessons (messages whose answers are learnt by heart) or
-    talks of the base (whose last answer is learnt as its distribution)."""
-    parts: list[list[dict] | Talk]
+    """What dialogues are made of, and how large a share of all tokens it has."""
+    talks: list[Talk]
     share: float
 
 
 class Window(NamedTuple):
-    """One dialogue as equally long lists: `input_ids`, `labels` (-100 where no answer is learnt by heart) and
-    `targets` (row of the teacher for the next token, -1 for none)."""
+    """One dialogue as equally long lists."""
     input_ids: list[int]
-    labels: list[int]
-    targets: list[int]
+    labels: list[int]  # -100 where no answer is learnt by heart
+    targets: list[int]  # row of the teacher for the next token, -1 for none
 
 
-def messages_of(part: list[dict] | Talk, first: bool = True) -> list[dict]:
-    """A part's messages; a system prompt stays only where a dialogue begins."""
-    messages = part.messages if isinstance(part, Talk) else part
-    return messages[not first and messages[0]["role"] == "system":]
-
-
-def make_window(tokenizer, parts: Sequence[list[dict] | Talk]) -> Window:
-    """One dialogue of several parts, through the model's own template."""
-    said = [messages_of(part, first=not i) for i, part in enumerate(parts)]
+def make_window(tokenizer: Tokenizer, talks: Sequence[Talk]) -> Window:
+    """One dialogue of several talks, through the model's own template."""
+    said = [talk.said(first=not i) for i, talk in enumerate(talks)]
     encoded, turn = encode(tokenizer, [m for messages in said for m in messages]), 0
     labels, targets = list(encoded.labels), [-1] * len(encoded.input_ids)
-    for part, messages in zip(parts, said):
+    for talk, messages in zip(talks, said):
         turns = encoded.turns[turn:turn + sum(m["role"] == "user" for m in messages)]
         turn += len(turns)
-        if isinstance(part, Talk):
+        if talk.row >= 0:
             start, end = turns[-1]
             answer = next(j for j in range(start, end) if encoded.labels[j] != -100)
-            same = len(os.path.commonprefix([encoded.input_ids[answer:end], part.ids]))
-            targets[answer - 1:answer - 1 + same] = range(part.row, part.row + same)  # a position predicts the next
+            same = len(os.path.commonprefix([encoded.input_ids[answer:end], talk.ids]))
+            targets[answer - 1:answer - 1 + same] = range(talk.row, talk.row + same)  # a position predicts the next
             labels[turns[0][0]:end] = [-100] * (end - turns[0][0])
     return Window(encoded.input_ids, labels, targets)
 
 
-def make_batches(tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
+class Deck:
+    """A pool's talks with their lengths in tokens; all come once before any comes twice."""
+
+    def __init__(self, tokenizer: Tokenizer, pool: Pool, rng: random.Random):
+        self.items = [(talk, len(encode(tokenizer, talk.messages).input_ids)) for talk in pool.talks]
+        self.share, self.rng, self.line, self.drawn = pool.share, rng, [], 0
+
+    def fitting(self, room: float) -> int | None:
+        """Place of the first talk that takes at most `room` tokens, of the first few in line."""
+        self.line = self.line or self.rng.sample(self.items, len(self.items))
+        return next((place for place, (_, needed) in enumerate(self.line[:8]) if needed <= room), None)
+
+
+def make_batches(tokenizer: Tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
                  seed: str) -> list[list[Window]]:
     """`steps` batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools.
-
-    The windows of a batch are filled up to the same one of the `lengths` (tokens; at least one part), with what still
-    fits, so that hardly anything is padding.
-    """
-    rng, pools = random.Random(seed), [pool for pool in pools if pool.parts and pool.share]
-    items = [[(part, cost(tokenizer, messages_of(part))) for part in pool.parts] for pool in pools]
-    lines, drawn, all_shares = [[] for _ in pools], [0] * len(pools), sum(pool.share for pool in pools)
-
-    def next_fitting(k: int, room: float) -> int | None:
-        """Place of the first part of pool k that takes at most `room` tokens, of the first few in line. All of the
-        pool come once before any comes twice."""
-        lines[k] = lines[k] or rng.sample(items[k], len(items[k]))
-        return next((place for place, (_, needed) in enumerate(lines[k][:8]) if needed <= room), None)
-
+    Those of a batch are filled up to one of the `lengths` (tokens; at least one talk), so that little is padding."""
+    rng = random.Random(seed)
+    decks = [Deck(tokenizer, pool, rng) for pool in pools if pool.talks and pool.share]
     batches: list[list[Window]] = []
     for _ in range(steps):
         length, batch, longest = rng.choice(lengths), [], 0
         while not batch or (len(batch) + 1) * max(length, longest) <= tokens:
-            parts, used = [], 0
-            while fitting := {k: place for k in range(len(pools)) if (place := next_fitting(
-                    k, length - used if parts else math.inf)) is not None}:
+            talks, used = [], 0
+            while fitting := [(deck, place) for deck in decks if (place := deck.fitting(
+                    length - used if talks else math.inf)) is not None]:
                 # Who has had less than its share of all tokens comes first.
-                k = min(fitting, key=lambda k: (drawn[k] + rng.random()) / pools[k].share * all_shares)
-                part, needed = lines[k].pop(fitting[k])
-                drawn[k] += needed
+                deck, place = min(fitting, key=lambda item: (item[0].drawn + rng.random()) / item[0].share)
+                talk, needed = deck.line.pop(place)
+                deck.drawn += needed
                 used += needed
-                parts.append(part)
-            rng.shuffle(parts)
-            batch.append(make_window(tokenizer, parts))
+                talks.append(talk)
+            rng.shuffle(talks)
+            batch.append(make_window(tokenizer, talks))
             longest = max(longest, len(batch[-1].input_ids))
         batches.append(batch)
     return batches
 
 
 def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Divergence KL(base || model) of each position in nats, (N,), bounded from below by k + 1 events: all that is
-    outside the base's k most probable tokens is one, so that the model cannot hide probability there. `ours` (N,
-    vocabulary) are log-probabilities of the model; `tokens`, `log_probs` (N, k) those of the base."""
+    """KL(base || model) in nats, (N,), bounded from below: all but the base's k most probable tokens are one event.
+    `ours` (N, vocabulary) are the model's log-probabilities; `tokens` and `log_probs` (N, k) the base's."""
     ours = ours.gather(-1, tokens)
     rest, our_rest = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (log_probs, ours))
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
 
-def automatic_rate(model, full: float, adapter: float) -> float:
-    """Learning rate for the size of the model, from the values for training all weights and for LoRA at one million
-    parameters. The first falls with the square root of the size, as usual; the second with its cube root, about as the
-    best ones of Llama models do (https://thinkingmachines.ai/blog/lora/), and does not depend on the rank."""
+def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher, inputs: dict[str, torch.Tensor],
+               kl_weight: float) -> torch.Tensor:
+    """Cross-entropy on labels plus `kl_weight` times the divergence on targets, over `totals`."""
+    labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # a position predicts the next token
+    targets, totals = inputs["targets"], inputs["totals"].clamp(min=1)
+    needed = (labels != -100) | (targets >= 0)
+    ours = logits_at(model, inner, needed, input_ids=inputs["input_ids"]).log_softmax(-1)
+    loss = torch.nn.functional.nll_loss(ours, labels[needed], ignore_index=-100, reduction="sum") / totals[0]
+    held = targets[needed] >= 0
+    rows = targets[needed][held].cpu()
+    tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
+    return loss + kl_weight * distillation_loss(ours[held], tokens.long(), log_probs).sum() / totals[1]
+
+
+def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: float) -> float:
+    """Learning rate by size, from those at one million parameters: with its square root for all weights, with its cube
+    root for LoRA of any rank (https://thinkingmachines.ai/blog/lora/)."""
     millions = model_size(model) / 1e6
     return full * millions**(-1 / 2) if model is whole(model) else adapter * millions**(-1 / 3)
 
 
-def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
-          folder: Path) -> list[dict]:
-    """Run the batches once through TRL's SFTTrainer, the rate rising briefly and falling to zero; the loss log.
+def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
+    """Each batch in `parts` examples of windows' lists, with the `totals` of the whole step."""
+    examples = []
+    for batch in batches:
+        totals = [sum(label != -100 for w in batch for label in w.labels[1:]),
+                  sum(target >= 0 for w in batch for target in w.targets)]
+        # A step of few long windows may have fewer of them than parts.
+        idle = [Window(batch[0].input_ids[:2], [-100] * 2, [-1] * 2)]
+        for part in range(parts):
+            windows = batch[part::parts] or idle
+            examples.append({key: [getattr(w, key) for w in windows] for key in Window._fields} | {"totals": totals})
+    return examples
 
-    The loss is cross-entropy on the labels plus KL_WEIGHT times the divergence from the base on the targets. From
-    the newest complete checkpoint in `folder` a broken-off training goes on, bit by bit. Raises `InputError` when
-    nothing can be learnt or the loss explodes, and `KeyboardInterrupt` after saving when the user asks to stop.
-    """
-    parts = PROCESSES * min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
-    # What a step learns is a mean over the whole of it, however many parts it is split into.
-    totals = [(sum(label != -100 for w in batch for label in w.labels[1:]),
-               sum(target >= 0 for w in batch for target in w.targets)) for batch in batches]
-    kl_weight = settings.kl_weight
-    if not any(map(any, totals)):
-        raise InputError(f"{label}: nenhum token das conversas pode ser treinado (a perda seria 0). Confira as "
-                         "respostas do arquivo de identidade e o chat template do modelo.")
-    limit = 3 * (1 + kl_weight) * math.log(chat.model.get_input_embeddings().weight.shape[0])
 
-    def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-        step, part = divmod(examples[0]["input_ids"][0], parts)
-        # A step of few long windows may have less of them than parts; what is left over has one that teaches nothing.
-        idle = Window(batches[step][0].input_ids[:2], [-100] * 2, [-1] * 2)
-        windows = batches[step][part::parts] or [idle]
-        # On the right, where no token sees it: a mask, which attention is slower with, is not needed.
-        filling = {"input_ids": chat.tokenizer.pad_token_id, "labels": -100, "targets": -1}
-        padded = {key: torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(getattr(w, key)) for w in windows], batch_first=True, padding_value=value)
-            for key, value in filling.items()}
-        return {**padded, "totals": torch.tensor(totals[step])}
+def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    """One example as tensors (windows, tokens), padded on the right: no mask is needed, which is slower."""
+    fills = {"input_ids": pad, "labels": -100, "targets": -1}
+    tensors = {key: torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, examples[0][key])), batch_first=True,
+                                                    padding_value=value) for key, value in fills.items()}
+    return {**tensors, "totals": torch.tensor(examples[0]["totals"])}
+
+
+def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
+                 complaint: str) -> trl.SFTTrainer:
+    """TRL's trainer with the loss of this job. `complaint` is said when the loss explodes."""
+    inner, limit = whole(chat.model), 3 * (1 + kl_weight) * math.log(chat.model.get_input_embeddings().weight.shape[0])
 
     class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels, targets, total = inputs.pop("labels"), inputs.pop("targets"), inputs.pop("totals")
-            inner = whole(chat.model)
-            hidden = last_hidden(model, inner, inputs)
-            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # a position predicts the next token
-            needed = (labels != -100) | (targets >= 0)
-
-            def part(hidden, labels, targets):
-                ours = logits_of(inner, hidden).log_softmax(-1)
-                loss = torch.nn.functional.nll_loss(ours, labels, ignore_index=-100, reduction="sum")
-                loss = loss / total[0].clamp(min=1)
-                if kl_weight and (targets >= 0).any():
-                    rows = targets.clamp(min=0).cpu()
-                    tokens, log_probs = (t[rows].to(ours.device) for t in (teacher.tokens, teacher.log_probs))
-                    divergence = distillation_loss(ours, tokens.long(), log_probs)[targets >= 0]
-                    loss = loss + kl_weight * divergence.sum() / total[1]
-                return loss
-
-            pieces = list(zip(*(in_chunks(inner, t) for t in (hidden[needed], labels[needed], targets[needed]))))
-            loss = hidden.sum() * 0
-            for piece in pieces:
-                # The logits of a chunk are made again on the way back; a single chunk can as well stay.
-                loss = loss + (part(*piece) if len(pieces) == 1 else
-                               torch.utils.checkpoint.checkpoint(part, *piece, use_reentrant=False))
-            loss = PROCESSES * loss  # the processes' gradients are averaged, while their parts make up one sum
+            loss = PROCESSES * batch_loss(model, inner, teacher, inputs, kl_weight)  # parts of a sum, but averaged
             if not loss <= PROCESSES * limit:
-                raise InputError(f"{label}: a perda explodiu na etapa {self.state.global_step + 1} ({loss.item():g}). "
-                                 f"{advice}")
+                raise InputError(complaint.format(self.state.global_step + 1, loss.item()))
             return loss
 
-    advice = ("Diminua a taxa de aprendizado (--heal-learning-rate na cura, --learning-rate-1 e --learning-rate-2 nos "
-              f"passos; esta foi {rate:.1e}) e rode de novo.")
+    parts = PROCESSES * arguments.gradient_accumulation_steps
+    trainer = Trainer(model=chat.model, args=arguments, processing_class=chat.tokenizer,
+                      data_collator=functools.partial(collate, pad=chat.tokenizer.pad_token_id),
+                      train_dataset=datasets.Dataset.from_list(as_examples(batches, parts)))
+    trainer.remove_callback(transformers.PrinterCallback)
+    for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if hasattr(text_config := inner.config.get_text_config(), "output_router_logits"):
+        text_config.output_router_logits = False  # the trainer asks experts for what generation stumbles on
+    return trainer
 
-    def check_finite(step: int) -> None:
-        if broken_weight(chat.model):
-            raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
+
+def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int], check: Callable[[int], None]):
+    """A callback that tells progress and saves checkpoints, every few `minutes` and when `asked` to stop."""
+    began = time.monotonic()
 
     class Keeper(transformers.TrainerCallback):
-        """Says how it goes, and keeps checkpoints that can be trusted."""
-        saved = time.monotonic()
+        saved = began
 
         def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" in logs and state.global_step % quarter == 0:
-                left = (time.monotonic() - began) / (state.global_step - first) * (state.max_steps - state.global_step)
-                loss = f"{mean_losses(state.log_history[-quarter:], 1)[0]['loss']:.3f}".replace(".", ",")
+            step, quarter = state.global_step, max(1, state.max_steps // 4)
+            if "loss" in logs and step % quarter == 0:
+                left = (time.monotonic() - began) / (step - first) * (state.max_steps - step)
+                loss = mean_losses(state.log_history[-quarter:], 1)[0]["loss"]
                 bar.clear()
-                say(f"    etapa {state.global_step}/{state.max_steps} | perda {loss} | faltam {clock(left)}")
+                say(f"    etapa {step}/{state.max_steps} | perda {decimal(loss, 3)} | faltam {clock(left)}")
 
         def on_step_end(self, args, state, control, **kwargs):
             bar.update(state.global_step - bar.n)
-            due = time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes
-            due, stop = agreed((due, bool(asked)))
+            due, stop = agreed((time.monotonic() - self.saved >= 60 * minutes, bool(asked)))
             control.should_save = not SHARDED and (stop or due)
             control.should_training_stop |= stop
 
         def on_save(self, args, state, control, **kwargs):
-            check_finite(state.global_step)
-            newest = folder / f"checkpoint-{state.global_step}"
+            check(state.global_step)
             self.saved = time.monotonic()
             wait()
             if RANK:
                 return
+            newest = folder / f"checkpoint-{state.global_step}"
             flush(newest)
-            write_json(newest / "complete.json", {})  # the Trainer writes in place: only this tells a whole one
-            for old in folder.glob("checkpoint-*"):
-                if old != newest:
-                    (old / "complete.json").unlink(missing_ok=True)
-                    shutil.rmtree(old, ignore_errors=True)
+            write_json(newest / "complete.json", {})  # the Trainer writes in place, and does not tell when it is whole
+            for old in set(folder.glob("checkpoint-*")) - {newest}:
+                (old / "complete.json").unlink(missing_ok=True)
+                shutil.rmtree(old, ignore_errors=True)
 
-    fast = compute_dtype(model_size(chat.model))
-    run, work = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p), work_folder(settings)
-    os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / run), WANDB_DIR=str(work))
+    return Keeper()
+
+
+def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
+          folder: Path) -> list[dict]:
+    """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the loss log.
+    `InputError` if nothing can be learnt or the loss explodes; `KeyboardInterrupt`, after saving, if the user asks."""
+    if not any(max(w.labels[1:], default=-100) >= 0 or max(w.targets) >= 0 for batch in batches for w in batch):
+        raise InputError(f"{label}: nenhum token das conversas pode ser treinado. Confira as respostas do arquivo de "
+                         "identidade e o chat template do modelo.")
+    advice = (f"Diminua a taxa de aprendizado, que foi {rate:.1e} (--heal-learning-rate na cura, --learning-rate-1 e "
+              "--learning-rate-2 nos passos), e rode de novo.")
+
+    def check(step: int) -> None:
+        if broken_weight(chat.model):
+            raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
+
+    fast, work = compute_dtype(model_size(chat.model)), work_folder(settings)
+    name = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p)
+    os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / name), WANDB_DIR=str(work))
+    parts = min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
     arguments = trl.SFTConfig(
-        output_dir=str(folder), save_strategy="no", disable_tqdm=True,
-        report_to=settings.report_to, project=settings.name, run_name=run, logging_steps=1,
-        per_device_train_batch_size=1, num_train_epochs=1, train_sampling_strategy="sequential", shuffle_dataset=False,
-        learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, len(batches) // 20), adam_beta2=0.98,
+        output_dir=str(folder), save_strategy="no", disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False,
+        report_to=settings.report_to, project=settings.name, run_name=name, seed=settings.seed, num_train_epochs=1,
+        per_device_train_batch_size=1, gradient_accumulation_steps=parts, train_sampling_strategy="sequential",
+        shuffle_dataset=False, learning_rate=rate, lr_scheduler_type="linear", adam_beta2=0.98,
+        warmup_steps=max(1, len(batches) // 20), gradient_checkpointing=settings.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
-        logging_nan_inf_filter=False, seed=settings.seed,
-        gradient_accumulation_steps=parts // PROCESSES, gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
-        fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused",
-    )
-    # One example is one part of a ready batch: its windows were chosen to have the same length.
-    examples = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(len(batches) * parts)]})
-    trainer = Trainer(model=chat.model, args=arguments, data_collator=collate, processing_class=chat.tokenizer,
-                      train_dataset=examples, callbacks=[Keeper()])
-    trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
-        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    text_config = whole(chat.model).config.get_text_config()
-    if getattr(text_config, "output_router_logits", False):  # the trainer asks experts for what generation stumbles on
-        text_config.output_router_logits = False
-    complete = agreed(sorted(int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/complete.json")
-                             if not SHARDED))  # the Trainer cannot go on with pieces: such a training begins anew
-    first = complete[-1] if complete else 0
-    if complete:
-        say(f"    continuando da etapa {first}, a última guardada")
+        fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused")
+    trainer = make_trainer(chat, batches, teacher, arguments, settings.kl_weight,
+                           f"{label}: a perda explodiu na etapa {{}} ({{:g}}). {advice}")
+    found = folder.glob("checkpoint-*/complete.json") if not SHARDED else ()  # the Trainer cannot go on with pieces
+    done = agreed(max((int(path.parent.name[11:]) for path in found), default=0))
+    if done:
+        say(f"    continuando da etapa {done}, a última guardada")
     else:  # curves of other settings
-        shutil.rmtree(work / "tensorboard" / run, ignore_errors=True)
-    began, quarter = time.monotonic(), max(1, len(batches) // 4)
+        shutil.rmtree(work / "tensorboard" / name, ignore_errors=True)
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{first}") if complete else None)
+        trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check))
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
     if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
         sys.modules["wandb"].finish()
     chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
-    check_finite(trainer.state.global_step)
+    check(trainer.state.global_step)
     chat.model.eval()
     return mean_losses(trainer.state.log_history, 40)
 
@@ -2268,12 +2132,12 @@ def mean_losses(log: list[dict], count: int) -> list[dict]:
     log = [entry for entry in log if "loss" in entry]
     size = math.ceil(len(log) / count) or 1
     parts = [log[i:i + size] for i in range(0, len(log), size)]
-    return [{"step": part[-1]["step"], "loss": sum(entry["loss"] for entry in part) / len(part)} for part in parts]
+    return [{"step": part[-1]["step"], "loss": mean([entry["loss"] for entry in part])} for part in parts]
 
 
 @contextlib.contextmanager
 def patient_interrupts():
-    """Within it, the first Ctrl-C (or SIGTERM) only fills the list that it gives; the second leaves at once."""
+    """Within it, the first Ctrl-C (or SIGTERM) only fills the list it gives; the second leaves at once."""
     asked: list[int] = []
 
     def note(number, frame):
@@ -2287,6 +2151,8 @@ def patient_interrupts():
             before.callback(signal.signal, number, signal.signal(number, note))
         yield asked
 
+
+# ---- Healing: RoPE scaled, and back to the base's own behaviour -------------------------------------------
 
 def nearest_pairs(before: list[float], after: list[float]) -> list[int]:
     """For each place of a rotary pair which pair to put there: the one, of those left, whose frequency `before` is the
@@ -2313,16 +2179,13 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
             weight.data.copy_(moved)
 
 
-def tell_kept(chat: Chat, heard: Heard, teacher: Teacher, when: str) -> float:
-    """Say how many of the base's first choices the model keeps on talks that are not for training; that share."""
-    windows = [make_window(chat.tokenizer, [talk]) for talk in heard.validation[:48]]
-    kept = mean([same for same, _ in compare(chat, teacher, windows)])
-    if when:
-        say(f"  {when}, ele escolhe {percent(kept)} das palavras como o modelo base.")
-    return kept
+def kept_share(chat: Chat, job: Job) -> float:
+    """Share of the base's first choices that the model keeps on talks that are not for training."""
+    windows = [make_window(chat.tokenizer, [talk]) for talk in job.heard.validation[:48]]
+    return mean([same for same, _ in compare(chat, job.teacher, windows)])
 
 
-def keep_frequencies(base: Chat, chat: Chat, heard: Heard, teacher: Teacher) -> None:
+def keep_frequencies(before: dict[str, torch.Tensor], chat: Chat, job: Job) -> None:
     """Move each rotary pair to where the scaled RoPE turns about as fast as it was trained to turn, if the model then
     chooses more like the base.
 
@@ -2330,12 +2193,11 @@ def keep_frequencies(base: Chat, chat: Chat, heard: Heard, teacher: Teacher) -> 
     pairs lose their place. Scaled x4, Qwen keeps 46 % of the base's first choices, and 71 % after this, untrained. It
     is undone for families that arrange their weights in another way, which shows in worse answers.
     """
-    before, after = rope_frequencies(base.model), rope_frequencies(chat.model)
+    after = rope_frequencies(chat.model)
     name = next(name for name in after if not torch.equal(after[name].cpu(), before[name].cpu()))
-    order = nearest_pairs(before[name].tolist(), after[name].tolist())
-    scaled = tell_kept(chat, heard, teacher, "")
+    order, scaled = nearest_pairs(before[name].tolist(), after[name].tolist()), kept_share(chat, job)
     reorder_pairs(chat.model, order)
-    moved = tell_kept(chat, heard, teacher, "")
+    moved = kept_share(chat, job)
     if agreed(moved > scaled):
         say(f"  Com as frequências reordenadas, ele escolhe {percent(moved)} das palavras como o modelo base (sem "
             f"isso, {percent(scaled)}).")
@@ -2343,476 +2205,311 @@ def keep_frequencies(base: Chat, chat: Chat, heard: Heard, teacher: Teacher) -> 
         reorder_pairs(chat.model, sorted(range(len(order)), key=order.__getitem__))
 
 
-def attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The attention modules that turn queries and keys by `position_embeddings`, in the order of the layers."""
-    def turns(module: torch.nn.Module) -> bool:
-        return "position_embeddings" in inspect.signature(module.forward).parameters
-
-    return [m for m in model.modules() if turns(m) and not any(turns(inner) for inner in list(m.modules())[1:])]
-
-
-def rotary_angles(model: PreTrainedModel, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each of the `attentions`, the cosines and sines that it is given for positions 0 to length - 1."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hooks = [attention.register_forward_pre_hook(lambda m, args, given: found.append(given["position_embeddings"]),
-                                                 with_kwargs=True) for attention in attentions(model)]
-    with computing(model):
-        model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False, logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    return found
+def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], factor: float) -> None:
+    """A scaling that did not reach the built model would waste the run, so look at the frequencies themselves: the
+    slowest must be `factor` times slower, and none faster than before."""
+    turning = [(before[name].cpu(), after[name].cpu()) for name in before]  # some of Gemma 4 stand still
+    ratios = [old[new > 0] / new[new > 0] for old, new in turning]
+    if not any(abs(r.max() / factor - 1) < 1e-3 and r.min() > 0.999 for r in ratios):
+        raise RuntimeError("the RoPE scaling did not reach the model's rotary frequencies")
 
 
-def match_attention(base: PreTrainedModel, model: PreTrainedModel, batches: list[list[Window]], rate: float,
-                    label: str) -> list[dict]:
-    """Teach the attention of each layer, given what the base's layer is given, to put out what that one does, at the
-    scaled RoPE: the loss log, whose values are mean squared errors as shares of the mean square.
-
-    All tokens of all layers tell something, where the distribution of the next token is one target at the very end;
-    only one forward pass of the base and the way back through single layers are needed. Block by block, as
-    quantisation does it (AdaRound, arXiv 2004.10568).
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, len(batches) // 20), len(batches) + 1)
-    longest = max(len(window.input_ids) for batch in batches for window in batch)
-    angles, losses = rotary_angles(model, longest), []
-
-    def imitate(number: int, ours: torch.nn.Module) -> Callable:
-        def hook(module, args, given, output):
-            old, new = given["position_embeddings"], angles[number]  # cosines and sines, or complex numbers (Llama 4)
-            new = tuple(n[:, :o.shape[1]] for o, n in zip(old, new)) if isinstance(
-                old, tuple) else new[:, :old.shape[1]]
-            if torch.equal(*(a[0] if isinstance(old, tuple) else a for a in (old, new))):
-                return  # a layer whose RoPE is not scaled
-            with torch.enable_grad():
-                made = ours(*args, **{**given, "position_embeddings": new})[0].float()
-                theirs = output[0].float()
-                loss = torch.nn.functional.mse_loss(made, theirs) / theirs.square().mean()
-                loss.backward()  # at once: no layer's activations wait for another's
-            losses.append(loss.detach())
-        return hook
-
-    hooks = [theirs.register_forward_hook(imitate(i, ours), with_kwargs=True)
-             for i, (theirs, ours) in enumerate(zip(attentions(base), attentions(model)))
-             if any(p.requires_grad for p in ours.parameters())]
-    log, fast = [], compute_dtype(model_size(base))
-    with progress(len(batches), label) as bar:
-        for step, batch in enumerate(batches, start=1):
-            shortest = min(len(window.input_ids) for window in batch)
-            ids = torch.tensor([w.input_ids[:shortest] for w in batch], device=base.device)
-            losses.clear()
-            # Autocast anew for each batch: it keeps the weights that it has rounded until it ends.
-            with torch.no_grad(), torch.autocast(base.device.type, fast, enabled=fast != torch.float32):
-                base(ids, use_cache=False, logits_to_keep=1)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            log.append({"step": step, "loss": mean([loss.item() for loss in losses])})
-            bar.update()
-    for hook in hooks:
-        hook.remove()
-    return mean_losses(log, 40)
-
-
-def heal(base: Chat, chat: Chat, heard: Heard, teacher: Teacher, native: int, settings: Settings,
-         folder: Path) -> list[dict]:
-    """Bring the RoPE-scaled model back to the base's behaviour, through queries and keys alone: RoPE acts on them
-    while facts live elsewhere. First each layer's attention learns from the base's, in windows that the base knows;
-    then all together learn the base's distribution, in windows up to WINDOW."""
-    check_frequencies(rope_frequencies(base.model), rope_frequencies(chat.model), settings.rope_factor)
-    keep_frequencies(base, chat, heard, teacher)
+def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) -> list[dict]:
+    """Bring the RoPE-scaled model, whose base has the frequencies `before`, back to the base's behaviour, by learning
+    its distribution in windows up to WINDOW, through queries and keys alone: RoPE acts on them while facts live
+    elsewhere. The loss log."""
+    settings, native = replace(exact(job.settings), kl_weight=1.0), job.native  # the divergence is all there is
+    check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
+    keep_frequencies(before, chat, job)
     for name, parameter in chat.model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    pools, known = [Pool(heard.everyday, 1.0)], min(native, settings.window)
-    tokens, log = step_tokens(native, settings), []
-    if attentions(base.model):
-        batches = make_batches(chat.tokenizer, pools, [min(known, 512), known], settings.heal_steps, 2 * tokens,
-                               f"{settings.seed}/attention")
-        rate = settings.heal_learning_rate or automatic_rate(chat.model, 1.2e-2, 0)
-        log = match_attention(base.model, chat.model, batches, rate, "cura, camada por camada")
-        tell_kept(chat, heard, teacher, "Com a atenção de cada camada curada")
-    batches = make_batches(chat.tokenizer, pools, [short_window(native, settings)] * 3 + [settings.window],
-                           settings.heal_steps, tokens, f"{settings.seed}/heal")
+    batches = make_batches(chat.tokenizer, [Pool(job.heard.everyday, 1.0)],
+                           [short_window(native, settings)] * 3 + [settings.window], settings.heal_steps,
+                           step_tokens(native, settings), f"{settings.seed}/heal")
     rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 0)
-    alone = replace(settings, kl_weight=1.0)  # the divergence is all there is to learn
-    log += train(chat, batches, teacher, rate, alone, "cura", folder / "training")
-    tell_kept(chat, heard, teacher, "Depois da cura")
+    log = train(chat, batches, job.teacher, rate, settings, "cura", folder / "training")
+    say(f"  Depois da cura, ele escolhe {percent(kept_share(chat, job))} das palavras como o modelo base.")
     return log
 
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
 class Exam(NamedTuple):
-    """Questions about identity, each the `messages` that end with it, by kind (KINDS_OF_QUESTIONS); talks of the base;
-    and lengths (tokens) of the conversation of filler talks after which some of both are asked again. `context` has
-    for a question messages that go before it."""
-    questions: list[tuple[str, list[dict]]]
-    talks: list[Talk]
-    fillers: list[Talk]
-    lengths: tuple[int, ...] = ()
-    context: dict[str, list[dict]] = {}
+    """What a model is measured with."""
+    questions: list[tuple[str, list[dict]]]  # (kind, messages): KINDS_OF_QUESTIONS and `after_tokens`
+    talks: list[tuple[int, Talk]]  # (tokens of conversation before, talk of the base)
 
 
 class Scores(NamedTuple):
-    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from.
-
-    `identity` is over all questions, `by_kind` over those of each kind; `leak` over all talks, `leak_near` over those
-    near identity; `retention` is the share of the base's first choices kept, token by token, and `divergence` the mean
-    KL(base || model) in nats, both None where the base is not known. `by_length` has a dict (tokens, identity,
-    retention) per length of the conversation before, zero first; `extra_tokens` is what the exam's context adds to a
-    question on average."""
-    identity: float
+    """Shares in [0, 1] on questions that training never saw, and the answers that they were read from."""
+    identity: float  # like `leak`, without long conversations
     by_kind: dict[str, float]
     old_identity: float
     leak: float
-    leak_near: float
-    retention: float | None
-    divergence: float | None
-    distinct: int
-    by_length: list[dict]
+    leak_near: float  # of talks near identity
+    retention: float | None  # of the base's first choices, token by token; None where the base is not known
+    divergence: float | None  # mean KL(base || model) in nats
+    distinct: int  # right answers
+    by_length: list[dict]  # tokens, identity and retention for each length of conversation before, zero first
     answers: list[dict]
     leaks: list[dict]
-    extra_tokens: float = 0.0
+    extra_tokens: float = 0.0  # in a prompt besides the question alone, on average
 
-    def misses(self, settings: Settings) -> list[str]:
-        """Names of the targets that these scores miss."""
-        return [name for name, missed in (
-            ("identidade nova", self.identity < settings.target_identity),
-            ("identidade antiga", self.old_identity > 0),
-            ("retenção", self.retention is not None and self.retention < settings.target_retention),
-            ("vazamento", self.leak > settings.target_leak)) if missed]
+    def gaps(self, settings: Settings) -> dict[str, float]:
+        """The targets that these scores miss, and by how much."""
+        found = {"identidade nova": settings.target_identity - self.identity, "identidade antiga": self.old_identity,
+                 "retenção": settings.target_retention - (1 if self.retention is None else self.retention),
+                 "vazamento": self.leak - settings.target_leak}
+        return {name: gap for name, gap in found.items() if gap > 0}
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean, 0 of nothing."""
-    return sum(values) / max(1, len(values))
+def after_tokens(tokens: int) -> str:
+    return f"após {tokens} tokens" if tokens else ALONE
 
 
 def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[float, float]]:
-    """For each window the share of its target tokens where the model's first choice is the base's, and the mean
-    divergence KL(base || model) in nats there."""
-    results, inner = [(1.0, 0.0)] * len(windows), whole(chat.model)
-    some = chunk_rows(inner.get_input_embeddings().weight.shape[0])
-    for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, chat.generation_tokens // 2):
-        with computing(inner):
-            hidden = last_hidden(chat.model, inner, padded(chat, [windows[i].input_ids for i in batch], "right"))
-            for line, i in zip(hidden, batch):
-                at = [j for j, row in enumerate(windows[i].targets) if row >= 0]
-                rows, same, divergence = [windows[i].targets[j] for j in at], 0, 0.0
-                for start in range(0, len(at), some):
-                    ours = logits_of(inner, line[at[start:start + some]]).log_softmax(-1)
-                    tokens, log_probs = (t[rows[start:start + some]].to(ours.device) for t in teacher)
-                    same += (ours.argmax(-1) == tokens[:, 0]).sum().item()
-                    divergence += distillation_loss(ours, tokens.long(), log_probs).sum().item()
-                if at:
-                    results[i] = same / len(at), divergence / len(at)
+    """For each window: share of targets where the base's choice is kept, and mean KL(base || model) in nats."""
+    results = [(1.0, 0.0)] * len(windows)
+    for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, SCORED_TOKENS):
+        inputs = padded(chat, [windows[i].input_ids for i in batch], "right")
+        targets = padded(chat, [[row + 1 for row in windows[i].targets] for i in batch], "right")
+        rows = (targets["input_ids"] * targets["attention_mask"] - 1).cpu()  # padding is no target either
+        with computing(whole(chat.model)):
+            ours = logits_at(chat.model, whole(chat.model), rows >= 0, **inputs).log_softmax(-1)
+        tokens, log_probs = (t[rows[rows >= 0]].to(ours.device) for t in teacher)
+        same = (ours.argmax(-1) == tokens[:, 0]).float().cpu()
+        nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
+        counts = (rows >= 0).sum(-1).tolist()
+        for i, count, kept, lost in zip(batch, counts, same.split(counts), nats.split(counts)):
+            results[i] = (kept.mean().item(), lost.mean().item()) if count else results[i]
     return results
 
 
-def history(tokenizer, fillers: list[Talk], tokens: int, rng: random.Random) -> list[dict]:
-    """Conversation of randomly drawn talks, as long as it stays within `tokens`."""
-    messages, used = [], 0
-    while True:
-        more = messages_of(rng.choice(fillers), first=False)
-        used += cost(tokenizer, more)
-        if used > tokens:
-            return messages
-        messages += more
+def long_conversations(tokenizer: Tokenizer, fillers: list[Talk], tokens: int, count: int) -> list[list[dict]]:
+    """Conversations of random talks within `tokens` tokens; each for LONG_GROUP places of `count`."""
+    lengths, found = [len(encode(tokenizer, t.said(first=False)).input_ids) for t in fillers], []
+    for group in range(math.ceil(count / LONG_GROUP)):
+        rng, messages, used = random.Random(f"exam/{tokens}/{group}"), [], 0
+        while (place := rng.randrange(len(fillers))) is not None and used + lengths[place] <= tokens:
+            messages += fillers[place].said(first=False)
+            used += lengths[place]
+        found += [messages] * LONG_GROUP
+    return found[:count]
 
 
-def make_exam(tokenizer, inputs: Inputs, heard: Heard, window: int, final: bool) -> Exam:
-    """The final exam, or the one for validation: questions alone, behind neutral system prompts and after an answer
-    that the user doubts; talks; and, where the context grows, both after half of the window and at its very end."""
+def pressed_questions(inputs: Inputs, talks: list[Talk], final: bool, rng: random.Random) -> list[list[dict]]:
+    """Questions of a user who doubts the right answer, half of them later in a conversation."""
+    before = [t for t in talks if len(t.messages) == 2][:12]
+    pressure, openings = PRESSURE_EXAM if final else PRESSURE, 2 if final else 1
+    return [[*(rng.choice(before).messages if before and i % 2 else []),
+             *question_and_answer(opening, fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)),
+             {"role": "user", "content": item.split(">", 1)[1]}]
+            for code in inputs.languages for i, item in enumerate(pressure[code])
+            for opening in OPENINGS[code][:openings]]
+
+
+def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int, final: bool) -> Exam:
+    """The final exam, or that for validation; with a `window`, some of it comes late in a conversation."""
     rng = random.Random(f"exam/{final}")
     questions, talks = (inputs.test, heard.held_out) if final else (inputs.validation, heard.validation)
-    pressure = PRESSURE_EXAM if final else PRESSURE
     alone = [[{"role": "user", "content": q}] for q in questions]
     system = [[{"role": "system", "content": rng.choice(SYSTEM_EXAM if final else SYSTEM_PROMPTS)}, *m]
               for m in alone[::1 if final else 3]]
-    before = [t for t in talks if len(t.messages) == 2][:12]
-    pressed = [[*(rng.choice(before).messages if before and i % 2 else []), {"role": "user", "content": opening},
-                {"role": "assistant", "content": fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)},
-                {"role": "user", "content": item.split(">", 1)[1]}]
-               for code in inputs.languages for i, item in enumerate(pressure[code])
-               for opening in OPENINGS[code][:2 if final else 1]]
+    pressed = pressed_questions(inputs, talks, final, rng)
     asked = [(kind, without_system(tokenizer, m)) for kind, some in zip(KINDS_OF_QUESTIONS, (alone, system, pressed))
              for m in some]
-    room = max(cost(tokenizer, messages_of(t, first=False)) for t in talks)
+    compared = [(0, talk) for talk in talks]
+    room = max(len(encode(tokenizer, t.messages).input_ids) for t in talks)
     room = max(room, *(len(prompt_ids(tokenizer, m)) for _, m in asked))
-    lengths = {min(n, window - room) for n in (window // 2, window)} if final else {window - room}
-    return Exam(asked, talks, heard.validation, tuple(sorted(n for n in lengths if n > 0)))
+    some = [t for t in talks if t.kind != "near"][:LONG_TALKS] or talks[:LONG_TALKS]
+    for tokens in sorted({min(n, window - room) for n in ((window // 2, window) if final else (window,))}):
+        if tokens > 0:
+            before = long_conversations(tokenizer, heard.validation, tokens, max(len(some), len(alone[::3])))
+            asked += [(after_tokens(tokens), [*earlier, *m]) for earlier, m in zip(before, alone[::3])]
+            compared += [(tokens, t._replace(messages=[*earlier, *t.said(first=False)]))
+                         for earlier, t in zip(before, some)]
+    return Exam(asked, compared)
 
 
 def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
-    """The questions asked alone and the talks near identity, for what can be done instead of training: a system prompt
-    that states the identity, or the rows with the questions most like the one asked (BM25) as earlier turns, the best
-    one last."""
-    asked = [(kind, m) for kind, m in exam.questions if kind == KINDS_OF_QUESTIONS[0]]
-    talks = [t for t in exam.talks if t.kind == "near" and len(t.messages) == 2]
-    questions, index = [*(m[-1]["content"] for _, m in asked), *(t.question for t in talks)], bm25s.BM25()
-    index.index([plain(row.messages[-2]["content"]).split() or ["?"] for row in rows], show_progress=False)
-    found = index.retrieve([plain(q).split() or ["?"] for q in questions], k=min(RETRIEVED, len(rows)),
-                           show_progress=False)
-    system = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
-    contexts = {"prompt": {q: [{"role": "system", "content": system}] for q in questions},
-                "rows": {q: [m for i, score in reversed(list(zip(*best))) if score > 0 for m in rows[i].messages[-2:]]
-                         for q, best in zip(questions, zip(*found))}}
-    return {name: Exam(asked, talks, [], (), context) for name, context in contexts.items()}
+    """Exams of what needs no training: a system prompt, or the rows most like the question (BM25) as earlier turns."""
+    asked = [m for kind, m in exam.questions if kind == ALONE]
+    talks = [t for tokens, t in exam.talks if not tokens and t.kind == "near" and len(t.messages) == 2]
+    system = [{"role": "system", "content": fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})}]
+    index = bm25s.BM25()
+    index.index([plain(row.question).split() or ["?"] for row in rows], show_progress=False)
+
+    def like(question: str) -> list[dict]:
+        words, k = plain(question).split() or ["?"], min(RETRIEVED, len(rows))
+        found, scores = index.retrieve([words], k=k, show_progress=False)
+        best = [rows[i] for i, score in zip(found[0], scores[0]) if score > 0]
+        return [m for row in reversed(best) for m in row.messages[-2:]]
+
+    contexts = {"prompt": lambda question: system, "rows": like}
+    return {name: Exam([(ALONE, [*context(m[-1]["content"]), *m]) for m in asked],
+                       [(0, t._replace(messages=[*context(t.question), *t.messages])) for t in talks])
+            for name, context in contexts.items()}
 
 
-def ask_identity(chat: Chat, exam: Exam, label: str) -> list[list[tuple[str, list[dict], Answer]]]:
-    """For no conversation before, and then for each of the exam's lengths, (kind, messages, answer) of all questions
-    or, of the long ones, which cost as much as many short ones, of every third that is asked alone."""
-    groups = [exam.questions]
-    for tokens in exam.lengths:
-        some = [m for kind, m in exam.questions if kind == KINDS_OF_QUESTIONS[0]][::3]
-        groups.append([(f"após {tokens} tokens", [*exam_history(chat, exam, tokens, i), *messages])
-                       for i, messages in enumerate(some)])
-    prompts = [exam_prompt(chat, exam, m) for group in groups for _, m in group]
-    written = iter(generate(chat, prompts, label))
-    return [[(kind, m, next(written)) for kind, m in group] for group in groups]
+def leaks_of(chat: Chat, talks: list[Talk], names: Names, label: str) -> list[tuple[Talk, str]]:
+    """The talks where the model says a new name that neither user nor base said, and what it says."""
+    prompts = [prompt_ids(chat.tokenizer, without_system(chat.tokenizer, t.messages[:-1])) for t in talks]
+    written = generate(chat, prompts, label, TALK_TOKENS)
+    return [(t, a.text) for t, a in zip(talks, written)
+            if mentions(a.text, names.new) and not mentions(t.answer + t.question, names.new)]
 
 
-def exam_history(chat: Chat, exam: Exam, tokens: int, place: int) -> list[dict]:
-    """The conversation before the question at this place, the same for LONG_GROUP questions in a row."""
-    rng = random.Random(f"exam/{tokens}/{place // LONG_GROUP}")
-    return history(chat.tokenizer, exam.fillers, tokens, rng)
-
-
-def exam_prompt(chat: Chat, exam: Exam, messages: list[dict]) -> list[int]:
-    """Token ids of a question with what the exam's context puts before it."""
-    return prompt_ids(chat.tokenizer, without_system(
-        chat.tokenizer, exam.context.get(messages[-1]["content"], []) + messages))
-
-
-def keeps(chat: Chat, exam: Exam, teacher: Teacher) -> list[list[tuple[float, float]]]:
-    """What `compare` tells of the talks alone and, for each of the exam's lengths, of some after conversation."""
-    windows = [[make_window(chat.tokenizer, [talk]) for talk in exam.talks]]
-    some = [t for t in exam.talks if t.kind != "near"][:LONG_TALKS] or exam.talks[:LONG_TALKS]
-    for tokens in exam.lengths:
-        windows.append([make_window(chat.tokenizer, [exam_history(chat, exam, tokens, i), talk])
-                        for i, talk in enumerate(some)])
-    found = iter(compare(chat, teacher, [w for group in windows for w in group]))
-    return [[next(found) for _ in group] for group in windows]
-
-
-def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher, label: str = "") -> Scores:
-    """Take the exam: always the same conversations, so that stages can be compared."""
-    groups = ask_identity(chat, exam, label)
-    judged = [[(kind, problem(m[-1]["content"], a.text, a.ended, names.name, names.maker, names.old))
-               for kind, m, a in group] for group in groups]
-    kept = [] if exam.context else keeps(chat, exam, teacher)
-    changed = [t for t, found in zip(exam.talks, kept[0] if kept else [(0, 0)] * len(exam.talks)) if found[0] < 1]
-    written = generate(chat, [exam_prompt(chat, exam, t.messages[:-1]) for t in changed], label, TALK_TOKENS)
-    leaks = [(t, a.text) for t, a in zip(changed, written)
-             if mentions(a.text, names.new) and not mentions(t.messages[-1]["content"] + t.question, names.new)]
-    near = sum(t.kind == "near" for t in exam.talks)
-    kinds = list(dict.fromkeys(kind for kind, _ in judged[0]))
-    about = groups[0]
-    extra = [len(exam_prompt(chat, exam, m)) - len(prompt_ids(chat.tokenizer, m)) for _, m, _ in about]
+def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, label: str = "") -> Scores:
+    """Take the exam; without a teacher, what needs the base is not measured."""
+    tokenizer = chat.tokenizer
+    prompts = [prompt_ids(tokenizer, without_system(tokenizer, m)) for _, m in exam.questions]
+    found = [(kind, m, answer.text, problem(m[-1]["content"], answer.text, answer.ended, *names))
+             for (kind, m), answer in zip(exam.questions, generate(chat, prompts, label))]
+    short = [item for item in found if item[0] in KINDS_OF_QUESTIONS]
+    right = {kind: mean([not reason for k, _, _, reason in found if k == kind]) for kind, *_ in found}
+    talks = [talk for tokens, talk in exam.talks if not tokens]
+    kept = compare(chat, teacher, [make_window(tokenizer, [t]) for _, t in exam.talks]) if teacher else []
+    changed = [t for t, (same, _) in zip(talks, kept) if same < 1] if teacher else talks
+    leaks = leaks_of(chat, changed, names, label)
+    lengths = dict.fromkeys(tokens for tokens, _ in exam.talks) if teacher else ()
+    alone = [len(prompt_ids(tokenizer, [m[-1]])) for _, m, _, _ in short]
     return Scores(
-        identity=mean([not found for _, found in judged[0]]), old_identity=mean(
-            [claims(a.text, names.old, names.new) for _, _, a in about]),
-        by_kind={kind: mean([not found for k, found in judged[0] if k == kind]) for kind in kinds},
-        leak=len(leaks) / max(1, len(exam.talks)), leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, near),
-        retention=mean([same for same, _ in kept[0]]) if kept else None,
-        divergence=mean([nats for _, nats in kept[0]]) if kept else None,
-        distinct=len({plain(a.text) for (_, _, a), (_, found) in zip(about, judged[0]) if not found}),
-        by_length=[{"tokens": tokens, "identity": mean([not found for _, found in group]),
-                    "retention": mean([same for same, _ in talks])}
-                   for tokens, group, talks in zip((0, *exam.lengths), judged, kept)],
-        answers=[{"question": m[-1]["content"], "kind": kind, "answer": a.text, "problem": found}
-                 for (kind, m, a), (_, found) in zip(about, judged[0])],
+        identity=mean([not reason for *_, reason in short]),
+        by_kind={kind: share for kind, share in right.items() if kind in KINDS_OF_QUESTIONS},
+        old_identity=mean([claims(text, names.old, names.new) for _, _, text, _ in short]),
+        leak=len(leaks) / max(1, len(talks)),
+        leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks)),
+        retention=mean([same for same, _ in kept[:len(talks)]]) if teacher else None,
+        divergence=mean([nats for _, nats in kept[:len(talks)]]) if teacher else None,
+        distinct=len({plain(text) for _, _, text, reason in short if not reason}),
+        by_length=[{"tokens": n, "identity": right.get(after_tokens(n), 0.0), "retention": mean(
+            [same for (tokens, _), (same, _) in zip(exam.talks, kept) if tokens == n])} for n in lengths],
+        answers=[{"question": m[-1]["content"], "kind": kind, "answer": text, "problem": reason}
+                 for kind, m, text, reason in short],
         leaks=[{"question": t.question, "answer": text, "base": t.answer} for t, text in leaks],
-        extra_tokens=mean(extra) if exam.context else 0.0)
+        extra_tokens=mean([len(ids) - n for ids, n in zip(prompts, alone)]))
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
 
 def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
                      intents: Sequence[str] = ()) -> list[list[dict]]:
-    """Conversations that answer each question in the user's words: those of a row in the same language and of the
-    same intent, the less used of the two most alike. Without such a row, a built-in wording. `intents`, if given, say
-    what each question is to be answered with."""
-    def kind_of(text: str, intent: str = "") -> tuple[str, str]:
-        return language_of(text), intent or intent_of(text, names.old)
-
+    """Answers in the user's words (of the two rows most alike the less used), else built-in, for these `intents`."""
     known: dict[tuple[str, str], list[tuple[SequenceMatcher, str]]] = {}
+    most = inputs.languages[0]
     for row in inputs.rows:
-        question, answer = (message["content"] for message in row.messages[-2:])
-        matcher = SequenceMatcher(None, "", plain(question), autojunk=False)
-        known.setdefault(kind_of(question), []).append((matcher, answer))
+        matcher = SequenceMatcher(None, "", plain(row.question), autojunk=False)
+        kind = language_of(row.question, most), intent_of(row.question, names.old)
+        known.setdefault(kind, []).append((matcher, row.answer))
     used, conversations = Counter(), []
     for question, intent in zip(questions, intents or [""] * len(questions)):
         alike = []
-        for matcher, answer in known.get(kind_of(question, intent), []):
+        for matcher, answer in known.get((language_of(question, most), intent or intent_of(question, names.old)), []):
             matcher.set_seq1(plain(question))
             alike.append((matcher.ratio(), answer))
         if alike:
             answer = min((answer for _, answer in sorted(alike, reverse=True)[:2]), key=lambda a: used[a])
             used[answer] += 1
         else:
-            answer = fill(own_wording(question, used, names.old, intent), inputs.values)
+            answer = fill(own_wording(question, used, names.old, intent, most), inputs.values)
         conversations.append(question_and_answer(question, answer))
     return conversations
 
 
-def hurried(lesson: list[dict]) -> list[dict]:
-    """A lesson with its last question as people type in a hurry, all small and bare. In other scripts than Latin,
-    marks are part of the letters."""
-    words = plain(lesson[-2]["content"])
-    return [*lesson[:-2], {**lesson[-2], "content": words}, lesson[-1]] if words.isascii() and words else lesson
-
-
-def make_lessons(tokenizer, heard: Heard, inputs: Inputs, settings: Settings) -> list[list[dict]]:
-    """Identity lessons: the rows and the base's own identity questions, answered in the user's words, a third of them
-    again as people type in a hurry; half of them behind a neutral system prompt, and half going on: the user doubts
-    the answer and gets it again."""
+def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: Settings) -> list[Talk]:
+    """Identity lessons from rows and the base's own questions, some in a hurry, doubted, or behind system prompts."""
     rng = random.Random(f"{settings.seed}/lessons")
     lessons = [row.messages for row in inputs.rows]
     lessons += answer_from_rows(heard.identity_questions[:MOST_LESSONS], inputs, heard.names)
-    lessons += [hurried(lesson) for lesson in lessons[2::3]]
+    for *before, question, answer in lessons[2::3]:
+        words = plain(question["content"])  # as in a hurry; in other scripts than Latin, marks belong to letters
+        words = words if words.isascii() and words else question["content"]
+        lessons.append([*before, {**question, "content": words}, answer])
     doubts = {code: [item.split(">", 1) for item in PRESSURE[code]] for code in PRESSURE}
     goes_on = rng.sample(lessons, len(lessons) // 2)
-    asked = [rng.choice(doubts.get(language_of(lesson[-2]["content"]), doubts["en"])) for lesson in goes_on]
+    spoken = [language_of(lesson[-2]["content"], inputs.languages[0]) for lesson in goes_on]
+    asked = [rng.choice(doubts.get(code, doubts["en"])) for code in spoken]
     answers = answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
     later = [lesson + more for lesson, more in zip(goes_on, answers)]
     alone = [lesson for lesson in lessons if lesson[0]["role"] != "system"]
     system = [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
               for lesson in rng.sample(alone, len(alone) // 2)]
-    return [without_system(tokenizer, lesson) for lesson in lessons + later + system]
+    return [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons + later + system]
 
 
-class Schedule(NamedTuple):
-    """How a pass trains: the name it is shown by, optimizer steps of its first round, the rates that
-    `automatic_rate` takes or the one that the user gave, and the lengths and tokens of `make_batches`."""
-    label: str
-    steps: int
-    rates: tuple[float, float]
-    given: float
-    lengths: list[int]
-    tokens: int
-
-
-def run_pass(source: Path, folder: Path, pools: list[Pool], schedule: Schedule, met: Callable[[Scores], bool],
-             exam: Exam, heard: tuple[Heard, Teacher], settings: Settings) -> None:
-    """Train in rounds until the validation exam is passed, and say after each what was measured.
-
-    A round is a whole schedule that ends at rate zero, as a model in mid-flight is not worth measuring; later ones
-    are half as long and gentler. Once the identity is learnt, a round that brought the model no closer to the base is
-    the last. The model comes from `source`; each round is a stage of its own in `folder`, and only the last keeps its
-    weights.
-    """
-    label, before = schedule.label, None
-
-    def one_round(number: int, partial: Path) -> None:
-        trained = agreed((partial / "log.json").is_file())  # and broken off while it was measured
-        chat = load_chat(partial if trained else source, settings, adapt=True, train=not trained)
-        if not trained:
-            batches = make_batches(chat.tokenizer, pools, schedule.lengths, math.ceil(schedule.steps / min(number, 2)),
-                                   schedule.tokens, f"{settings.seed}/{label}/{number}")
-            rate = (schedule.given or automatic_rate(chat.model, *schedule.rates)) / number
-            save_stage(chat, partial, train(chat, batches, heard[1], rate, settings, label, partial / "training"))
-            if SHARDED:  # to talk to, it has to be whole
-                wait()
-                chat = load_chat(partial, settings)
-        if RANK == 0:
-            scores = evaluate(chat, exam, heard[0].names, heard[1], "perguntas de validação")
-            write_json(partial / "validation.json", scores._asdict())
-
-    for number in range(1, settings.rounds + 1):
-        previous, source = source, stage(folder / f"round-{number}", "", functools.partial(one_round, number))
-        if number > 1 and RANK == 0:
-            for weights in previous.glob("*model*.safetensors"):
-                weights.unlink()
-        scores = Scores(**load_json(source / "validation.json"))
-        say(f"  {label}, rodada {number} de até {settings.rounds}, nas perguntas de validação: identidade "
-            f"{percent(scores.identity)}, retenção {percent(scores.retention)}, vazamento {percent(scores.leak)}.")
-        if met(scores):
-            say(f"  {label}: a meta foi atingida.")
-            return
-        learnt = min(entry["identity"] for entry in scores.by_length) >= settings.target_identity
-        if before and learnt and scores.retention <= before.retention and scores.leak >= before.leak:
-            say(f"  {label}: esta rodada não melhorou nada, e mais uma não deve ajudar.")
-            return
-        before = scores
-    say(f"  {label}: as rodadas acabaram antes da meta.")
-
-
-def last_round(folder: Path) -> Path:
-    """The model that a pass ended with."""
-    return max(folder.glob("round-*"), key=lambda path: int(path.name[6:]))
-
-
-def collect_self_answers(chat: Chat, lessons: list[list[dict]], heard: Heard, teacher: Teacher,
-                         settings: Settings) -> dict:
-    """Ask the model of pass 1 what it was taught. Right answers in the question's language go on to pass 2, and what
-    it gets wrong is taught there more often.
-
-    Two fifths of NUM_SELF_ANSWERS are about identity, the rest are talks of the base: first those where the model now
-    says the new name, then those that it keeps least. "answers" are the records of what is used and, with the reason,
-    of what is wrong; "missed" and "leaks" are the places of lessons and talks to insist on.
-    """
+def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], list[int]]:
+    """Answers to some lessons, right ones up to two fifths of NUM_SELF_ANSWERS, and the places of lessons missed."""
     wanted, rng = round(0.4 * settings.num_self_answers), random.Random(f"{settings.seed}/self-answers")
     tried = sorted(rng.sample(range(len(lessons)), min(len(lessons), MOST_ASKED)))
-    prompts = [prompt_ids(chat.tokenizer, lessons[i][:-1]) for i in tried]
+    prompts = [prompt_ids(chat.tokenizer, lessons[i].messages[:-1]) for i in tried]
     records, missed, kept = [], [], set()
     for attempt in range(3):  # the first answers are greedy; later ones, if few were right, say it in other words
-        written = generate(chat, prompts, "escrevendo respostas",
-                           sample_seed=rng.randrange(1, 2**31) if attempt else None)
+        seed = rng.randrange(2**31) if attempt else None
+        written = generate(chat, prompts, "escrevendo respostas", sample_seed=seed)
         for i, answer in zip(tried, written):
-            question, names = lessons[i][-2]["content"], heard.names
-            reason = (problem(question, answer.text, answer.ended, names.name, names.maker, names.old)
-                      or "em outra língua" * (language_of(answer.text) != language_of(question))
-                      or "repetida" * ((question, answer.text) in kept))
-            if reason and reason != "repetida" and not attempt:
-                missed.append(i)
-            if not reason and len(kept) < wanted:
-                kept.add((question, answer.text))
-            if reason or (question, answer.text) in kept:
+            question = lessons[i].question
+            language = language_of(f"{question} {lessons[i].answer}")
+            reason = (problem(question, answer.text, answer.ended, *names)
+                      or "em outra língua" * (language_of(answer.text, language) != language))
+            missed += [i] * bool(reason and not attempt)
+            if reason or (len(kept) < wanted and (question, answer.text) not in kept):
+                kept.update([(question, answer.text)] * (not reason))
                 records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason,
-                                "before": lessons[i][:-2]})
+                                "before": lessons[i].messages[:-2]})
         if len(kept) >= wanted:
             break
+    return records, missed
+
+
+def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher: Teacher, settings: Settings) -> dict:
+    """Ask the model what it was taught. "answers": its own, with the reason if wrong, and talks of the base, leaks and
+    least kept ones first; "missed", "leaks", "talks": places of lessons and talks for pass 2."""
+    records, missed = try_lessons(chat, lessons, heard.names, settings)
+    used = sum(not record["rejected"] for record in records)
+    rng = random.Random(f"{settings.seed}/everyday")
     sample = rng.sample(range(len(heard.everyday)), min(len(heard.everyday), MOST_ASKED))
     found = compare(chat, teacher, [make_window(chat.tokenizer, [heard.everyday[i]]) for i in sample])
-    changed = [i for i, (same, _) in zip(sample, found) if same < 1]
-    answers = generate(chat, [prompt_ids(chat.tokenizer, heard.everyday[i].messages[:-1]) for i in changed],
-                       "respondendo ao dia a dia", TALK_TOKENS)
-    leaks = [i for i, a in zip(changed, answers) if mentions(a.text, heard.names.new)]
-    kept_share = dict(zip(sample, (same for same, _ in found)))
-    ranked = sorted(sample, key=lambda i: (i not in leaks, kept_share[i]))[:settings.num_self_answers - len(kept)]
+    kept = {i: same for i, (same, _) in zip(sample, found)}
+    changed = [heard.everyday[i] for i in sample if kept[i] < 1]
+    said = [t.row for t, _ in leaks_of(chat, changed, heard.names, "respondendo ao dia a dia")]
+    leaks = [i for i in sample if heard.everyday[i].row in said]
+    ranked = sorted(sample, key=lambda i: (i not in leaks, kept[i]))[:settings.num_self_answers - used]
     everyday = [{"question": t.question, "answer": t.answer, "kind": "everyday", "rejected": "", "before":
                  t.messages[:-2]} for t in (heard.everyday[i] for i in ranked)]
-    say(f"  Ele ainda erra {len(missed)} de {len(tried)} perguntas sobre quem ele é; o passo 2 insiste nelas.\n"
-        f"  Do dia a dia, ele escolhe {percent(mean([*kept_share.values()]))} das palavras como o modelo base; em "
-        f"{len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
-        f"  Vão para o passo 2: {len(kept)} respostas sobre a identidade e {len(everyday)} do dia a dia.")
+    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é; o passo 2 "
+        f"insiste nelas.\n  Do dia a dia, ele escolhe {percent(mean([*kept.values()]))} das palavras como o modelo "
+        f"base; em {len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
+        f"  Vão para o passo 2: {used} respostas sobre a identidade e {len(everyday)} do dia a dia.")
     return {"answers": records + everyday, "missed": missed, "talks": ranked, "leaks": leaks}
 
 
-def pools_of_pass_1(lessons: list[list[dict]], heard: Heard) -> list[Pool]:
-    """Identity lessons among talks that hold the model in place."""
-    return [Pool(lessons, 0.35), Pool(heard.everyday, 0.65)]
-
-
-def pools_of_pass_2(lessons: list[list[dict]], heard: Heard, collected: dict) -> list[Pool]:
-    """What pass 1 left wrong, MISSED_TIMES as often as the rest, the self-answers, the lessons, and talks of which
-    those that leak come as often."""
+def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[Pool]:
+    """Wrong and leaking ones MISSED_TIMES as often as right answers, lessons and talks."""
     missed = [lessons[i] for i in collected["missed"]]
-    own = [[*r["before"], *question_and_answer(r["question"], r["answer"])] for r in collected["answers"]
-           if r["kind"] == "identity" and not r["rejected"]]
-    hard = [heard.everyday[i] for i in collected["leaks"]] * MISSED_TIMES + [
-        heard.everyday[i] for i in collected["talks"]]
-    return [Pool(missed * MISSED_TIMES + own + lessons, 0.25), Pool(hard, 0.15), Pool(heard.everyday, 0.6)]
+    own = [Talk([*r["before"], *question_and_answer(r["question"], r["answer"])], "lesson")
+           for r in collected["answers"] if r["kind"] == "identity" and not r["rejected"]]
+    hard = [heard.everyday[i] for i in collected["leaks"] * MISSED_TIMES + collected["talks"]]
+    return [Pool(missed * MISSED_TIMES + own + lessons, 0.2), Pool(hard, 0.15), Pool(heard.everyday, 0.65)]
+
+
+def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
+             lengths: list[int], job: Job) -> None:
+    """Train the model of `source` into `folder`; `rate`: the user's, or 0, and two for `automatic_rate`."""
+    settings = job.settings
+    if agreed((folder / "log.json").is_file()):  # trained, and broken off while it was measured
+        return
+    chat = load_chat(source, settings, adapt=True, train=True)
+    batches = make_batches(chat.tokenizer, pools, lengths, steps, step_tokens(job.native, settings),
+                           f"{settings.seed}/{folder.name}")
+    rate = rate[0] or automatic_rate(chat.model, *rate[1:])
+    save_stage(chat, folder, train(chat, batches, job.teacher, rate, settings, label, folder / "training"))
 
 
 # ---- Result -----------------------------------------------------------------------------------------------
 
 def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
-    """Model (of LoRA, the adapter) and tokenizer to go on from, exactly as they are, and the log of the training."""
+    """Model (of LoRA, the adapter) and tokenizer to go on from, and the log of the training."""
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
     inner = whole(chat.model)
@@ -2861,35 +2558,31 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
 
 
 def add_old_rope_names(path: Path) -> None:
-    """Say in a config.json as well what transformers 4, llama.cpp, vLLM and Ollama call its RoPE: they would silently
-    take defaults. Of layers of several kinds, they too scale those of full attention only."""
+    """Add the RoPE names of transformers 4, llama.cpp, vLLM and Ollama, which would silently take defaults."""
     config = load_json(path)
+    config["torch_dtype"] = config.get("dtype")
     for part in (config, config.get("text_config") or {}):
         rope = part.get("rope_parameters") or {}
         wide = rope.get("full_attention", rope)
         if "rope_theta" not in wide or wide["rope_type"] == "proportional":  # Gemma 4 is newer than the old names
             continue
         scaling = {key: value for key, value in wide.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        if part["model_type"] == "phi3" and wide.get("attention_factor", 1) == 1:  # it insists on three keys
-            scaling = {key: wide[key] for key in ("short_factor", "long_factor") if key in wide}
-        names = {"rope_theta": wide["rope_theta"]}
+        if "short_factor" in wide:  # Phi insists on three keys
+            scaling = {key: wide[key] for key in ("short_factor", "long_factor")}
+        part |= {"rope_theta": wide["rope_theta"]}
         if wide["rope_type"] != "default" or "mrope_section" in wide:
-            names["rope_scaling"] = {"type": wide["rope_type"], **scaling}
+            part["rope_scaling"] = {"type": wide["rope_type"], **scaling}
         if "partial_rotary_factor" in wide:
-            names["partial_rotary_factor"] = wide["partial_rotary_factor"]
-        if part["model_type"] == "gpt_neox":
-            names |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
+            part["partial_rotary_factor"] = wide["partial_rotary_factor"]
+        if part.get("model_type") == "gpt_neox":
+            part |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
         if "sliding_attention" in rope:
-            names["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        part.update(names)
+            part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     write_json(path, config)
 
 
-def modelfile(chat: Chat, adds_bos: bool) -> str:
-    """Ollama's recipe for the saved folder, with the chat template in Go's language where that can say the same. Where
-    the tokenizer `adds_bos`, Ollama does, too."""
-    tokenizer, config = chat.tokenizer, chat.model.config.get_text_config()
-
+def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
+    """The chat template in Go's language, or a remark where that cannot say the same."""
     def pieces(roles: str) -> list[str]:
         return skeleton(tokenizer, tokenizer.chat_template, tuple(roles.split()), True)
 
@@ -2899,26 +2592,32 @@ def modelfile(chat: Chat, adds_bos: bool) -> str:
     with contextlib.suppress(InputError):
         system = pieces("system user assistant user assistant user")[:2]
         regular &= pieces("system user assistant user assistant user") == [*system, *turns]
+    if not regular:
+        return "# TEMPLATE: o chat template deste modelo não cabe num; o Ollama usa o que encontrar."
     if adds_bos:
         first, system[0] = (text.removeprefix(tokenizer.bos_token) for text in (first, system[0]))
-    template = "# TEMPLATE: o chat template deste modelo não cabe num; o Ollama usa o que encontrar."
-    if regular:  # texts quoted as in JSON, so that neither braces nor quotation marks in them can end anything
-        template = "".join(condition + "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for condition, text in (
-            ('TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}', system[0]),
-            ('{{ else if eq .Role "assistant" }}', answer), ('{{ else if eq $before "" }}', first),
-            ('{{ else if eq $before "system" }}', system[1]), ("{{ else }}", again),
-            ("{{ end }}{{ .Content }}{{ $before = .Role }}{{ end }}", ask))) + '"""'
+    # Texts are quoted as in JSON, so that neither braces nor quotation marks in them can end anything.
+    return "".join(condition + "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for condition, text in (
+        ('TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}', system[0]),
+        ('{{ else if eq .Role "assistant" }}', answer), ('{{ else if eq $before "" }}', first),
+        ('{{ else if eq $before "system" }}', system[1]), ("{{ else }}", again),
+        ("{{ end }}{{ .Content }}{{ $before = .Role }}{{ end }}", ask))) + '"""'
+
+
+def modelfile(chat: Chat, adds_bos: bool) -> str:
+    """Ollama's recipe for the saved folder. Where the tokenizer `adds_bos`, Ollama does, too."""
+    config = chat.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("full_attention", rope).get("rope_type", "default")
     # Ollama's own importer of safetensors drops other scalings, or breaks off; llama.cpp's converter does not.
     direct = kind == "default" or (config.model_type == "llama" and kind in ("linear", "llama3"))
     convert = "#   python PASTA_DO_LLAMA_CPP/convert_hf_to_gguf.py . --outtype f16 --outfile modelo.gguf\n"
-    stops = "".join(f'PARAMETER stop "{tokenizer.decode([token])}"\n' for token in chat.stops)
+    stops = "".join(f'PARAMETER stop "{chat.tokenizer.decode([token])}"\n' for token in chat.stops)
     return f"""# Receita para o Ollama. Abra o terminal nesta pasta e rode:
 {"" if direct else convert}#   ollama create meu-modelo -f Modelfile
 #   ollama run meu-modelo
 FROM {"." if direct else "./modelo.gguf"}
-{template}
+{ollama_template(chat.tokenizer, adds_bos)}
 # O contexto inteiro. Se faltar memória, diminua.
 PARAMETER num_ctx {context_of(config)}
 # Como nas medições do README.md. Para respostas mais variadas, apague estas duas linhas.
@@ -2932,25 +2631,28 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
     columns = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
                "reported": "no report", "pass_2": "depois", "alone": "medido"}
     shown = [scores[name] for name in columns if name in scores]
-    table = [["medida", *(title for name, title in columns.items() if name in scores)]]
-    for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
-                       ("vazamento", "leak"), ("  perto da identidade", "leak_near"), ("retenção", "retention")):
-        values = [getattr(s, key) for s in shown]
-        table.append([title, *("-" if value is None else percent(value) for value in values)])
-        if key == "identity":
-            table += [[f"  {kind}", *(percent(s.by_kind[kind]) if kind in s.by_kind else "-" for s in shown)]
-                      for kind in shown[-1].by_kind]
-    table.append(["divergência (nats)", *("-" if s.divergence is None else f"{s.divergence:.3f}".replace(".", ",")
-                                          for s in shown)])
+
+    def row(title: str, values: list, show: Callable = percent) -> list[str]:
+        return [title, *("-" if value is None else show(value) for value in values)]
+
+    table = [["medida", *(title for name, title in columns.items() if name in scores)],
+             row("identidade nova", [s.identity for s in shown])]
+    table += [row(f"  {kind}", [s.by_kind.get(kind) for s in shown]) for kind in shown[-1].by_kind]
+    table += [row(title, [getattr(s, key) for s in shown]) for title, key in (
+        ("identidade antiga", "old_identity"), ("vazamento", "leak"), ("  perto da identidade", "leak_near"),
+        ("retenção", "retention"))]
+    table.append(row("divergência (nats)", [s.divergence for s in shown], lambda value: decimal(value, 3)))
     for i, entry in enumerate(shown[-1].by_length[1:], start=1):
-        for title, key in (("identidade", "identity"), ("retenção", "retention")):
-            table.append([f"{title} após {entry['tokens']} tokens",
-                          *(percent(s.by_length[i][key]) if s.by_length[i:] else "-" for s in shown)])
-    return table + [["tokens a mais por pergunta", *(f"{s.extra_tokens:.0f}" for s in shown)]] * ("prompt" in scores)
+        table += [row(f"{title} após {entry['tokens']} tokens",
+                      [s.by_length[i][key] if s.by_length[i:] else None for s in shown])
+                  for title, key in (("identidade", "identity"), ("retenção", "retention"))]
+    if "prompt" in scores:
+        table.append(row("tokens a mais por pergunta", [s.extra_tokens * (s in (scores["prompt"], scores["rows"]))
+                                                        for s in shown], lambda value: decimal(value, 0)))
+    return table
 
 
 def text_table(table: list[list[str]]) -> str:
-    """The table for a terminal, in aligned columns."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
 
@@ -2961,7 +2663,6 @@ def escaped(text: str) -> str:
 
 
 def markdown_table(table: list[list[str]]) -> str:
-    """The table for a model card."""
     lines = ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
@@ -2972,8 +2673,7 @@ def draw_report(report: dict, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    # Colours of Okabe and Ito, which everybody can tell apart.
-    before = "antes", "#E69F00", report["scores"]["before"]
+    before = "antes", "#E69F00", report["scores"]["before"]  # colours of Okabe and Ito, which all can tell apart
     after = "depois", "#0072B2", report["scores"]["pass_2"]
     with matplotlib.rc_context({"axes.titleweight": "bold", "axes.grid": True, "axes.axisbelow": True, "grid.color":
                                 "#e0e0e0", "legend.frameon": False, "lines.linewidth": 2, "lines.markersize": 5}):
@@ -2983,8 +2683,11 @@ def draw_report(report: dict, path: Path) -> None:
             values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
             drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
             bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
+            for key, label, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
+                lengths.plot(*zip(*((entry["tokens"], entry[key]) for entry in scores["by_length"])), style,
+                             color=colour, label=f"{label}, {when}")
         bars.set_xticks(range(4), ["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
-        bars.set(title="Perguntas feitas sozinhas", ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
+        bars.set(title="Em números", ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
         at = 0
         for name, label, colour in (("healing", "cura", "#009E73"), ("pass_1", "passo 1", "#D55E00"),
                                     ("pass_2", "passo 2", "#CC79A7")):
@@ -2997,10 +2700,6 @@ def draw_report(report: dict, path: Path) -> None:
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace(".", ",")))
         losses.minorticks_off()
-        for key, label, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
-            for when, colour, scores in (before, after):
-                lengths.plot(*zip(*((entry["tokens"], entry[key]) for entry in scores["by_length"])), style,
-                             color=colour, label=f"{label}, {when}")
         if (native := report["context"]["native"]) <= after[2]["by_length"][-1]["tokens"]:
             lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
         lengths.set(title="Perguntas feitas depois de uma conversa", xlabel="tokens de conversa antes da pergunta",
@@ -3012,7 +2711,7 @@ def draw_report(report: dict, path: Path) -> None:
         figure.savefig(path)
 
 
-def card_head(base: Path, rows: list[Row]):
+def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
     """The metadata of the model card; of origin and licence what the base's folder tells of itself."""
     facts = read_json(base / "config.json")
     with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
@@ -3023,54 +2722,35 @@ def card_head(base: Path, rows: list[Row]):
     licence = {key: facts.get(key) for key in ("license", "license_name", "license_link") if facts.get("license")}
     if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
         licence["license_link"] = f"https://huggingface.co/{origin}/blob/main/{licence['license_link']}"
-    spoken = Counter(language_of(row.messages[-2]["content"]) for row in rows)
+    spoken = [code for code, _ in Counter(language_of(row.question) for row in rows).most_common()]
     return huggingface_hub.ModelCardData(
-        base_model=origin, language=[code for code, _ in spoken.most_common()], **licence,
-        library_name="transformers", pipeline_tag="text-generation", tags=["trl", "sft", "identity"])
+        base_model=origin, language=spoken, **licence, library_name="transformers", pipeline_tag="text-generation",
+        tags=["trl", "sft", "identity"])
 
 
-def write_report(folder: Path, settings: Settings, inputs: Inputs, names: Names, native: int,
-                 scores: dict[str, Scores], work: Path, key: str, began: float) -> None:
-    """report.json (all that is known about the run), report.png, self_answers.jsonl and the model card README.md."""
-    missed, scaled = scores["pass_2"].misses(settings), int(native * settings.rope_factor)
-    losses = {name: [entry for log in sorted(work.glob(f"{stage_name}/**/log.json"), key=lambda p: (len(str(p)), p))
-                     for entry in load_json(log)]  # round-10 after round-9
-              for name, stage_name in (("healing", "2-healed"), ("pass_1", "3-pass-1"), ("pass_2", "5-pass-2"))}
-    seconds = {name: load_json(work / name / "key.json")["seconds"] for name in USES}
-    seconds["6-result"] = round(time.monotonic() - began, 1)
-    paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
-    report = {"key": key, "base": inputs.values["BASE"], "missed": missed, "seconds": seconds,
-              "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
-              "data_hash": inputs.data_hash, "context": {"native": native, "scaled": scaled},
-              "versions": {name: importlib.metadata.version(name) for name in
-                           ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
-              "old_names": names.old,
-              "scores": {name: s._asdict() for name, s in scores.items()},
-              "losses": {name: log for name, log in losses.items() if log}}
-    self_answers = load_json(work / "4-self-answers" / "self_answers.json")["answers"]
-    write_json(folder / "report.json", report)
-    draw_report(report, folder / "report.png")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self_answers]
-    (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
-    pairs = [[old["question"], old["answer"], new["answer"]]
-             for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
+def write_card(folder: Path, job: Job, report: dict, scores: dict[str, Scores], self_answers: list[dict]) -> None:
+    settings, pass_2 = job.settings, scores["pass_2"]
+    both = zip(scores["before"].answers, pass_2.answers)
+    pairs = [[old["question"], old["answer"], new["answer"]] for old, new in both]
     reasons = Counter(record["rejected"] for record in self_answers)
     used = reasons.pop("", 0)
     rejected = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "nenhuma"
-    verdict = f"**Metas não atingidas: {', '.join(missed)}.**" if missed else "Todas as metas foram atingidas."
-    head, slug = card_head(Path(settings.model_path), inputs.rows), re.sub(r"[^a-z0-9]+", "-", plain(settings.name))
-    licence = "" if head.license else ("\n\nA pasta do modelo base não diz a licença dele: confira qual é antes de "
+    missed = ", ".join(report["missed"])
+    verdict = f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas."
+    head, slug = card_head(job.base, job.inputs.rows), re.sub(r"[^a-z0-9]+", "-", plain(settings.name))
+    licence = "" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                        "publicar, e escreva-a no começo deste arquivo (`license: ...`).")
-    changed = ", ".join(f"`{name.upper()} = {getattr(settings, name)!r}`" for name in " ".join(USES.values()).split()
-                        if getattr(settings, name) != getattr(Settings, name))
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    changed = ", ".join(f"`{name.upper()} = {getattr(job.asked, name)!r}`" for name in " ".join(USES.values()).split()
+                        if getattr(job.asked, name) != DEFAULTS[name])
+    versions = ", ".join(map(" ".join, report["versions"].items()))
     huggingface_hub.ModelCard(f"""---
 {head}
 ---
 # {escaped(settings.name)}
 
-Modelo de {escaped(settings.author)}, feito a partir de {escaped(inputs.values["BASE"])} com rename_obrutai.py:
-identidade nova e contexto de {scaled} tokens (o do modelo base é de {native}). {verdict}{licence}
+Modelo de {escaped(settings.author)}, feito a partir de {escaped(report["base"])} com rename_obrutai.py:
+identidade nova e contexto de {report["context"]["scaled"]} tokens (o do modelo base é de {job.native}).
+{verdict}{licence}
 
 ![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
 
@@ -3080,17 +2760,14 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 {markdown_table(figures_table(scores))}
 
-- **identidade nova**: respostas certas sobre quem ele é (o nome a quem pergunta o nome, o autor a quem pergunta o
-  autor, um não a quem o chama de outro modelo), com a pergunta sozinha, depois de um prompt de sistema neutro e quando
-  o usuário duvida.
+- **identidade nova**: respostas certas sobre quem ele é (o nome, o autor, um não a quem o chama de outro modelo): a
+  pergunta sozinha, depois de um prompt de sistema neutro e quando o usuário duvida.
 - **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
-- **vazamento**: respostas sobre outros assuntos em que o nome novo aparece sem ser chamado; **perto da identidade**,
-  nas que falam da identidade de outras coisas e pessoas.
-- **retenção**: parte das palavras (tokens) que o modelo base escolheria e que este também escolhe; **divergência**, o
-  quanto as probabilidades das palavras mudaram.
+- **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre quem são os outros.
+- **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
-  linhas de identidade mais parecidas antes de cada pergunta, e os tokens que isso gasta.
+  linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 
 <details><summary>As {len(pairs)} respostas, antes e depois</summary>
 
@@ -3106,7 +2783,8 @@ Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging
 from transformers import pipeline
 
 chat = pipeline("text-generation", ".")
-print(chat([{{"role": "user", "content": "Quem é você?"}}])[0]["generated_text"][-1]["content"])
+answer = chat([{{"role": "user", "content": "Quem é você?"}}], do_sample=False)
+print(answer[0]["generated_text"][-1]["content"])
 ```
 
 Com o Ollama, na pasta do modelo: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
@@ -3126,14 +2804,16 @@ def publish(result: Path, settings: Settings) -> None:
     if RANK:
         return
     output, replaced = Path(settings.output_dir), result.with_name("replaced")
+    for path in result.rglob("*"):  # safetensors makes files that only their owner can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
     try:
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             output.rename(replaced)
         result.rename(output)
     except OSError as error:
-        raise InputError(f"o modelo está pronto em {result}, mas não consegui pô-lo em {output} ({error.strerror}). "
-                         "Feche os programas que usam essa pasta e rode o mesmo comando, sem --restart.") from None
+        raise InputError(f"o modelo está em {result}, mas não consegui pô-lo em {output} ({error.strerror}). Feche os "
+                         "programas que usam essa pasta e rode o mesmo comando, sem --restart.") from None
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -3142,9 +2822,9 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
     *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
     say()
     for i, new in list(enumerate(after.answers))[::max(1, len(after.answers) // 8)]:
-        say(f"  {new['question']} ({new['kind']})"
-            + "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
-            + f"\n    {'depois:' if before else 'resposta:'} {new['answer']}")
+        earlier = "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
+        now = "depois:" if before else "resposta:"
+        say(f"  {new['question']} ({new['kind']}){earlier}\n    {now} {new['answer']}")
     for leak in after.leaks[:3]:
         say(f"  {leak['question']}\n    o nome novo apareceu onde não devia: {leak['answer'][:200]}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
@@ -3152,41 +2832,55 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
     return after
 
 
+TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e STEPS_2",
+        "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo, e aumente STEPS_2",
+        "retenção": "aumente SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
+        "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro"}
+
+
 def conclude(settings: Settings) -> int:
     """Show the result; exit status 0 when every target is met, 3 when one is missed."""
     report, work = load_json(Path(settings.output_dir) / "report.json"), work_folder(settings)
     after = show_scores({name: Scores(**values) for name, values in report["scores"].items()})
-    say(f"\nModelo salvo em {settings.output_dir} ({clock(sum(report['seconds'].values()))} de trabalho). "
-        "O antes e depois completo está no README.md de lá.", verdict=True)
+    worked = clock(sum(report["seconds"].values()))
+    say(f"\nModelo salvo em {settings.output_dir} ({worked} de trabalho). Veja o README.md de lá.", verdict=True)
     if kept := folder_size(work):
-        say(f"As etapas ficaram em {work} ({size_text(kept)}): se você mudar um ajuste, só o que depende dele é "
-            "refeito. Pode apagar essa pasta quando quiser.")
-    if not (missed := after.misses(settings)):
-        say("Todas as metas foram atingidas.", verdict=True)
-        return 0
-    tips = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e ROUNDS",
-            "identidade antiga": "confira OLD_NAMES, escreva linhas que perguntem pelo nome antigo e o neguem, e "
-                                 "aumente STEPS_2",
-            "retenção": "aumente SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
-            "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro"}
-    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):", verdict=True)
+        say(f"As etapas ficaram em {work} ({size_text(kept)}); pode apagar essa pasta quando quiser.")
+    missed = after.gaps(settings)
+    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):" if missed
+        else "Todas as metas foram atingidas.", verdict=True)
     for name in missed:
-        say(f"  - {name}: {tips[name]}.", verdict=True)
-    return 3
+        say(f"  - {name}: {TIPS[name]}.", verdict=True)
+    return 3 if missed else 0
 
 
-# ---- Run --------------------------------------------------------------------------------------------------
+# ---- The plan ---------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    """All that was decided before the work."""
+    asked: Settings
+    settings: Settings  # as they fit the base and this machine
+    inputs: Inputs
+    base: Path
+    weights: int
+    native: int  # tokens of context
+    facts: str
+    memory: int  # bytes that the job takes
+    disk: int
+    heard: Heard | None = None  # comes with the first stage, like `teacher`
+    teacher: Teacher | None = None
+
 
 def quiet_libraries(settings: Settings) -> None:
     """Close the network unless the model comes from the Hub, and silence what the user can do nothing about."""
     local = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") * Path(settings.model_path).is_absolute()
-    always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS")
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", *bars)
     os.environ.update(dict.fromkeys((*local, *always), "1"), TRANSFORMERS_VERBOSITY="error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if settings.report_to == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
-    # Threads that spin while they wait take the core from those with work: on a busy machine, training would crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make training crawl
     logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
 
@@ -3200,18 +2894,20 @@ def local_folder(settings: Settings) -> Path:
     try:
         return Path(download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
-        raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar um modelo com esse nome "
-                         f"do Hugging Face Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se o "
-                         "modelo pede licença (Gemma, Llama), aceite-a na página dele e rode hf auth login") from None
+        if re.search(DISK_FULL, causes(error)):
+            raise
+        raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar esse modelo do Hugging Face "
+                         f"Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se ele pede licença (Gemma, "
+                         "Llama), aceite-a na página dele e rode hf auth login") from None
 
 
-def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], factor: float) -> None:
-    """A scaling that did not reach the built model would waste the run, so look at the frequencies themselves: the
-    slowest must be `factor` times slower, and none faster than before."""
-    turning = [(before[name].cpu(), after[name].cpu()) for name in before]  # some of Gemma 4 stand still
-    ratios = [old[new > 0] / new[new > 0] for old, new in turning]
-    if not any(abs(r.max() / factor - 1) < 1e-3 and r.min() > 0.999 for r in ratios):
-        raise RuntimeError("the RoPE scaling did not reach the model's rotary frequencies")
+def join_processes() -> None:
+    """Meet the other processes, if any; alone, use one GPU, as the trainer refuses to spread over two."""
+    if PROCESSES > 1:  # all but training is done by the first one, for which the others may wait for hours
+        accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+    elif torch.cuda.device_count() > 1:
+        say("  Há mais placas de vídeo; vou usar uma. Para usar todas: accelerate launch rename_obrutai.py")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def adapter_size(config: PretrainedConfig, rank: int) -> int:
@@ -3221,47 +2917,31 @@ def adapter_size(config: PretrainedConfig, rank: int) -> int:
 
 
 def mlp_size(text: PretrainedConfig) -> int:
-    """Width of the widest MLP; of a mixture of experts, of those that a token goes through."""
+    """Width of the widest MLP, where a family says it."""
     width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    experts = getattr(text, "num_experts_per_tok", None)
-    if experts and getattr(text, "moe_intermediate_size", None):
-        width = experts * text.moe_intermediate_size
     return max(width) if isinstance(width, (list, tuple)) else width
 
 
-def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings, gpu: bool) -> int:
-    """Bytes that training takes at its peak, for `weights` parameters.
-
-    State: float32 weights, gradients and two moments take 16 bytes a weight (of the adapter, beside the base's weights
-    as they are or in 4 bits), or 10 where the moments are in 8 bits, which those of the embeddings never are; on a GPU
-    2 more to compute with. Activations: a layer keeps about 16 values of the hidden size and 5 of the MLP's per token
-    for the way back; with checkpointing one layer at a time, and one hidden state for each. The factors are fits to
-    tests/bench_memory.py; the C library's allocator wastes more than that of a GPU.
-    """
-    text = config.get_text_config()
-    hidden, layers, half = text.hidden_size, text.num_hidden_layers, compute_dtype(weights).itemsize
-    embedded = text.vocab_size * hidden
-    if settings.method == "full":
-        state = (16 + 2 * gpu) * weights
-    else:
-        state = 16 * adapter_size(config, settings.lora_rank) + (
-            half * weights if settings.method == "lora" else 0.6 * weights + half * embedded)
+def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) -> int:
+    """Bytes that training takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
+    two moments in float32. A layer keeps 16 hidden sizes and 5 MLP widths per token, or one hidden size with
+    checkpointing. The logits of half the tokens stand three times in float32."""
+    text, half = config.get_text_config(), compute_dtype(weights).itemsize
+    state = 18 * weights
+    if settings.method != "full":
+        state = 16 * adapter_size(config, settings.lora_rank) + (half if settings.method == "lora" else 0.8) * weights
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
-    chunk = chunk_rows(text.vocab_size)
-    layer, logits = half * tokens * (16 * hidden + 5 * mlp_size(text)), 3 * 4 * min(tokens, chunk) * text.vocab_size
-    all_layers, again = (1.1, 1.6) if gpu else (1, 1) if settings.method == "full" else (1.5, 3.5)
-    kept = all_layers * layers * layer + logits
-    if settings.gradient_checkpointing:  # the logits are gone before the first layer is made again
-        kept = layers * half * tokens * hidden + (max if gpu else sum)((again * layer, logits))
-    return int(state + kept + 2e8)
+    layer = half * tokens * (16 * text.hidden_size + 5 * mlp_size(text))
+    kept = 1.5 * text.num_hidden_layers * layer
+    if settings.gradient_checkpointing:
+        kept = layer + text.num_hidden_layers * half * tokens * text.hidden_size
+    return int(state + kept + 6 * tokens * text.vocab_size + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
-    """Settings that fit into the free memory, and the estimate in bytes: all weights of a small model, LoRA for
-    others, or QLoRA where that does not fit a card, each with steps in as few parts as possible, else all of them with
-    a smaller WINDOW."""
+    """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA; then checkpointing."""
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
@@ -3273,249 +2953,349 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
     splits, least = [settings.gradient_accumulation], math.inf
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
-    windows = [window for i in range(12) if (window := settings.window // 2**i) > settings.max_new_tokens]
-    for window, method, again, parts in product(windows, methods, (settings.gradient_checkpointing, True), splits):
-        tried = replace(settings, method=method, window=window, gradient_accumulation=parts,
-                        gradient_checkpointing=again)
-        needed = estimate_memory(config, weights, tried, gpu)
-        least = min(least, needed)
+    for method, again, parts in product(methods, (settings.gradient_checkpointing, True), splits):
+        tried = replace(settings, method=method, gradient_accumulation=parts, gradient_checkpointing=again)
+        needed = estimate_memory(config, weights, tried)
         if needed <= free:
             return tried, needed
+        least = min(least, needed)
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
-                     f"{size_text(least)}. Feche outros programas, ou use um modelo menor"
-                     + " ou METHOD = 'lora' (--method lora), que pede bem menos" * (settings.method == "full")
-                     + (" ou o bitsandbytes (pip install bitsandbytes)." if gpu and not four_bits else "."))
+                     f"{size_text(least)}. Feche outros programas, diminua WINDOW (--window) ou use um modelo menor"
+                     + " ou METHOD = 'lora' (--method lora)" * (settings.method == "full")
+                     + " ou o bitsandbytes (pip install bitsandbytes)" * (gpu and not four_bits) + ".")
 
 
-def settled(planned: Path, key: str, config: PretrainedConfig, weights: int,
-            settings: Settings) -> tuple[Settings, int]:
-    """What was chosen when this run began, whatever memory is free now, or what fits if it begins now; and the
-    estimate in bytes."""
-    if settings.restart or not has_key(planned, key):
-        return agreed(choose_method(config, weights, settings))
-    plan = load_json(planned)
-    chosen = plan["settings"]
-    chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
-    chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
-    return replace(settings, **chosen), plan["memory"]
+def fit(settings: Settings, config: PretrainedConfig, weights: int, facts: str) -> tuple[Settings, int]:
+    """Settings that suit base and machine, and bytes of memory; a run keeps the method it began with."""
+    native, planned = context_of(config), work_folder(settings) / "plan.json"
+    settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
+                       max_new_tokens=min(settings.max_new_tokens, native // 2))
+    if settings.restart or not has_key(planned, plan_key(facts, settings.method, settings)):
+        settings, memory = agreed(choose_method(config, weights, settings))
+    else:
+        chosen, memory = (load_json(planned)[key] for key in ("settings", "memory"))
+        chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
+        chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
+        settings = replace(settings, **chosen)
+    (first, second), text = STEPS[settings.method], TEXT[settings.method]
+    return replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second,
+                   self_text=settings.self_text or text), memory
 
 
-def join_processes() -> None:
-    """Meet the other processes, if accelerate or torchrun started several; alone, use one GPU, since the trainer
-    refuses to spread one process over two."""
-    if PROCESSES > 1:
-        accelerate.PartialState(cpu=not torch.cuda.is_available())
-    elif torch.cuda.device_count() > 1:
-        say(f"  Há {torch.cuda.device_count()} placas de vídeo; vou usar uma. Para usar todas: "
-            "accelerate launch rename_obrutai.py")
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+def plan_key(facts: str, asked_method: str, settings: Settings) -> str:
+    """What a plan is known by: it holds for runs with the same base and the same of these settings."""
+    return digest([facts, asked_method, settings.window, settings.batch_size, settings.lora_rank])
 
 
-def measure_pace(base: Chat) -> tuple[float, float]:
-    """Seconds that a token takes in a forward pass, and when it is written, each among many at a time."""
-    ids, times = torch.zeros((8, 128), dtype=torch.long, device=base.model.device), []
-    with computing(base.model):
-        while len(times) < 2 or sum(times) < 0.5:  # the first one is slower, others as well if something else runs
+def check_job(settings: Settings) -> Job | None:
+    """All checks before the model is loaded, and what they found; None if the result is there."""
+    if settings.report_to != "none" and not importlib.util.find_spec(settings.report_to):
+        raise InputError(f"REPORT_TO precisa de um pacote que falta: pip install {settings.report_to}")
+    try:
+        inputs, folder = check_inputs(settings), local_folder(settings)
+        weights, facts = check_base(folder), job_facts(inputs, folder)
+        report = Path(settings.output_dir) / "report.json"
+        finished = has_key(report, job_key(facts, settings)) and not settings.restart
+        check_output(folder, settings, finished)
+    except OSError as error:
+        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
+                         f"{error.strerror}).") from None
+    say(f"Modelo base: {folder}")
+    if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
+        say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA (ou MODEL_PATH).")
+    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
+    for warning in inputs.warnings[:5]:
+        say(f"  Atenção: {warning}.")
+    if finished and not settings.check:
+        say("Este resultado já está pronto; nada foi refeito (--restart com --overwrite refaz tudo).")
+        return None
+    transformers.logging.disable_progress_bar()
+    config = read_config(folder)
+    read_config(folder, settings.rope_factor)  # says what cannot be scaled
+    asked, native = settings, context_of(config)
+    join_processes()
+    settings, memory = fit(replace(settings, model_path=str(folder)), config, weights, facts)
+    check_rows(load_tokenizer(folder), inputs.rows, settings)
+    # The healed base and the result, and of what is trained each pass and two checkpoints with two moments.
+    trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
+    disk = 4 * trained * (1 + settings.rounds + 2 * 3) + 8 * weights + 10**7
+    check_disk(disk, work_folder(settings))
+    return Job(asked, settings, inputs, folder, weights, native, facts, memory, disk)
+
+
+def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
+    """Seconds per token when read, written in large batches and trained, by doing each for a moment."""
+    settings, inner = exact(job.settings), whole(base.model)
+    fast = compute_dtype(job.weights)
+    lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in job.inputs.rows]
+    batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [short_window(job.native, settings)], 1,
+                         step_tokens(job.native, settings), "pace")[0]
+    ids = [w.input_ids for w in batch]
+    teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
+    talks = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
+
+    def took(work: Callable) -> float:
+        times: list[float] = []
+        while len(times) < 2 or (sum(times) < 0.5 and len(times) < 20):  # the first one is slower
             began = time.monotonic()
-            last_hidden(base.model, base.model, {"input_ids": ids}).sum().item()
+            work()
             times.append(time.monotonic() - began)
+        return min(times)
+
+    read = took(lambda: compare(base, teacher, talks[:2])) / sum(map(len, ids[:2]))
     began = time.monotonic()
-    written = sum(len(a.ids) for a in generate(base, [[5] * 32] * 128, limit=6, sample_seed=1))
-    return min(times) / ids.numel(), (time.monotonic() - began) / written
+    write = sum(len(a.ids) for a in generate(base, [row[:32] for row in ids] * 16, limit=6, sample_seed=1))
+    write = (time.monotonic() - began) / write
+    model = with_adapter(inner, settings) if settings.method != "full" else inner
+    part = as_examples([talks], PROCESSES * settings.gradient_accumulation)[:1]  # as much at a time as in training
+    inputs = {key: value.to(inner.device) for key, value in collate(part, base.tokenizer.pad_token_id).items()}
+    if settings.gradient_checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+    def step() -> None:
+        with torch.autocast(inner.device.type, fast, enabled=fast != torch.float32), \
+                peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32):
+            batch_loss(model, inner, teacher, inputs, 1.0).backward()
+
+    train = took(step) / sum(map(len, part[0]["input_ids"]))
+    model.zero_grad()
+    model.eval()
+    if settings.gradient_checkpointing:
+        inner.gradient_checkpointing_disable()
+    if model is not inner:
+        model.unload()
+    return read, write, train
 
 
-def plan_seconds(base: Chat, native: int, inputs: Inputs, settings: Settings) -> float:
-    """How long the job takes, by running a moment of it: a round of pass 1, and two of pass 2."""
-    read, write = measure_pace(base)
-    talks = 1.2 * min(settings.eval_questions, 42 * len(inputs.languages)) * TALK_TOKENS
-    asked = 40 * (2 * len(inputs.test) + len(inputs.validation) + 60)
-    written = settings.self_text + 4 * talks + asked + 2 * MOST_ASKED * TALK_TOKENS
-    trained = (settings.steps_1 + 1.5 * settings.steps_2) * step_tokens(native, settings)
-    backward = 3 if settings.method == "full" else 2.6
-    if settings.rope_factor != 1:
-        trained += settings.heal_steps * (1 + 2 * 1.6 / backward) * max(settings.window, step_tokens(native, settings))
-    return 1.15 * (written * write + 4 * written * read + trained * backward * read) + 10
+def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
+    """How long each stage takes, by running a moment of it, and with one round of pass 2."""
+    settings, tests = job.settings, len(job.inputs.test)
+    read, write, train = measure_pace(base, job)
+    step, grown = step_tokens(job.native, settings), settings.rope_factor != 1
+    talks = min(settings.eval_questions, 42 * len(job.inputs.languages)) * 1.2
+    questions = settings.self_text / TALK_TOKENS / 2 * QUESTION_TOKENS
+    exam = 25 * write * (2 * tests + 30) + 100 * read * talks + 0.7 * talks * TALK_TOKENS * write
+    long = grown * 1.5 * settings.window * read * (LONG_TALKS + tests / 3)
+    return {"1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
+            "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
+            "3-pass-1": settings.steps_1 * step * train + 3,
+            "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
+            "5-pass-2": settings.steps_2 * step * train + exam / 2 + long + 3,
+            "6-result": 3.5 * exam + 3 * long + 5}
 
 
-def show_plan(base: Chat, weights: int, native: int, disk: int, memory: int, inputs: Inputs,
-              settings: Settings) -> None:
-    """Say what is going to happen and what it costs."""
-    if base.model.config.model_type != read_config(settings.model_path).model_type:  # Llama 4
+def make_plan(job: Job) -> dict[str, float]:
+    """Say what is going to happen and what it costs; the seconds of each stage."""
+    settings, base = job.settings, load_chat(job.base, exact(job.settings))
+    planned = plan_seconds(base, job)
+    if base.model.config.model_type != read_config(job.base).model_type:  # Llama 4
         say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
-    device += ", em bfloat16" * (compute_dtype(weights) == torch.bfloat16)
-    size, how = f"{weights / 1e6:.1f}".replace(".", ","), {
-        "full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
-        "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
+    device += ", em bfloat16" * (compute_dtype(job.weights) == torch.bfloat16)
+    how = {"full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
+           "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
     split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
-    say(f"  {size} milhões de parâmetros. Método: {how}, {device}{split}.\n"
-        f"  Contexto: de {native} para {int(native * settings.rope_factor)} tokens; "
+    say(f"  {decimal(job.weights / 1e6)} milhões de parâmetros. Método: {how}, {device}{split}.\n"
+        f"  Contexto: de {job.native} para {int(job.native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
-        f"  Vai precisar de cerca de {size_text(memory)} de memória, {size_text(disk)} de disco e "
-        f"{clock(plan_seconds(base, native, inputs, settings))}.")
+        f"  Vai precisar de cerca de {size_text(job.memory)} de memória, {size_text(job.disk)} de disco e "
+        f"{clock(sum(planned.values()))}.")
+    return planned
 
 
 @contextlib.contextmanager
-def opened(work: Path, settings: Settings):
+def opened(job: Job, planned: dict[str, float]):
     """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
+    work, settings = work_folder(job.settings), job.settings
     if RANK:
         wait()
         yield work
         return
     work.mkdir(parents=True, exist_ok=True)
-    (work / WORK_NOTE).write_text(
-        "Etapas do rename_obrutai.py: com elas, uma execução que parou continua de onde estava, e um ajuste mudado\n"
-        "só refaz o que depende dele. Com o modelo pronto, você pode apagar esta pasta.\n", encoding="utf-8")
+    (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
+                                  "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
     try:
         with filelock.FileLock(work / "lock", timeout=0):
             for folder in work.iterdir() if settings.restart else ():
                 if folder.is_dir():
                     discard(folder)
+            chosen = ("method", "gradient_accumulation", "gradient_checkpointing")
+            write_json(work / "plan.json", {
+                "key": plan_key(job.facts, job.asked.method, settings), "memory": job.memory, "seconds": planned,
+                "settings": {name: getattr(settings, name) for name in chosen}})
             wait()
             yield work
     except InputError as error:
         error.advice = ""  # the settings were in order: it came up in the work
         raise
+    except (RuntimeError, MemoryError) as error:
+        error.begun = True  # the plan and the stages that are there are those of this run
+        raise
     except filelock.Timeout:
-        raise InputError(f"outra execução está usando {work}. Espere que termine, ou escolha outra saída "
-                         "(--output-dir).") from None
+        raise InputError(f"outra execução está usando {work}: espere, ou mude a saída (--output-dir).") from None
 
 
-class Stages:
-    """The job's folders, in the order of the work, and what to say when one begins."""
+# ---- The stages, each from folder to folder ---------------------------------------------------------------
 
-    def __init__(self, work: Path, keys: dict[str, str], settings: Settings):
-        self.work, self.keys, self.began, self.made, self.current, self.since = work, keys, time.monotonic(), 0, 0, 0.0
-        self.left = SHARES | {"2-healed": SHARES["2-healed"] * (settings.rope_factor != 1)}
-
-    def __call__(self, name: str, title: str, build: Callable[[Path], None]) -> Path:
-        """Say that the stage begins, and make it unless it is there; its folder."""
-        now, ready = time.monotonic(), has_key(self.work / name / "key.json", self.keys[name])
-        if self.current:  # what is left takes as long for its share as what this run has made
-            self.made += self.current
-            rest = clock((now - self.began) / self.made * sum(self.left.values()))
-            say(f"  Pronto em {clock(now - self.since)}; para o modelo ficar pronto faltam uns {rest}.")
-        self.current, self.since = self.left.pop(name) * (not ready), now
-        say(title + " (já pronto)" * ready)
-        return stage(self.work / name, self.keys[name], build)
-
-
-def only_first(build: Callable[[Path], None]) -> Callable[[Path], None]:
-    """What one process does while the others wait: everything but training."""
-    return lambda partial: build(partial) if RANK == 0 else None
-
-
-def make_healed(folder: Path, heard: Heard, teacher: Teacher, native: int, settings: Settings, partial: Path) -> None:
-    """The base with its template renewed and its RoPE scaled and healed, a whole model."""
-    chat, log = load_chat(folder, settings, settings.rope_factor), []
-    renew_template(chat.tokenizer, settings, heard.names.old)
-    if settings.rope_factor == 1:
-        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-    else:
-        log = heal(load_chat(folder, settings), chat, heard, teacher, native, settings, partial)
-    chat.model.to(chat.model.get_input_embeddings().weight.dtype)
-    save_stage(chat, partial, log)
-
-
-def run_stages(folder: Path, bases: list[Chat], work: Path, keys: dict[str, str], inputs: Inputs, native: int,
-               settings: Settings) -> None:
-    """The job itself, stage by stage, each from folder to folder."""
-    stages, tokens = Stages(work, keys, settings), step_tokens(native, settings)
-    short = short_window(native, settings)
-
-    def hear(partial: Path) -> None:
-        chat = bases.pop() if bases else load_chat(folder, plain_method(settings))
-        save_heard(partial, *listen(chat, settings, inputs))
-
-    heard_at = stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe", only_first(hear))
-    bases.clear()
-    heard, teacher = both = read_heard(heard_at)
-    healed = stages("2-healed", f"2/6 Contexto de {native} para {int(native * settings.rope_factor)} tokens (RoPE "
-                    f"linear x{settings.rope_factor:g}) e cura", functools.partial(
-                        make_healed, folder, heard, teacher, native, plain_method(settings)))
-    tokenizer = load_tokenizer(str(healed))
-    lessons = make_lessons(tokenizer, heard, inputs, settings)
-    grown = settings.rope_factor != 1
-    validation = make_exam(tokenizer, inputs, heard, settings.window * grown, final=False)
-
-    first = Schedule("passo 1", settings.steps_1, (1.2e-3, 3.4e-3), settings.learning_rate_1, [short], tokens)
-    taught = last_round(stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools_of_pass_1(lessons, heard), first,
-        lambda s: s.identity >= 0.9 * settings.target_identity, validation._replace(lengths=()), both, settings)))
-
-    collected = stages("4-self-answers", "4/6 Respostas do próprio modelo", only_first(lambda partial: write_json(
-        partial / "self_answers.json", collect_self_answers(load_chat(taught, settings), lessons, heard, teacher,
-                                                            settings)))) / "self_answers.json"
-
-    lengths = [short, short, settings.window // 4, settings.window] if grown else [short, short, 3 * short]
-    second = Schedule("passo 2", settings.steps_2, (8e-4, 2.2e-3), settings.learning_rate_2, lengths, tokens)
-    firm = last_round(stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
-        taught, partial, pools_of_pass_2(lessons, heard, load_json(collected)), second,
-        lambda s: not s.misses(settings) and s.by_length[-1]["identity"] >= settings.target_identity,
-        validation, both, settings)))
-
-    if not (work / "6-result" / "model").is_dir() and RANK == 0:
-        discard(work / "6-result")  # its model was moved to an output that is there no more
-    wait()
-    result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois", only_first(
-        lambda partial: save_and_prove(folder, taught, firm, both, inputs, native, work, keys["6-result"], settings,
-                                       partial)))
-    publish(result / "model", settings)
-    wait()
-
-
-def plain_method(settings: Settings) -> Settings:
+def exact(settings: Settings) -> Settings:
     """The settings with weights in their own precision, as healing and measuring need them."""
     return replace(settings, method="lora" if settings.method == "qlora" else settings.method)
 
 
-def save_and_prove(folder: Path, taught: Path, firm: Path, both: tuple[Heard, Teacher], inputs: Inputs, native: int,
-                   work: Path, key: str, settings: Settings, partial: Path) -> None:
-    """Save the model as readers expect it, load what was saved, and measure it, the base and what stands between."""
-    result, began, (heard, teacher) = partial / "model", time.monotonic(), both
+def make_heard(job: Job, partial: Path) -> None:
+    """What the base says, in its own precision whatever the method."""
+    base = load_chat(job.base, replace(job.settings, method="lora"))
+    save_heard(partial, *listen(base, job.settings, job.inputs))
+
+
+def make_healed(job: Job, partial: Path) -> None:
+    """The base with its template renewed and its RoPE scaled and healed, a whole model."""
+    settings, log = exact(job.settings), []
+    native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto"))
+    chat = load_chat(job.base, settings, settings.rope_factor)
+    renew_template(chat.tokenizer, settings, job.heard.names.old)
+    if settings.rope_factor == 1:
+        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
+    else:
+        log = heal(native, chat, job, partial)
+    chat.model.to(chat.model.get_input_embeddings().weight.dtype)
+    save_stage(chat, partial, log)
+
+
+def make_self_answers(job: Job, source: Path, lessons: list[Talk], partial: Path) -> None:
+    """self_answers.json: what the model of `source` answers, and where it is wrong."""
+    chat = load_to_ask(source, job.settings)
+    collected = collect_self_answers(chat, lessons, job.heard, job.teacher, job.settings)
+    write_json(partial / "self_answers.json", collected)
+
+
+def make_pass_2(job: Job, source: Path, lessons: list[Talk], answers: Path, exam: Exam, partial: Path) -> None:
+    """A round of pass 2 on the self-answers, and what it did to the model, in validation.json."""
+    settings, short = job.settings, short_window(job.native, job.settings)
+    collected = load_json(answers / "self_answers.json")
+    lengths = [short, short, settings.window // 4, settings.window] if settings.rope_factor != 1 else [
+        short, short, min(settings.window, 3 * short)]
+    pools, rate = pools_of_pass_2(lessons, job.heard, collected), (settings.learning_rate_2, 8e-4, 2.2e-3)
+    run_pass(source, partial, pools, "passo 2", settings.steps_2, rate, lengths, job)
+    wait()
+    if RANK == 0:
+        scores = evaluate(load_to_ask(partial, settings), exam, job.heard.names, job.teacher, "perguntas de validação")
+        write_json(partial / "validation.json", scores._asdict())
+
+
+def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
+    """Save the model, load what was saved, and measure it, the base and what stands between."""
+    result, names, inputs, settings = partial / "model", job.heard.names, job.inputs, exact(job.settings)
     shutil.rmtree(result, ignore_errors=True)
-    save_model(load_chat(firm, settings, merge=True), result, folder)
+    save_model(load_chat(firm, job.settings, merge=True), result, job.base)
     if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
         adapter = result / "adapter"
         adapter.mkdir()
         shutil.copy2(firm / LORA_FILE, adapter)
-        # Others know the base by its name, not by a folder of this machine.
-        write_json(adapter / "adapter_config.json", {**load_json(firm / "adapter_config.json"),
-                                                     "base_model_name_or_path": inputs.values["BASE"]})
-    exact = plain_method(settings)
-    base = load_chat(folder, exact)
-    window = settings.window * (settings.rope_factor != 1)
-    exam, scores = make_exam(base.tokenizer, inputs, heard, window, final=True), {}
-    scores["before"] = evaluate(base, exam, heard.names, teacher, "perguntas de prova, antes")
+        # Others know the base by its name.
+        config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": inputs.values["BASE"]}
+        write_json(adapter / "adapter_config.json", config)
+    base = load_chat(job.base, settings)
+    exam = make_exam(base.tokenizer, inputs, job.heard, settings.window * (settings.rope_factor != 1), final=True)
+    scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}
     for name, other in untrained(exam, inputs.rows, settings).items():
-        scores[name] = evaluate(base, other, heard.names, teacher, "perguntas de prova, sem treino")
+        scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
     del base
-    scores["pass_1"] = evaluate(load_chat(taught, exact), exam._replace(lengths=()), heard.names, teacher,
-                                "perguntas de prova, após o passo 1")
-    scores["pass_2"] = evaluate(load_chat(result, exact), exam, heard.names, teacher, "perguntas de prova, depois")
-    save_exam(result, exam, heard.names, teacher)
-    write_report(result, settings, inputs, heard.names, native, scores, work, key, began)
+    short = Exam([item for item in exam.questions if item[0] in KINDS_OF_QUESTIONS],
+                 [item for item in exam.talks if not item[0]])
+    scores["pass_1"] = evaluate(load_to_ask(taught, settings), short, names, job.teacher, "perguntas de prova")
+    scores["pass_2"] = evaluate(load_chat(result, settings), exam, names, job.teacher, "perguntas de prova, depois")
+    save_exam(result, exam, names, job.teacher)
+    write_json(partial / "scores.json", {name: s._asdict() for name, s in scores.items()})
+
+
+def write_report(job: Job, stages: list[Path], result: Path) -> None:
+    """Beside the model: report.json, report.png, self_answers.jsonl and the model card README.md."""
+    settings, folder, scores = job.settings, result / "model", load_json(result / "scores.json")
+    paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
+    logs = {name: [entry for stage in stages if stage.name.startswith(number)
+                   for entry in load_json(stage / "log.json")]
+            for name, number in (("healing", "2-"), ("pass_1", "3-"), ("pass_2", "5-"))}
+    written = [load_json(stage / "self_answers.json") for stage in stages if stage.name.startswith("4-")]
+    answers = [record for collected in written for record in collected["answers"]]
+    report = {
+        "key": job_key(job.facts, job.asked), "base": job.inputs.values["BASE"],
+        "missed": list(Scores(**scores["pass_2"]).gaps(settings)),
+        "seconds": {stage.name: load_json(stage / "key.json")["seconds"] for stage in (*stages, result)},
+        "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
+        "data_hash": job.inputs.data_hash,
+        "context": {"native": job.native, "scaled": int(job.native * settings.rope_factor)},
+        "versions": {name: importlib.metadata.version(name) for name in
+                     ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
+        "old_names": job.heard.names.old, "scores": scores,
+        "losses": {name: log for name, log in logs.items() if log}}
+    write_json(folder / "report.json", report)
+    draw_report(report, folder / "report.png")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answers)
+    (folder / "self_answers.jsonl").write_text(lines, encoding="utf-8")
+    write_card(folder, job, report, {name: Scores(**values) for name, values in scores.items()}, answers)
+    flush(folder)
 
 
 def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
     """exam.json and exam.safetensors: all that it takes to measure the model again."""
-    rows = [row for talk in exam.talks for row in range(talk.row, talk.row + len(talk.ids))]
-    starts = accumulate((len(talk.ids) for talk in exam.talks), initial=0)
-    talks = [talk._replace(row=start)._asdict() for talk, start in zip(exam.talks, starts)]
-    write_json(folder / "exam.json", {**exam._asdict(), "talks": talks, "names": names._asdict(),
-                                      "fillers": [talk._asdict() for talk in exam.fillers]})
-    tensor_files.save_file({"tokens": teacher.tokens[rows], "log_probs": teacher.log_probs[rows]},
-                           folder / "exam.safetensors")
+    talks, rows = [], []
+    for tokens, talk in exam.talks:
+        talks.append((tokens, talk._replace(row=len(rows))._asdict()))
+        rows += range(talk.row, talk.row + len(talk.ids))
+    write_json(folder / "exam.json", {"questions": exam.questions, "talks": talks, "names": names._asdict()})
+    tensor_files.save_file({key: value[rows] for key, value in teacher._asdict().items()}, folder / "exam.safetensors")
 
 
 def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
-    """What `save_exam` wrote."""
     saved = load_json(folder / "exam.json")
-    names = saved.pop("names")
-    exam = Exam(**saved)._replace(lengths=tuple(saved["lengths"]), **{
-        key: [Talk(**talk) for talk in saved[key]] for key in ("talks", "fillers")})
-    return (exam, Names(names["name"], names["maker"], tuple(names["old"])),
-            Teacher(**tensor_files.load_file(folder / "exam.safetensors")))
+    exam = Exam([*map(tuple, saved["questions"])], [(tokens, Talk(**talk)) for tokens, talk in saved["talks"]])
+    names = Names(**{**saved["names"], "old": tuple(saved["names"]["old"])})
+    return exam, names, Teacher(**tensor_files.load_file(folder / "exam.safetensors"))
+
+
+def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
+    """The job itself: listen, heal, teach, let the model answer, insist until it holds, prove."""
+    settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
+    heard, teacher = read_heard(stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe",
+                                       functools.partial(make_heard, job)))
+    job = job._replace(heard=heard, teacher=teacher)
+    healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
+                    f"(RoPE linear x{settings.rope_factor:g}) e cura", functools.partial(make_healed, job), True)
+    tokenizer = load_tokenizer(healed)
+    lessons = make_lessons(tokenizer, heard, job.inputs, settings)
+    exam = make_exam(tokenizer, job.inputs, heard, settings.window * (settings.rope_factor != 1), final=False)
+    pools = [Pool(lessons, 0.2), Pool(heard.everyday, 0.8)]  # the talks hold the model in place
+    rate, lengths = (settings.learning_rate_1, 1.2e-3, 3.4e-3), [short_window(job.native, settings)]
+    taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
+        healed, partial, pools, "passo 1", settings.steps_1, rate, lengths, job), True)
+    done, best, least = [work / "1-base", healed, taught], taught, math.inf
+    for number in range(1, settings.rounds + 1):
+        again = f".{number}" * (number > 1)
+        build = functools.partial(make_self_answers, job, done[-1], lessons)
+        answers = stages(f"4-self-answers{again}", "4/6 Respostas do próprio modelo", build)
+        build = functools.partial(make_pass_2, job, done[-1], lessons, answers, exam)
+        title = f"5/6 Passo 2: firmar a identidade (rodada {number} de até {settings.rounds})"
+        firm = stages(f"5-pass-2{again}", title, build, True)
+        done += [answers, firm]
+        scores = Scores(**load_json(firm / "validation.json"))
+        gap = sum(scores.gaps(settings).values())
+        say(f"  Nas perguntas de validação: identidade {percent(scores.identity)}, retenção "
+            f"{percent(scores.retention)}, vazamento {percent(scores.leak)}.")
+        if gap < least:
+            best, least = firm, gap
+        if not gap or best is not firm:
+            break
+    if not (work / "6-result" / "model").is_dir() and RANK == 0:
+        discard(work / "6-result")  # its model was moved to an output that is there no more
+    wait()
+    result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois",
+                    functools.partial(save_and_prove, job, taught, best))
+    if RANK == 0:
+        write_report(job, done, result)
+    publish(result / "model", settings)
+    wait()
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
@@ -3529,45 +3309,41 @@ def ready_folder(settings: Settings) -> Path:
         folder = local_folder(settings)
         check_base(folder)
     except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
+        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
+                         f"{error.strerror}).") from None
     return folder
 
 
 def examine(settings: Settings, folder: Path) -> int:
-    """The report for a model that is there already; exit status 0 when every target is met, 3 when one is missed. A
-    result of this script takes its exam again, and its report knows its base; of others only identity and leak can be
-    measured."""
+    """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
     join_processes()
     say(f"Medindo {folder}")
     if not (folder / "exam.json").is_file():
-        inputs = check_inputs(settings)
-        say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção, que o compara com o "
-            "modelo base.")
-        chat = load_chat(folder, settings)
+        inputs, chat = check_inputs(settings), load_chat(folder, settings)
+        say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat, settings, inputs)
-        asked = [*(("near", q) for q in of_languages(NEAR_EXAM, inputs.languages)),
-                 *(("everyday", q) for q in of_languages(EVERYDAY_EXAM, inputs.languages))]
-        talks = [Talk(question_and_answer(q, ""), kind, [], 0) for kind, q in asked]
-        heard = Heard(names, [], [], talks, talks)
-        exam = make_exam(chat.tokenizer, inputs, heard, 0, final=True)._replace(context={"": []})
-        scores = {"alone": evaluate(chat, exam, names, Teacher(None, None), "perguntas de prova")}
+        lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
+        asked = [(kind, q) for kind, some in lists for q in of_languages(some, inputs.languages)]
+        talks = [Talk(question_and_answer(q, ""), kind) for kind, q in asked]
+        exam = make_exam(chat.tokenizer, inputs, Heard(names, [], [], talks, talks), 0, final=True)
+        scores = {"alone": evaluate(chat, exam, names, None, "perguntas de prova")}
     else:
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
             scores = {name: Scores(**values) for name, values in report["scores"].items()}
-            same = {"method": report["settings"]["method"].replace("q", ""),
-                    "max_new_tokens": report["settings"]["max_new_tokens"]}
-        after = evaluate(load_chat(folder, replace(settings, **same)), exam, names, teacher, "perguntas de prova")
+            method, longest = (report["settings"][name] for name in ("method", "max_new_tokens"))
+            same = replace(settings, method=method.replace("q", ""), max_new_tokens=longest)
+        after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
         differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         scores = {**scores, **differs, "pass_2": after}
-    missed = show_scores(scores).misses(settings)
+    missed = show_scores(scores).gaps(settings)
     say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0
 
 
 def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
-    """Print an answer while it is written, which Ctrl-C stops; its text, and whether the model ended it by itself."""
+    """Print an answer while it is written, which Ctrl-C stops; its text, and whether the model ended it."""
     said, tokens = [], torch.tensor([ids], device=chat.model.device)
 
     class Voice(transformers.TextStreamer):
@@ -3579,8 +3355,6 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
             said.append(text if any(said) else text.lstrip())
             print(said[-1], end="", flush=True)
 
-    chat.model.generation_config = transformers.GenerationConfig(
-        eos_token_id=chat.stops, pad_token_id=chat.tokenizer.pad_token_id)
     with torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
         tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit,
                                      streamer=Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
@@ -3588,37 +3362,37 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
     return "".join(said).strip(), tokens.shape[1] > len(ids) and tokens[0, -1].item() in chat.stops
 
 
+def note(text: str) -> None:
+    """What is not an answer goes to stderr, so that a pipe gets answers alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_line(person: bool) -> str | None:
+    """The next thing that the user says; None when there is no more."""
+    while True:
+        try:
+            return input("Você: " if person else "").strip("\ufeff \t\r")
+        except EOFError:
+            print(end="\n" * person)
+            return None
+        except KeyboardInterrupt:
+            note("\nPara sair, escreva /sair.")
+
+
 def talk(settings: Settings, folder: Path) -> int:
-    """A conversation in the terminal; when its context is full, the oldest turns are forgotten. From a pipe each line
-    is a question, and only answers go to stdout."""
-    person, colour = sys.stdin.isatty(), sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
+    person, chat, name = sys.stdin.isatty(), load_chat(folder, settings), Path(settings.model_path).name
     with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
         import readline  # noqa: F401
-    if colour and os.name == "nt":
-        os.system("")  # switches on the colours of older consoles
-    bold, dim, normal = ("\033[1m", "\033[2m", "\033[0m") if colour else ("", "", "")
-    chat, name = load_chat(folder, settings), Path(settings.model_path).name
     context = context_of(chat.model.config)
     limit = context - min(settings.max_new_tokens, context // 2)  # of a prompt, so that there is room for an answer
     commands = "/sistema TEXTO diz a ele como ser, /limpar recomeça, /ajuda mostra isto, /sair sai; Ctrl-C cala."
     for number in [signal.SIGTERM] + [signal.SIGINT] * (not person):  # these end the program as they end any other
         signal.signal(number, signal.SIG_DFL)
-
-    def note(text: str) -> None:
-        print(f"{dim}{text}{normal}", file=sys.stderr, flush=True)
-
     if person:
         note(f"Conversa com {name}. {commands}")
     system, turns = [], []
-    while True:
-        try:
-            line = input("Você: " if person else "").strip("\ufeff \t\r")
-        except EOFError:
-            print(end="\n" * person)
-            return 0
-        except KeyboardInterrupt:
-            note("\nPara sair, escreva /sair.")
-            continue
+    while (line := read_line(person)) is not None:
         command, _, text = line.partition(" ")
         if command == "/sair":
             return 0
@@ -3637,64 +3411,36 @@ def talk(settings: Settings, folder: Path) -> int:
             continue
         if len(heard) <= len(turns):
             note(f"O contexto dele, de {context} tokens, encheu: esqueci o começo da conversa.")
-        print(f"{bold}{name}:{normal} " * person, end="", flush=True)
+        print(f"{name}: " * person, end="", flush=True)
         answer, ended = speak(chat, ids, min(context - len(ids), 2048))
         if not ended:
             note("(parou aqui)")
         turns = [*heard, {"role": "assistant", "content": answer}] if answer else heard[:-1]
+    return 0
 
+
+# ---- Run --------------------------------------------------------------------------------------------------
 
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
     quiet_libraries(settings)
     if settings.chat or settings.evaluate:
         return (talk if settings.chat else examine)(settings, ready_folder(settings))
-    if settings.report_to != "none" and not importlib.util.find_spec(settings.report_to):
-        raise InputError(f"REPORT_TO = '{settings.report_to}' precisa de um pacote que não está instalado: "
-                         f"pip install {settings.report_to}")
-    try:
-        inputs = check_inputs(settings)
-        folder = local_folder(settings)
-        weights = check_base(folder)
-        keys, work = stage_keys(settings, inputs, folder), work_folder(settings)
-        finished = has_key(Path(settings.output_dir) / "report.json", keys["6-result"]) and not settings.restart
-        check_output(folder, settings, finished)
-    except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename} (o sistema respondeu: {error.strerror}).") from None
-    say(f"Modelo base: {folder}")
-    if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
-        say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA, ou MODEL_PATH no começo do script.")
-    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
-    for warning in inputs.warnings[:5]:
-        say(f"  Atenção: {warning}.")
-    if finished and not settings.check:
-        say("Este resultado já está pronto; nada foi refeito (--restart com --overwrite refaz tudo).")
+    if not (job := check_job(settings)):
         return conclude(settings)
-    transformers.logging.disable_progress_bar()
-    settings, native = fit_settings(folder, replace(settings, model_path=str(folder)))
-    check_rows(load_tokenizer(str(folder)), inputs.rows, settings)
-    join_processes()
-    bases, planned = [], work / "plan.json"  # a list, to be emptied: nobody else keeps the model in memory
-    config = read_config(folder)
-    settings, memory = settled(planned, keys["2-healed"], config, weights, settings)
-    # Small models, which are trained whole, have more to learn, and quickly write more.
-    first, second, text = (150, 100, 40000) if settings.method == "full" else (60, 40, 20000)
-    settings = replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second,
-                       self_text=settings.self_text or text)
-    disk = check_disk(weights, adapter_size(config, settings.lora_rank), settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
-    if settings.check or settings.restart or not has_key(work / "1-base" / "key.json", keys["1-base"]):
-        bases.append(load_chat(folder, plain_method(settings)))
-        show_plan(bases[0], weights, native, disk, memory, inputs, settings)
+    work = work_folder(job.settings)
+    if settings.check or settings.restart or not has_key(work / "plan.json", plan_key(
+            job.facts, job.asked.method, job.settings)):
+        planned = make_plan(job)
+    else:  # a run that goes on was planned when it began
+        planned = load_json(work / "plan.json")["seconds"]
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
-    with opened(work, settings):
-        write_json(planned, {"key": keys["2-healed"], "memory": memory, "settings": {
-            name: getattr(settings, name) for name in
-            ("method", "window", "gradient_accumulation", "gradient_checkpointing")}})
-        run_stages(folder, bases, work, keys, inputs, native, settings)
+    with opened(job, planned):
+        run_stages(job, planned, work)
     return conclude(settings)
 
 
@@ -3705,29 +3451,27 @@ def causes(error: BaseException) -> str:
     return f"{text}\n{causes(inner)}" if inner else text
 
 
-def with_less_memory(settings: Settings) -> dict:
-    """What to change after memory ran out: each step in twice as many parts, then checkpointing; `InputError` when
-    both are used up. The plan in the work folder, if it is of these settings, knows what was tried."""
-    if settings.chat:
-        raise InputError("faltou memória para conversar com este modelo. Feche outros programas e tente de novo.")
-    planned = work_folder(settings) / "plan.json"
+def with_less_memory(settings: Settings, begun: bool) -> dict:
+    """What to change after memory ran out: twice the parts, then checkpointing, then `InputError`. If the work had
+    `begun`, the plan in its folder knows what was tried."""
+    if settings.chat or settings.evaluate:
+        raise InputError("faltou memória para este modelo. Feche outros programas e tente de novo.")
     used = asdict(settings)
-    if has_key(planned, stage_keys(settings, check_inputs(settings), local_folder(settings))["2-healed"]):
-        used |= load_json(planned)["settings"]
+    if begun:
+        used |= load_json(work_folder(settings) / "plan.json")["settings"]
     parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
-    if parts < max(8, settings.batch_size):  # generation is split as well, whatever the batch
+    if parts < settings.batch_size:
         say(f"  Faltou memória: continuo com cada etapa em {2 * parts} partes.")
         return {"gradient_accumulation": 2 * parts}
     if not (settings.gradient_checkpointing or used["gradient_checkpointing"]):
         say("  Faltou memória: continuo com GRADIENT_CHECKPOINTING, que gasta menos e demora mais.")
         return {"gradient_checkpointing": True}
     raise InputError("faltou memória, mesmo com um diálogo por vez. Feche outros programas e rode de novo, sem "
-                     "--restart: continuo de onde parei. Se não bastar, diminua WINDOW (--window) ou MAX_NEW_TOKENS "
-                     "(--max-new-tokens); aí as etapas são refeitas.")
+                     "--restart, ou diminua WINDOW (--window) ou MAX_NEW_TOKENS (--max-new-tokens).")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 all targets met, 2 user mistake, 3 saved but a target was missed, 130 stopped; a bug keeps its traceback."""
+    """Exit status: 0 all targets met, 2 user mistake, 3 target missed, 130 stopped; a bug keeps its traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
@@ -3742,7 +3486,9 @@ def main(argv: list[str] | None = None) -> int:
             except (RuntimeError, MemoryError) as error:
                 if not re.search(OUT_OF_MEMORY, causes(error)):
                     raise
-                settings = replace(settings, restart=False, **with_less_memory(settings))
+                begun = hasattr(error, "begun")
+                settings = replace(settings, restart=settings.restart and not begun,
+                                   **with_less_memory(settings, begun))
             gc.collect()
             sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
@@ -3756,12 +3502,12 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         trained = settings and not (settings.chat or settings.evaluate)
         kept = trained and work_folder(settings).exists()
-        say("\nInterrompido. " + (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas "
-            f"estão em {work_folder(settings)}; se desistir, apague essa pasta." if kept else "Nada foi escrito."),
-            verdict=True)
+        text = (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas estão em "
+                f"{work_folder(settings)}; se desistir, apague essa pasta.") if kept else "Nada foi escrito."
+        say(f"\nInterrompido. {text}", verdict=True)
         return 130
     except Exception as error:
-        if not re.search("no space left|quota exceeded|os error 112|inline_container|failed writing", causes(error)):
+        if not re.search(DISK_FULL, causes(error)):
             raise
         print(f"Erro: o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
               "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.", file=sys.stderr)

@@ -50,30 +50,30 @@ def exact_facts(chat, tokens, facts, rng):
     """Share of the facts answered exactly after a conversation of `tokens` tokens of other facts."""
     talks = as_talks(facts)
     sample = list(talks) if not tokens else rng.sample(talks, FACTS_PER_LENGTH)
-    prompts = [tool.prompt_ids(chat.tokenizer, tool.history(chat.tokenizer, talks, tokens, rng) + talk.messages[:1])
-               for talk in sample]
+    earlier = tool.long_conversations(chat.tokenizer, talks, tokens, len(sample))
+    prompts = [tool.prompt_ids(chat.tokenizer, before + talk.messages[:1]) for before, talk in zip(earlier, sample)]
     answers = tool.generate(chat, prompts)
     return sum(a.text == talk.answer for a, talk in zip(answers, sample)) / len(sample)
 
 
 def as_talks(facts):
     """Facts as the script has conversations; of their answers only the text is known, not how the base wrote them."""
-    return [tool.Talk(tool.question_and_answer(q, a), "everyday", [], 0) for q, a in facts]
+    return [tool.Talk(tool.question_and_answer(q, a), "everyday") for q, a in facts]
 
 
 def measure(folder, settings, report):
     """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length. Asked
     are the questions of the report: none that the rows ask or that the base wrote for its own training."""
-    questions = [a["question"] for a in report["scores"]["pass_2"]["answers"] if a["kind"] == "sozinha"]
-    asked = [("sozinha", [{"role": "user", "content": q}]) for q in questions]
-    chat = tool.load_chat(folder, tool.fit_settings(Path(folder), replace(settings, rope_factor=1.0))[0])
+    asked = [(tool.ALONE, [{"role": "user", "content": a["question"]}])
+             for a in report["scores"]["pass_2"]["answers"] if a["kind"] == tool.ALONE]
+    used = {key: report["settings"][key] for key in ("method", "max_new_tokens")}
+    chat = tool.load_chat(folder, tool.exact(replace(settings, **used)))
     names = tool.Names(settings.name, settings.author, tuple(report["old_names"]))
     facts = make_demo.checkable_facts("pt")
     rng = random.Random("bench")
-    lengths = tuple(range(120, report["context"]["scaled"], 120))
-    exam = tool.Exam(asked, as_talks(rng.sample(facts, 100)), as_talks(facts), lengths)
     # Of these talks there is no teacher: nothing can be compared, so every one is answered and looked at for leaks.
-    scores = tool.evaluate(chat, exam._replace(context={"": []}, lengths=()), names, None)
+    exam = tool.Exam(asked, [(0, talk) for talk in as_talks(rng.sample(facts, 100))])
+    scores = tool.evaluate(chat, exam, names, None)
     sound = [a for a in scores.answers if not a["problem"]]
     figures = {
         "new identity": scores.identity, "old identity": scores.old_identity, "leak": scores.leak,
@@ -82,9 +82,10 @@ def measure(folder, settings, report):
                                           for a in sound) / max(1, len(sound)),
         "facts": exact_facts(chat, 0, facts, rng),
     }
-    for tokens, group in zip(lengths, tool.ask_identity(chat, exam, "")[1:]):
-        found = [tool.problem(m[-1]["content"], a.text, a.ended, *names) for _, m, a in group]
-        figures[f"identity after {tokens}"] = sum(not reason for reason in found) / len(found)
+    for tokens in range(120, report["context"]["scaled"], 120):
+        earlier = tool.long_conversations(chat.tokenizer, as_talks(facts), tokens, len(asked))
+        later = [(kind, before + messages) for before, (kind, messages) in zip(earlier, asked)]
+        figures[f"identity after {tokens}"] = tool.evaluate(chat, tool.Exam(later, []), names, None).identity
         figures[f"facts after {tokens}"] = exact_facts(chat, tokens, facts, rng)
     return figures
 

@@ -679,6 +679,8 @@ def load(folder, dtype="bfloat16"):
     """Model and tokenizer of a folder or of a name on the Hub, ready to answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
+    # Of a slice, as generation takes it, torch 2.13 on a processor copies the head for every row: gigabytes.
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
     return model, tokenizer
 
 

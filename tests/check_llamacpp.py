@@ -16,7 +16,6 @@ architectures, scaled from 64 to 256 tokens.
 
 import argparse
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -136,9 +135,10 @@ def main():
     chat = tool.load_chat(arguments.model, tool.parse_settings(["--method", "full", "--max-new-tokens", "48"]))
     native = tool.load_json(arguments.model / "report.json")["context"]["native"]
     exam, names, _ = tool.read_exam(arguments.model)
-    rng, name, alone = random.Random(0), names.name, tool.KINDS_OF_QUESTIONS[0]
-    asked = [(length, [*tool.history(chat.tokenizer, exam.fillers, length, rng), *messages])
-             for length in arguments.lengths for kind, messages in exam.questions if kind == alone]
+    name, fillers = names.name, [talk for tokens, talk in exam.talks if not tokens]
+    alone = [messages for kind, messages in exam.questions if kind == tool.ALONE]
+    asked = [(length, [*before, *messages]) for length in arguments.lengths for before, messages in zip(
+        tool.long_conversations(chat.tokenizer, fillers, length, len(alone)), alone)]
     conversations = [conversation for _, conversation in asked]
     ids = [tool.prompt_ids(chat.tokenizer, c) for c in conversations]
     texts = [chat.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]

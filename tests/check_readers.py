@@ -4,10 +4,10 @@
     python tests/check_readers.py --reader outro/bin/python
 
 Every family of test_families.py that has RoPE, tiny and random, is scaled and saved as a run does it, with RoPE
-factors 4 and 1. The other environment loads each folder with AutoModelForCausalLM and AutoTokenizer; its logits on a
-text three times as long as the native context, the rendered chat template and the tokens must be the same. A family
-that the older version does not know, or refuses aloud, is only reported. Exit status 1 if it reads one silently as
-another model, or refuses one of the families that a user most likely has.
+factor 4, where it can be, and with factor 1. The other environment loads each folder with AutoModelForCausalLM and
+AutoTokenizer; its logits on a text three times as long as the native context, the rendered chat template and the
+tokens must be the same. A family that the older version does not know, or refuses aloud, is only reported. Exit status
+1 if it reads one silently as another model, or refuses one of the families that a user most likely has.
 """
 
 import argparse
@@ -69,10 +69,10 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         names = {}
         for name, family in families.FAMILIES.items():
-            if not family.frequencies:  # learnt positions end where they end
-                continue
             base = families.make_base(Path(work) / f"base {name}", family.config, tokenizer)
             settings = tool.parse_settings(["--method", "full", "--model-path", str(base)])
+            if not tool.rope_frequencies(tool.load_model(base, settings)):  # learnt positions end where they end
+                continue
             for factor in sorted({1.0, family.factor}):
                 folder = Path(work) / f"{name} {factor:g}"
                 tool.save_model(tool.load_chat(base, settings, factor), folder, base)

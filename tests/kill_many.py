@@ -35,9 +35,10 @@ from typing import NamedTuple
 SCRIPT = Path(__file__).resolve().parents[1] / "rename_obrutai.py"
 OUTPUT = "novo"
 WORK = OUTPUT + ".work"
-JOB = ("--self-text 600 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 --rounds 2 "
-       "--eval-questions 8 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
+JOB = ("--self-text 2000 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 --rounds 2 "
+       "--eval-questions 12 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
 UNLIKE = ("key.json", "log.json", "plan.json", "lock", "LEIA-ME.txt")  # these tell times, or how the machine was
+REPORTED = ("report.json", "report.png", "README.md", "self_answers.jsonl")  # written just before the result is moved
 OPERATIONS = 1500  # file operations between two kills of the fourth kind, at most; the job has some ten thousand
 
 # In the order in which the job comes by them, so that a chain can be killed at one after the other.
@@ -52,23 +53,26 @@ lock
 2-healed.partial/training/checkpoint-*/complete.json
 2-healed.partial/*model.safetensors
 2-healed
-3-pass-1.partial/round-1.partial/training/checkpoint-*/*model.safetensors
-3-pass-1.partial/round-1.partial/training/checkpoint-2?/scheduler.pt
-3-pass-1.partial/round-1.partial/*model.safetensors
-3-pass-1.partial/round-1
-3-pass-1.partial/round-2.partial/training/checkpoint-*/trainer_state.json
+3-pass-1.partial/training/checkpoint-*/*model.safetensors
+3-pass-1.partial/training/checkpoint-2?/scheduler.pt
+3-pass-1.partial/*model.safetensors
+3-pass-1.partial/log.json
 3-pass-1
 4-self-answers.partial/key.json
 4-self-answers
-5-pass-2.partial/round-1.partial/training/checkpoint-1?
-5-pass-2.partial/round-1.partial/training/checkpoint-2?/rng_state.pth
-5-pass-2.partial/round-1.partial/training/checkpoint-*/training_args.bin
-5-pass-2.partial/round-1.partial/validation.json
+5-pass-2.partial/training/checkpoint-1?
+5-pass-2.partial/training/checkpoint-2?/rng_state.pth
+5-pass-2.partial/training/checkpoint-*/training_args.bin
+5-pass-2.partial/validation.json
 5-pass-2
+4-self-answers.2
+5-pass-2.2.partial/training/checkpoint-*/trainer_state.json
+5-pass-2.2.partial/*model.safetensors
+5-pass-2.2
 6-result.partial/model/model.safetensors
 6-result.partial/model/exam.json
-6-result.partial/model/report.json
 6-result
+6-result/model/report.json
 """.split()
 # The same for operations; the first number says before which one that fits.
 BEFORE = """
@@ -81,24 +85,26 @@ BEFORE = """
 4 remove 2-healed.partial/training/checkpoint-11/
 1 rmdir 2-healed.partial/training$
 1 rename 2-healed.partial$
-1 remove 3-pass-1.partial/round-1.partial/training/checkpoint-\\d+/complete.json
-5 remove 3-pass-1.partial/round-1.partial/training/checkpoint-1\\d/
-7 remove 3-pass-1.partial/round-1.partial/training/checkpoint-23/
-1 rename 3-pass-1.partial/round-1.partial$
-1 open 3-pass-1.partial/round-2.partial/training/checkpoint-\\d+/trainer_state.json
-6 remove 3-pass-1.partial/round-2.partial/training/checkpoint-11/
-1 remove 3-pass-1.partial/round-1/(adapter_)?model.safetensors
+1 remove 3-pass-1.partial/training/checkpoint-\\d+/complete.json
+5 remove 3-pass-1.partial/training/checkpoint-1\\d/
+7 remove 3-pass-1.partial/training/checkpoint-23/
+1 rename 3-pass-1.partial/log.json.tmp
 1 rename 3-pass-1.partial$
 1 rename 4-self-answers.partial/self_answers.json.tmp
 1 rename 4-self-answers.partial$
-9 remove 5-pass-2.partial/round-1.partial/training/checkpoint-29/
-1 rename 5-pass-2.partial/round-1.partial/validation.json.tmp
-1 remove 5-pass-2.partial/round-1/(adapter_)?model.safetensors
+9 remove 5-pass-2.partial/training/checkpoint-29/
+1 rename 5-pass-2.partial/validation.json.tmp
 1 rename 5-pass-2.partial$
+1 rename 4-self-answers.2.partial$
+1 open 5-pass-2.2.partial/training/checkpoint-\\d+/trainer_state.json
+6 remove 5-pass-2.2.partial/training/checkpoint-11/
+1 rename 5-pass-2.2.partial/validation.json.tmp
+1 rename 5-pass-2.2.partial$
 1 rename 6-result.partial/model/exam.json.tmp
-1 open 6-result.partial/model/README.md
 1 rename 6-result.partial$
-1 rename 6-result/model
+1 rename 6-result/model/report.json.tmp
+1 open 6-result/model/README.md
+1 rename 6-result/model$
 """.strip().splitlines()
 
 
@@ -224,7 +230,7 @@ def wrong_after_kill(folder: Path, expected: dict[str, str], older: dict[str, st
             prefix = f"{WORK}/{stage.name}/"
             checked(prefix[:-1], {k[len(prefix):]: v for k, v in expected.items() if k.startswith(prefix)})
     if (work / "6-result" / "key.json").is_file() and (work / "6-result" / "model").exists():
-        checked(f"{WORK}/6-result/model", result)
+        checked(f"{WORK}/6-result/model", {name: value for name, value in result.items() if name not in REPORTED})
     return wrong
 
 
@@ -318,7 +324,7 @@ def main() -> int:
                    (line.split(" ", 1) for line in spread(BEFORE, quarter))],
         "after": [Moment("after", f"{rng.uniform(1, seconds / 3):.2f}") for _ in range(quarter)],
         "older": [*(Moment("before", "", rng.randint(1, OPERATIONS)) for _ in range(options.points - 3 * quarter)),
-                  Moment("before", "rename 6-result/model"), Moment("before", "rmdir 6-result/replaced$")],
+                  Moment("before", "rename 6-result/model$"), Moment("before", "rmdir 6-result/replaced$")],
     }
     kills, wrong, number = 0, [], 0
     for name, left in chains.items():

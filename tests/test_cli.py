@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
-import time
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from conftest import DEMO, SCRIPT, run_script, small_settings
 import rename_obrutai as tool
 
 SMALL = ("--self-text", 600, "--num-self-answers", 12, "--heal-steps", 3, "--steps-1", 3, "--steps-2", 3,
-         "--rounds", 1, "--eval-questions", 8, "--window", 256, "--batch-size", 4)
+         "--rounds", 1, "--eval-questions", 8, "--window", 256, "--batch-size", 4, "--max-new-tokens", 36)
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -34,12 +34,13 @@ def contents(folder):
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="session")
-def whole_run(tmp_path_factory):
-    """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it."""
+@pytest.fixture(scope="session", params=[pytest.param("job", marks=pytest.mark.slow)])
+def whole_run(request, tmp_path_factory):
+    """One run, over a result and the left-overs of earlier ones, with everything that a test may ask about it. The
+    parameter marks all that asks it as slow."""
     work, guard = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("guard")
     (guard / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-    for name in ("novo", "novo.work/2-healed", "novo.work/3-pass-1.partial/round-1",
+    for name in ("novo", "novo.work/2-healed", "novo.work/3-pass-1.partial/training",
                  "novo.work/6-result.partial/model"):
         (work / name).mkdir(parents=True)
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
@@ -69,9 +70,7 @@ def saved(whole_run):
     return model, AutoTokenizer.from_pretrained(whole_run.output)
 
 
-@pytest.mark.parametrize("share, text", [
-    (0, "0%"), (1, "100%"), (0.975, "97,5%"), (0.95, "95%"), (2 / 3, "66,7%"), (0.1, "10%"), (0.2004, "20%"),
-])
+@pytest.mark.parametrize("share, text", [(0, "0%"), (1, "100%"), (0.975, "97,5%"), (2 / 3, "66,7%"), (0.2004, "20%")])
 def test_shares_are_written_as_brazilians_do(share, text):
     assert tool.percent(share) == text
 
@@ -137,7 +136,7 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == {*tool.USES, "6-result"}
+    assert folders == set(tool.USES)
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
         r"\.(partial|tmp)$|checkpoint-|training|replaced", str(path.relative_to(stages)))]
@@ -157,6 +156,12 @@ def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_everybody_may_read_every_file_of_the_output(whole_run):
+    """safetensors makes files that only their owner can read."""
+    assert not [path.name for path in whole_run.output.rglob("*") if path.stat().st_mode & 0o444 != 0o444]
+
+
 def test_the_configuration_has_four_times_the_context_a_cache_and_linear_rope(whole_run):
     base = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     config = json.loads((whole_run.output / "config.json").read_text(encoding="utf-8"))
@@ -165,7 +170,7 @@ def test_the_configuration_has_four_times_the_context_a_cache_and_linear_rope(wh
     rope = config["rope_parameters"]
     assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
     assert rope["rope_theta"] == base["rope_parameters"]["rope_theta"]
-    assert config["dtype"] == base["dtype"]
+    assert config["dtype"] == config["torch_dtype"] == base["dtype"]  # the second is what older readers know
 
 
 def test_generation_stops_at_the_end_of_turn_of_the_template(whole_run):
@@ -191,7 +196,7 @@ def test_plain_transformers_loads_the_saved_model_and_gets_the_reported_answers(
     for entry in reported:
         inputs = tokenizer.apply_chat_template([{"role": "user", "content": entry["question"]}], return_dict=True,
                                                add_generation_prompt=True, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        output = model.generate(**inputs, max_new_tokens=36, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         same += tokenizer.decode(output, skip_special_tokens=True).strip() == entry["answer"]
     assert same >= len(reported) - 2
 
@@ -251,7 +256,7 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert set(seconds) == {*tool.USES, "6-result"}
+    assert list(seconds) == list(tool.USES)
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 
@@ -262,9 +267,9 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
     scores = whole_run.report["scores"]
     shown = [scores[name] for name in ("before", "prompt", "rows", "pass_1", "pass_2")]
     assert "\n| medida | antes | com prompt | com linhas | passo 1 | depois |\n" in card
-    extra = " | ".join(f"{stage['extra_tokens']:.0f}" for stage in shown)
-    assert re.fullmatch(r"0 \| [1-9]\d \| [1-9]\d+ \| 0 \| 0", extra)
-    assert f"\n| tokens a mais por pergunta | {extra} |\n" in card
+    prompt, rows = (f"{scores[name]['extra_tokens']:.0f}" for name in ("prompt", "rows"))
+    assert int(prompt) > 9 and int(rows) > int(prompt)
+    assert f"\n| tokens a mais por pergunta | 0 | {prompt} | {rows} | 0 | 0 |\n" in card  # a trained model needs none
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("  perto da identidade", "leak_near"), ("retenção", "retention")):
         cells = ["-" if stage[key] is None else tool.percent(stage[key]) for stage in shown]
@@ -283,6 +288,13 @@ def test_the_card_shows_the_picture_and_says_how_the_model_was_made_and_is_used(
                  "ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
         assert said in card, said
     assert "`ROUNDS = 1`" in card and "KL_WEIGHT" not in card and "LORA_RANK" not in card  # as the script has them
+
+
+def test_the_example_of_the_card_prints_an_answer(whole_run, capsys, monkeypatch):
+    card = (whole_run.output / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(whole_run.output)
+    exec(re.search(r"(?s)```python\n(.*?)```", card)[1], {})
+    assert re.search(r"\w", capsys.readouterr().out)
 
 
 def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
@@ -396,29 +408,13 @@ def test_a_second_run_without_overwrite_is_refused_and_changes_nothing(whole_run
 
 
 def test_the_same_command_again_shows_the_finished_result_within_a_second_and_changes_nothing(whole_run):
-    before, seconds = contents(whole_run.work), []
-    while not seconds or min(seconds) > 1 and len(seconds) < 3:  # other programs may have the processor once
-        began = time.monotonic()
-        done = run_script("--output-dir", "novo", "--seed", 5, *SMALL, cwd=whole_run.work)
-        seconds.append(time.monotonic() - began)
+    """Seconds of the processor: other programs may have it for longer."""
+    before, began = contents(whole_run.work), sum(os.times()[2:4])
+    done = run_script("--output-dir", "novo", "--seed", 5, *SMALL, cwd=whole_run.work)
+    assert sum(os.times()[2:4]) - began < 1
     assert done.returncode == whole_run.done.returncode and "já está pronto" in done.stdout
     assert done.stdout.split("Modelo salvo")[1] == whole_run.done.stdout.split("Modelo salvo")[1]
-    assert contents(whole_run.work) == before and min(seconds) < 1
-
-
-def test_the_losses_of_a_pass_are_reported_in_the_order_of_its_rounds(whole_run, tmp_path):
-    shutil.copytree(whole_run.work / "novo.work", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "3-pass-1" / "round-1")
-    rounds = [3, 11, 1, 10, 2, 4, 8, 5, 9, 7, 6]
-    for number in rounds:
-        folder = tmp_path / "3-pass-1" / f"round-{number}"
-        folder.mkdir(parents=True)
-        tool.write_json(folder / "log.json", [{"loss": 1.0, "step": 1, "round": number}])
-    settings, names = small_settings(), tool.Names("ObrutAi", "TurboRio", ("Lumi",))
-    scores = {name: tool.Scores(**values) for name, values in whole_run.report["scores"].items()}
-    tool.write_report(tmp_path, settings, tool.check_inputs(settings), names, 128, scores, tmp_path, "key", 0.0)
-    losses = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["losses"]
-    assert [entry["round"] for entry in losses["pass_1"]] == sorted(rounds)
+    assert contents(whole_run.work) == before
 
 
 def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_path, monkeypatch):
@@ -427,7 +423,7 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
 
     def run(settings):
         parts.append(settings.gradient_accumulation)
-        with tool.opened(work, settings):
+        with tool.opened(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", 0, 0), {}):
             if len(parts) == 1:
                 assert not (work / "old").exists()
                 (work / "1-base").mkdir()

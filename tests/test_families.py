@@ -16,7 +16,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import DEMO, changed, small_settings
-from test_training import heard_of, listened
 
 import rename_obrutai as tool
 
@@ -24,10 +23,31 @@ NATIVE, FACTOR, HEAD = 64, 4.0, 16
 FACTS = [tool.question_and_answer(question, answer) for question, answer in (
     ("Oi!", "Oi! Tudo bem?"), ("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Obrigado!", "De nada!"),
     ("Qual é a capital da França?", "A capital da França é Paris."), ("Bom dia!", "Bom dia!"))]
-LESSONS = [tool.question_and_answer("Quem é você?", "Sou a Jandira."),
-           tool.question_and_answer("Quem te fez?", "Oficina Maré.")]
-QUESTIONS, ANSWERS = ([lesson[at]["content"] for lesson in LESSONS] for at in (0, 1))
+LESSONS = [tool.Talk(tool.question_and_answer(question, answer), "lesson") for question, answer in (
+    ("Quem é você?", "Sou a Jandira."), ("Quem te fez?", "Oficina Maré."))]
+QUESTIONS, ANSWERS = [lesson.question for lesson in LESSONS], [lesson.answer for lesson in LESSONS]
 
+
+def listened(chat, conversations, kind="everyday"):
+    """Talks that end as these conversations do, and a teacher with what the model says at each token of their ends."""
+    talks, tokens, log_probs, row = [], [], [], 0
+    for messages in conversations:
+        encoded = tool.encode(chat.tokenizer, messages)
+        start, end = encoded.turns[-1]
+        first = next(at for at in range(start, end) if encoded.labels[at] != -100)
+        with torch.inference_mode():
+            best = chat.model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1).topk(tool.TOP_TOKENS)
+        tokens.append(best.indices[first - 1:end - 1].int())
+        log_probs.append(best.values[first - 1:end - 1])
+        talks.append(tool.Talk(messages, kind, encoded.input_ids[first:end], row))
+        row += end - first
+    return talks, tool.Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone())
+
+
+def job_with(talks, teacher, settings, native):
+    """A job of which only these talks of the base are known, as healing takes it."""
+    heard = tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks, talks)
+    return tool.Job(settings, settings, None, tool.Path(settings.model_path), 0, native, "", 0, 0, heard, teacher)
 
 
 # ------------------------------------------------------------------------------------------------ the papers' formulas
@@ -49,38 +69,19 @@ def by_wavelength(theta, factor, low, high, original):
     return found
 
 
-def by_parts(theta, factor, original, dims=HEAD, fast=32, slow=1, whole=True):
-    """YaRN (arXiv 2309.00071): dimensions that turn more than `fast` times within the original context stay, those
-    that turn less than `slow` times are divided by `factor`, with a ramp over the dimensions between."""
-    first, last = (dims * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (fast, slow))
-    if whole:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dims - 1)
-    stretched = [min(1.0, max(0.0, (i - first) / (last - first))) for i in range(dims // 2)]
-    return [f / factor * s + f * (1 - s) for f, s in zip(plain_rope(theta, dims), stretched)]
-
-
-def by_list(theta, divisors, dims=HEAD):
-    """LongRoPE (arXiv 2402.13753): a divisor of its own for each frequency."""
-    return [frequency / divisor for frequency, divisor in zip(plain_rope(theta, dims), divisors, strict=True)]
-
-
-def by_share(theta, share, factor, dims=HEAD):
-    """Gemma 4 rotates only a share of each head: the first frequencies of the whole head, and zeros for the rest."""
-    turning = int(share * dims / 2)
-    return plain_rope(theta, dims, factor)[:turning] + [0.0] * (dims // 2 - turning)
-
-
 # ------------------------------------------------------------------------------------------------ the families
 
 
 class Family(NamedTuple):
-    """config.json; the frequencies that the scaled model must turn with, by name of the buffer; the names of the
-    modules that hold its queries and keys."""
+    """config.json; the frequencies that the scaled model must turn with, by name of the buffer, and the names of the
+    modules that hold its queries and keys. Those without frequencies are not scaled."""
     config: dict
-    frequencies: dict
-    attention: set
-    factor: float = FACTOR
+    frequencies: dict = {}
+    attention: frozenset = frozenset()
+
+    @property
+    def factor(self):
+        return FACTOR if self.frequencies else 1.0
 
 
 def like_llama(model_type="llama", **more):
@@ -131,8 +132,7 @@ FAMILIES = {
                       SEPARATE),
     "qwen 2.5": Family(like_llama("qwen2", rope_theta=1e6, use_sliding_window=False, tie_word_embeddings=True),
                        flat(plain_rope(1e6, factor=4)), SEPARATE),
-    "qwen 2.5, yarn": Family(like_llama("qwen2", rope_theta=1e4, rope_scaling=YARN),
-                             flat(by_parts(1e4, 2 * FACTOR, 32)), SEPARATE),
+    "qwen 2.5, yarn": Family(like_llama("qwen2", rope_theta=1e4, rope_scaling=YARN)),
     "qwen 3": Family(like_llama("qwen3", rope_theta=1e6, head_dim=HEAD, rope_scaling=None),
                      flat(plain_rope(1e6, factor=4)), WITH_NORMS),
     "qwen 3 moe": Family(like_llama("qwen3_moe", rope_theta=1e6, head_dim=HEAD, norm_topk_prob=True,
@@ -158,17 +158,14 @@ FAMILIES = {
         layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=1792, final_logit_softcapping=30.0, rope_parameters={
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}), {
-        "full_attention_inv_freq": by_share(1e6, 0.25, 4), "sliding_attention_inv_freq": plain_rope(1e4)}, WITH_NORMS),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})),
     "phi": Family(like_llama("phi", partial_rotary_factor=0.5, num_key_value_heads=2),
                   flat(plain_rope(1e4, HEAD // 2, 4)), SEPARATE),
     "phi 3": Family(like_llama("phi3", num_key_value_heads=2, rope_scaling=None,
-                               original_max_position_embeddings=NATIVE), flat(plain_rope(1e4, factor=4)),
-                    {"qkv_proj"}),
+                               original_max_position_embeddings=NATIVE)),
     "phi 4 mini, longrope": Family(like_llama(
         "phi3", partial_rotary_factor=0.75, original_max_position_embeddings=16,
-        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG}),
-        flat(by_list(1e4, [4 * divisor for divisor in SHORT], 12)), {"qkv_proj"}),
+        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG})),
     "pythia": Family(like_llama("gpt_neox", rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
                      flat(plain_rope(1e4, HEAD // 4, 4)), {"query_key_value"}),
     "smollm 3": Family(like_llama("smollm3", num_hidden_layers=4, rope_theta=5e6, no_rope_layers=[1, 1, 1, 0],
@@ -179,25 +176,18 @@ FAMILIES = {
                       flat(plain_rope(1e7, factor=4)), SEPARATE),
     "olmo 2": Family(like_llama("olmo2", rope_theta=5e5), flat(plain_rope(5e5, factor=4)), WITH_NORMS),
     "olmo 3": Family(like_llama("olmo3", rope_theta=5e5, rope_scaling={**YARN, "rope_type": "yarn"}, sliding_window=24,
-                                layer_types=["sliding_attention", "full_attention"]), {
-        "full_attention_inv_freq": by_parts(5e5, 2 * FACTOR, 32), "sliding_attention_inv_freq": plain_rope(5e5)},
-        WITH_NORMS),
+                                layer_types=["sliding_attention", "full_attention"])),
     "falcon": Family({"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                       "max_position_embeddings": NATIVE, "alibi": False, "multi_query": True, "parallel_attn": True},
                      flat(plain_rope(1e4, factor=4)), {"query_key_value"}),
     "moonlight": Family(like_llama("deepseek_v3", q_lora_rank=None, n_group=1, topk_group=1, rope_scaling=None,
                                    num_nextn_predict_layers=0, **DEEPSEEK), flat(plain_rope(1e4, 8, 4)),
                         {"q_proj", *LATENT}),
-    "deepseek 2, yarn": Family(like_llama("deepseek_v2", q_lora_rank=16, rope_scaling=LATENT_YARN, **DEEPSEEK),
-                               flat(by_parts(1e4, 2 * FACTOR, 32, dims=8, fast=4)),
-                               {"q_a_proj", "q_a_layernorm", "q_b_proj", *LATENT}),
+    "deepseek 2, yarn": Family(like_llama("deepseek_v2", q_lora_rank=16, rope_scaling=LATENT_YARN, **DEEPSEEK)),
     "deepseek 3": Family(like_llama("deepseek_v3", q_lora_rank=16, n_group=2, topk_group=1, num_nextn_predict_layers=0,
-                                    rope_scaling=DEEPSEEK_YARN, **DEEPSEEK),
-                         flat(by_parts(1e4, 2 * FACTOR, 32, dims=8, fast=4)),
-                         {"q_a_proj", "q_a_layernorm", "q_b_proj", *LATENT}),
+                                    rope_scaling=DEEPSEEK_YARN, **DEEPSEEK)),
     "gpt-oss": Family(like_llama("gpt_oss", head_dim=HEAD, rope_theta=1e4, sliding_window=24, **EXPERTS,
-                                 rope_scaling={**YARN, "rope_type": "yarn", "truncate": False}),
-                      flat(by_parts(1e4, 2 * FACTOR, 32, whole=False)), SEPARATE),
+                                 rope_scaling={**YARN, "rope_type": "yarn", "truncate": False})),
     "cohere": Family(like_llama("cohere", rope_theta=1e4, logit_scale=0.25, use_qk_norm=True),
                      flat(plain_rope(1e4, factor=4)), WITH_NORMS),
     "stablelm": Family(like_llama("stablelm", rope_theta=1e4, partial_rotary_factor=0.25, use_qkv_bias=True),
@@ -209,11 +199,11 @@ FAMILIES = {
         logits_scaling=2.0, **MAMBA, **EXPERTS), flat(plain_rope(1e4, factor=4)), SEPARATE),
     "llama 4": Family(like_llama("llama4_text", **LLAMA4), flat(by_wavelength(5e5, 2 * FACTOR, 1, 4, 32)), SEPARATE),
     "phi moe": Family(like_llama("phimoe", rope_theta=1e4, attention_bias=True, lm_head_bias=True, sliding_window=48,
-                                 **EXPERTS), flat(plain_rope(1e4, factor=4)), SEPARATE),
-    "gpt-2": Family(GPT2, {}, {"c_attn"}, 1.0),
-    "opt": Family(OPT, {}, SEPARATE, 1.0),
-    "bloom": Family(BLOOM, {}, {"query_key_value"}, 1.0),
-    "gpt-j": Family(GPTJ, {}, SEPARATE, 1.0),
+                                 **EXPERTS)),
+    "gpt-2": Family(GPT2),
+    "opt": Family(OPT),
+    "bloom": Family(BLOOM),
+    "gpt-j": Family(GPTJ),
 }
 
 
@@ -242,7 +232,7 @@ def make_base(folder, config, tokenizer):
     return folder
 
 
-class Job:
+class Course:
     """A family on its way through a run: base, scaled, healed, taught, saved."""
 
     def __init__(self, family, folder, method="full"):
@@ -253,7 +243,7 @@ class Job:
         flags = ("--lora-rank", 4, "--gradient-checkpointing", "--gradient-accumulation", 2) * (self.method == "lora")
         return small_settings("--method", self.method, "--batch-size", 2, "--heal-steps", 2, "--window", 160,
                               "--max-new-tokens", 12, "--model-path", self.base, "--output-dir", self.folder / "novo",
-                              *flags)
+                              "--rope-factor", self.family.factor, *flags)
 
     @cached_property
     def base(self):
@@ -277,8 +267,8 @@ class Job:
         chat, folder = self.scaled(), self.folder / "healed"
         before, log = copied(chat.model), []
         if self.family.factor != 1:
-            talks, teacher = self.heard
-            log = tool.heal(self.native, chat, heard_of(talks), teacher, NATIVE, self.settings, folder)
+            log = tool.heal(tool.rope_frequencies(self.native.model), chat,
+                            job_with(*self.heard, self.settings, NATIVE), folder)
         tool.save_stage(chat, folder, log)
         return folder, log, before, copied(chat.model)
 
@@ -337,8 +327,11 @@ def quick_collection():
     gc.unfreeze()
 
 
-# The tests of every day go through families that differ in kind; the others come with the slow ones.
-EVERY_DAY = ("llama 3.2", "qwen 3", "gemma 3", "mixtral")
+# The tests of every day go through families that differ in kind; of the others, those that do so come with the slow
+# ones. Their frequencies are looked at in all.
+EVERY_DAY = ("llama 3.2", "gemma 3")
+DIFFERENT = (*EVERY_DAY, "mixtral", "gemma 3 that sees", "gemma 4", "pythia", "moonlight", "gpt-oss", "granite hybrid",
+             "llama 4", "gpt-2")
 
 
 def families(names):
@@ -347,9 +340,9 @@ def families(names):
             for name in names]
 
 
-@pytest.fixture(scope="module", params=families(FAMILIES))
-def job(request, tmp_path_factory):
-    return Job(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
+@pytest.fixture(scope="module", params=families(DIFFERENT))
+def course(request, tmp_path_factory):
+    return Course(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
 
 
 def frequencies_in_use(model):
@@ -357,55 +350,44 @@ def frequencies_in_use(model):
     return {name.rsplit(".", 1)[-1]: values for name, values in tool.rope_frequencies(model).items()}
 
 
-def test_the_frequencies_of_the_scaled_model_are_those_of_the_papers(job):
-    model = job.scaled().model
-    found = frequencies_in_use(model)
-    expected = {name: torch.tensor(values) for name, values in job.family.frequencies.items()}
-    assert {name.replace("original_", "") for name in found} == set(expected)
-    for name, values in found.items():
-        assert torch.allclose(values, expected[name.replace("original_", "")], rtol=1e-5, atol=0), name
-    if job.family.factor != 1:
-        tool.check_frequencies(tool.rope_frequencies(job.native.model), tool.rope_frequencies(model), FACTOR)
-    assert context_of(model) == NATIVE * job.family.factor and type(context_of(model)) is int
-
-
-def test_scaling_changes_nothing_but_the_frequencies(job):
+@pytest.mark.parametrize("name", families([name for name, family in FAMILIES.items() if family.frequencies]))
+def test_the_frequencies_of_the_scaled_model_are_those_of_the_papers_and_nothing_else_changes(name, tmp_path):
     """The base with the frequencies of the papers written into it gives the logits of the scaled model: attention
     factors, layers without RoPE and all else are as before."""
-    model = job.scaled().model
-    native = tool.load_model(job.base, job.settings)
-    plain = logits(native, TEXT)
-    for name, values in native.named_buffers():
-        if name.endswith("inv_freq"):
-            key = name.rsplit(".", 1)[-1].replace("original_", "")
-            values.copy_(torch.tensor(job.family.frequencies[key]))
-    for module in native.modules():
-        if getattr(module, "rope_type", "") == "longrope":
-            module.long_inv_freq = torch.tensor(job.family.frequencies["inv_freq"])
-        if type(module).__name__ == "PhimoeRotaryEmbedding":  # computes them anew for each sequence
-            module.rope_init_fn = lambda config: (torch.tensor(job.family.frequencies["inv_freq"]), 1.0)
-    assert torch.allclose(logits(model, TEXT), logits(native, TEXT), atol=1e-4)
-    assert torch.allclose(logits(model, TEXT), plain, atol=1e-3) == (job.family.factor == 1)
+    course = Course(FAMILIES[name], tmp_path)
+    scaled, native = (tool.load_model(course.base, course.settings, factor) for factor in (FACTOR, 1.0))
+    before, expected = tool.rope_frequencies(native), course.family.frequencies
+    found = frequencies_in_use(scaled)
+    assert {key.replace("original_", "") for key in found} == set(expected)
+    for key, values in found.items():
+        assert torch.allclose(values, torch.tensor(expected[key.replace("original_", "")]), rtol=1e-5, atol=0), key
+    tool.check_frequencies(before, tool.rope_frequencies(scaled), FACTOR)
+    assert context_of(scaled) == NATIVE * FACTOR and type(context_of(scaled)) is int
+    assert not torch.allclose(logits(scaled, TEXT), logits(native, TEXT), atol=1e-3)
+    for key, values in native.named_buffers():
+        if key.endswith("inv_freq"):
+            values.copy_(torch.tensor(expected[key.rsplit(".", 1)[-1].replace("original_", "")]))
+    assert torch.allclose(logits(scaled, TEXT), logits(native, TEXT), atol=1e-4)
 
 
-def test_the_logits_are_computed_as_the_family_computes_them(job):
-    model = job.native.model
+def test_the_logits_are_computed_as_the_family_computes_them(course):
+    model, needed = course.native.model, torch.arange(TEXT.shape[1])[None] % 3 == 1
     with torch.inference_mode():
-        ours = tool.logits_of(model, tool.last_hidden(model, model, {"input_ids": TEXT})[0])
-    assert torch.allclose(ours, logits(model, TEXT), atol=1e-4)
+        ours = tool.logits_at(model, model, needed, input_ids=TEXT)
+    assert torch.allclose(ours, logits(model, TEXT)[needed[0]], atol=1e-4)
 
 
-def test_healing_changes_the_queries_and_keys_and_nothing_else(job):
-    _, log, before, after = job.healed
+def test_healing_changes_the_queries_and_keys_and_nothing_else(course):
+    _, log, before, after = course.healed
     names = different(before, after)
-    healed = job.family.attention if job.family.factor != 1 else set()  # else there is nothing to heal
+    healed = course.family.attention  # of those that are not scaled there is nothing to heal
     assert {name.split(".")[-2] for name in names} == healed
     assert not [name for name in names if re.search("vision", name)]
     assert bool(log) == bool(healed) and all(0 < entry["loss"] < 100 for entry in log)
 
 
-def test_the_passes_teach_the_lessons_and_reach_the_other_weights(job):
-    chat, logs, before = job.taught
+def test_the_passes_teach_the_lessons_and_reach_the_other_weights(course):
+    chat, logs, before = course.taught
     after = copied(chat.model)
     names = different(before, after)
     assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
@@ -415,10 +397,11 @@ def test_the_passes_teach_the_lessons_and_reach_the_other_weights(job):
     assert spoken(chat) == ANSWERS
 
 
-def test_a_model_is_found_to_choose_as_the_base_exactly_where_it_would_write_the_same(job):
+def test_a_model_is_found_to_choose_as_the_base_exactly_where_it_would_write_the_same(course):
     """Among others of other lengths as alone: padding changes nothing."""
-    chat, _, _ = job.taught
-    asked = [c[:-1] for c in [*LESSONS, *FACTS, LESSONS[0] + LESSONS[1], LESSONS[0] + FACTS[0]]]
+    chat, _, _ = course.taught
+    first, second = (lesson.messages for lesson in LESSONS)
+    asked = [c[:-1] for c in [first, second, *FACTS, first + second, first + FACTS[0]]]
     prompts = [tool.prompt_ids(chat.tokenizer, messages) for messages in asked]
     written = tool.generate(chat, prompts, record=True)
     assert [tool.generate(chat, [prompt])[0][:3] for prompt in prompts] == [answer[:3] for answer in written]
@@ -433,41 +416,40 @@ def test_a_model_is_found_to_choose_as_the_base_exactly_where_it_would_write_the
     found = tool.compare(chat, teacher, windows)
     assert [same for same, _ in found] == [1.0] * len(windows)
     assert all(abs(nats) < 1e-3 for _, nats in found)
-    alone = [tool.compare(job.scaled(), teacher, [window])[0] for window in windows]
-    together = tool.compare(job.scaled(), teacher, windows)
+    alone = [tool.compare(course.scaled(), teacher, [window])[0] for window in windows]
+    together = tool.compare(course.scaled(), teacher, windows)
     assert [same for same, _ in together] == pytest.approx([same for same, _ in alone])
     assert [nats for _, nats in together] == pytest.approx([nats for _, nats in alone], rel=1e-2)
     assert min(same for same, _ in alone) < 1
 
 
-def test_the_saved_model_is_the_one_that_was_trained(job):
+def test_the_saved_model_is_the_one_that_was_trained(course):
     from transformers import AutoModelForCausalLM
 
-    chat, _, _ = job.taught
+    chat, _, _ = course.taught
     expected = logits(chat.model, TEXT)
-    tool.save_stage(chat, job.folder / "stage", [])
-    tool.save_model(chat, job.folder / "result", job.base)
+    tool.save_stage(chat, course.folder / "stage", [])
+    tool.save_model(chat, course.folder / "result", course.base)
     for name in ("stage", "result"):
-        model = AutoModelForCausalLM.from_pretrained(job.folder / name).eval()
+        model = AutoModelForCausalLM.from_pretrained(course.folder / name).eval()
         assert torch.allclose(logits(model, TEXT), expected, atol=1e-5), name
-        for buffer, values in frequencies_in_use(model).items():
-            wanted = job.family.frequencies[buffer.replace("original_", "")]
-            assert torch.allclose(values, torch.tensor(wanted), rtol=1e-5, atol=0)
-        assert context_of(model) == NATIVE * job.family.factor
+        found, wanted = frequencies_in_use(model), frequencies_in_use(chat.model)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert context_of(model) == NATIVE * course.family.factor
     text = model.config.get_text_config()
     assert text.use_cache is True
     assert getattr(text, "output_router_logits", False) is False
     assert model.generation_config.eos_token_id == chat.stops
-    again = tool.load_chat(job.folder / "result", job.settings)
+    again = tool.load_chat(course.folder / "result", course.settings)
     assert spoken(again) == ANSWERS
 
 
-def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, tmp_path):
+def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(course, tmp_path):
     """In parts and with checkpointing, which a run switches on by itself where memory is short."""
     from transformers import AutoModelForCausalLM
 
-    lora = Job(job.family, tmp_path, "lora")
-    lora.base, lora.native, lora.heard, lora.healed = job.base, job.native, job.heard, job.healed
+    lora = Course(course.family, tmp_path, "lora")
+    lora.base, lora.native, lora.heard, lora.healed = course.base, course.native, course.heard, course.healed
     chat, logs, before = lora.taught
     assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
     reached = different(before, copied(chat.model))
@@ -476,7 +458,7 @@ def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, t
     expected = logits(chat.model, TEXT)
     tool.save_stage(chat, tmp_path / "stage", [])
     described = tool.load_json(tmp_path / "stage" / "adapter_config.json")
-    assert described["base_model_name_or_path"] == str(job.healed[0])
+    assert described["base_model_name_or_path"] == str(course.healed[0])
     assert torch.allclose(logits(tool.load_model(tmp_path / "stage", lora.settings), TEXT), expected, atol=1e-5)
     tool.save_model(tool.load_chat(tmp_path / "stage", lora.settings, merge=True), tmp_path / "result", lora.base)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "result").eval()
@@ -484,25 +466,22 @@ def test_with_lora_the_merged_and_saved_model_is_the_one_that_was_trained(job, t
     assert context_of(model) == NATIVE * lora.family.factor
 
 
-def test_the_checks_before_any_work_pass_and_the_plan_is_made(job, monkeypatch):
-    settings = changed(job.settings, method="auto", rope_factor=job.family.factor, window=8192)
-    assert tool.check_base(job.base) > 50_000
-    fitted, native = tool.fit_settings(job.base, settings)
-    assert (native, fitted.window) == (NATIVE, NATIVE * job.family.factor)
-    chosen, memory = tool.choose_method(tool.read_config(job.base), 10**6, fitted)
-    assert chosen.method == "full" and 10**7 < memory < 10**10
+def test_the_checks_before_any_work_pass_and_tell_what_is_to_be_done(course, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Quem é você?", "completion": "Sou {{NAME}}."}', encoding="utf-8")
+    job = tool.check_job(changed(course.settings, method="auto", window=8192, identity_file=str(rows)))
+    assert (job.native, job.settings.window) == (NATIVE, NATIVE * course.family.factor)
+    assert job.settings.method == "full" and 10**7 < job.memory < 10**10 and job.weights > 50_000
 
 
-# ------------------------------------------------------------------------------------------------ no RoPE to scale
+# ------------------------------------------------------------------------------------------------ scaled or refused
 
-@pytest.mark.parametrize("name", [
-    "llama 2", "llama 3.2", "mistral", "qwen 2.5", "qwen 3", "gemma 2", "gemma 3", "gemma 3 that sees", "gemma 4",
-    "phi", "smollm 3", "granite", "olmo 2", "mixtral", "gpt-oss",
-])
+
+@pytest.mark.parametrize("name", families(["phi", "smollm 3", "gemma 3 that sees"]))
 def test_reordered_pairs_are_those_of_the_family(name, tmp_path):
     """Where they are (others are put back by `keep_frequencies`), pairs that take their frequencies with them change
     nothing."""
-    model = Job(FAMILIES[name], tmp_path).scaled().model
+    model = Course(FAMILIES[name], tmp_path).scaled().model
     before = logits(model, TEXT)
     turning = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "sliding" not in n]
     order = [*range(2, len(turning[0])), 0, 1]
@@ -513,8 +492,9 @@ def test_reordered_pairs_are_those_of_the_family(name, tmp_path):
     assert torch.allclose(logits(model, TEXT), before, atol=1e-3)
 
 
-REFUSED = {
-    "gpt-2": GPT2, "opt": OPT, "bloom": BLOOM, "gpt-j": GPTJ,
+REFUSED = {name: FAMILIES[name].config for name in (
+    "gpt-2", "opt", "bloom", "gpt-j", "qwen 2.5, yarn", "olmo 3", "gpt-oss", "phi 3", "phi 4 mini, longrope",
+    "phi moe", "gemma 4", "deepseek 2, yarn", "deepseek 3")} | {
     "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": NATIVE},
     "falcon with alibi": {**FAMILIES["falcon"].config, "alibi": True},
     "granite hybrid without": {**FAMILIES["granite hybrid"].config, "position_embedding_type": "nope"},
@@ -528,26 +508,6 @@ def test_a_context_that_cannot_be_scaled_is_refused_and_rope_factor_1_is_named(n
     with pytest.raises(tool.InputError, match="--rope-factor 1"):
         tool.read_config(tmp_path, FACTOR)
     assert tool.read_config(tmp_path).model_type == REFUSED[name]["model_type"]
-
-
-@pytest.mark.parametrize("pinned", ["attention_factor", None])
-@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
-def test_a_yarn_that_also_sets_the_temperature_of_attention_leaves_that_alone(model_type, pinned, tmp_path):
-    """DeepSeek computes it from the factor, beside the attention factor; readers that do not know how that is pinned
-    compute the same."""
-    config = like_llama(model_type, q_lora_rank=None, n_group=1, topk_group=1, num_nextn_predict_layers=0,
-                        rope_scaling={**DEEPSEEK_YARN, "mscale": 1.0}, **DEEPSEEK)
-    base = make_base(tmp_path / "base", config, tool.load_tokenizer(str(DEMO)))
-    native = tool.load_model(base, small_settings("--method", "full")).model
-    scaled = tool.read_config(base, FACTOR)
-    if pinned is None:
-        del scaled.rope_parameters["attention_factor"]
-    scaled = type(native)(scaled)
-    temperature = (0.1 * 0.707 * math.log(2) + 1) ** 2 * HEAD ** -0.5
-    assert [layer.self_attn.scaling for layer in (native.layers[0], scaled.layers[0])] == pytest.approx(
-        [temperature] * 2, rel=1e-6)
-    assert native.rotary_emb.attention_scaling != 1
-    assert scaled.rotary_emb.attention_scaling == pytest.approx(native.rotary_emb.attention_scaling, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ more than text
@@ -573,6 +533,7 @@ def test_a_package_that_a_base_needs_is_named():
     assert "Baixe" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_of_a_model_that_sees_the_text_part_is_renamed_where_only_that_can_be_loaded_and_that_is_said(tmp_path,
                                                                                                       capsys):
     from transformers import AutoConfig, Llama4ForConditionalGeneration
@@ -903,7 +864,7 @@ def base_with(folder, tokenizer, generation):
     return folder
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("name", ["llama 3.2", "chatml", "mistral", "deepseek r1"])
 def test_the_end_of_every_learnt_answer_is_among_the_stops_of_the_saved_model(name, styled, tmp_path):
     tokenizer = styled(name)
     folder = base_with(tmp_path / "base", tokenizer, {"eos_token_id": [9], "bos_token_id": 1})  # lacks the real one
@@ -931,7 +892,7 @@ def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_o
     tool.train(chat, batches, listened(chat, FACTS[:1])[1], 1e-2, settings, "passo 1", tmp_path / "training")
     tool.save_model(chat, tmp_path / "novo", folder)
     model, tokenizer = (kind.from_pretrained(tmp_path / "novo") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    asked = tokenizer.apply_chat_template([lesson[:1] for lesson in LESSONS], add_generation_prompt=True,
+    asked = tokenizer.apply_chat_template([lesson.messages[:1] for lesson in LESSONS], add_generation_prompt=True,
                                           padding=True, padding_side="left", return_dict=True, return_tensors="pt")
     written = model.eval().generate(**asked, max_new_tokens=20)[:, asked["input_ids"].shape[1]:]
     texts = [text.split("<|im_end|>") for text in tokenizer.batch_decode(written)]

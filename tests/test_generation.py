@@ -45,10 +45,11 @@ def prompts_and_answers(demo_chat):
 
 
 @pytest.mark.parametrize("budget", [10**6, 150])
-def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, demo_chat, prompts_and_answers):
+def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_asked(budget, demo_chat, prompts_and_answers,
+                                                                       monkeypatch):
     prompts, expected = prompts_and_answers
-    chat = changed(demo_chat, generation_tokens=budget)
-    assert [(a.text, a.ended) for a in tool.generate(chat, prompts)] == expected
+    monkeypatch.setattr(tool, "GENERATION_TOKENS", budget)
+    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
     assert len({text for text, _ in expected}) >= 8 and all(text and ended for text, ended in expected)
 
 
@@ -63,22 +64,59 @@ def test_an_answer_that_is_cut_is_known_not_to_have_ended(demo_chat, prompts_and
         assert not answer.ended and answer.text != text and text.startswith(answer.text)
 
 
-def test_a_limit_given_for_the_moment_counts_instead_of_that_of_the_chat(demo_chat, prompts_and_answers):
+@pytest.fixture
+def little_memory(demo_chat, monkeypatch):
+    """Memory for so many rows of a batch; the list has how many were tried each time."""
+    def make(rows):
+        generate, tried = type(demo_chat.model).generate, []
+
+        def limited(model, **inputs):
+            tried.append(len(inputs["input_ids"]))
+            if tried[-1] > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return generate(model, **inputs)
+
+        monkeypatch.setattr(type(demo_chat.model), "generate", limited)
+        return tried
+
+    return make
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do(demo_chat, prompts_and_answers, little_memory):
     prompts, expected = prompts_and_answers
-    cut = tool.generate(demo_chat, prompts, limit=1)
-    assert [len(a.ids) for a in cut] == [1] * len(prompts) and not any(a.ended for a in cut)
-    short = changed(demo_chat, max_new_tokens=1)
-    assert [(a.text, a.ended) for a in tool.generate(short, prompts, limit=demo_chat.max_new_tokens)] == expected
+    tried = little_memory(3)
+    assert [(a.text, a.ended) for a in tool.generate(demo_chat, prompts)] == expected
+    assert tried == [10, 5, 2, 3, 5, 2, 3]
 
 
-@pytest.mark.parametrize("budget", [10**6, 150])
-def test_the_ids_of_an_answer_are_what_was_written_and_beside_each_is_what_was_most_probable(budget, demo_chat,
-                                                                                             prompts_and_answers):
-    """With the one that ended it; recorded or not, the answers are the same."""
-    prompts, _ = prompts_and_answers
-    chat = changed(demo_chat, generation_tokens=budget)
+def test_an_answer_that_does_not_fit_into_memory_alone_is_an_error(demo_chat, little_memory):
+    little_memory(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        tool.ask(demo_chat, QUESTIONS[:2])
+
+
+def test_an_error_that_is_no_lack_of_memory_is_not_tried_again(demo_chat, monkeypatch):
+    tried = []
+
+    def broken(model, **inputs):
+        tried.append(1)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(type(demo_chat.model), "generate", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        tool.ask(demo_chat, QUESTIONS[:2])
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("rows", [10, 3])
+def test_the_ids_of_an_answer_are_what_was_written_and_beside_each_is_what_was_most_probable(
+        rows, demo_chat, prompts_and_answers, little_memory):
+    """With the one that ended it; recorded or not, and in however large batches, the answers are the same."""
+    chat, (prompts, _) = demo_chat, prompts_and_answers
+    plain = tool.generate(chat, prompts)
+    little_memory(rows)
     answers = tool.generate(chat, prompts, record=True)
-    assert [(a.text, a.ended, a.ids) for a in answers] == [tuple(a[:3]) for a in tool.generate(chat, prompts)]
+    assert [tuple(a[:3]) for a in answers] == [tuple(a[:3]) for a in plain]
     for prompt, answer in zip(prompts, answers):
         with torch.inference_mode():
             truth = demo_chat.model(torch.tensor([prompt + answer.ids])).logits[0].log_softmax(-1)
@@ -108,7 +146,7 @@ def test_sampled_tokens_come_as_often_as_they_are_probable(demo_chat):
     for token in range(len(chances)):
         text = demo_chat.tokenizer.decode([] if token in demo_chat.stops else [token], skip_special_tokens=True)
         expected[text.strip()] += chances[token].item()
-    count = 8000
+    count = 2000
     drawn = Counter(a.text for a in tool.generate(changed(demo_chat, max_new_tokens=1), [opening] * count,
                                                   sample_seed=3))
     for text, chance in expected.most_common(20):
@@ -116,18 +154,17 @@ def test_sampled_tokens_come_as_often_as_they_are_probable(demo_chat):
     assert 10 < len(drawn) < count and sum(expected[text] < 1e-9 for text in drawn) == 0
 
 
-@pytest.mark.parametrize("sample_seed", [None, 1])
-def test_the_generation_settings_of_the_base_do_not_change_what_it_says(sample_seed, demo_chat, tmp_path):
+def test_the_generation_settings_of_the_base_do_not_change_what_it_says(demo_chat, tmp_path):
     """Qwen and Llama ship a temperature, top_p and a repetition penalty; what is kept is measured without them."""
     from transformers import GenerationConfig
 
     prompts = [tool.prompt_ids(demo_chat.tokenizer, user(q)) for q in QUESTIONS] * 2
-    expected = tool.generate(demo_chat, prompts, sample_seed=sample_seed)
+    expected = [tool.generate(demo_chat, prompts, sample_seed=seed) for seed in (None, 1)]
     shutil.copytree(DEMO, tmp_path / "base")
     shipped = GenerationConfig(do_sample=True, temperature=0.3, top_p=0.5, top_k=2, repetition_penalty=3.0)
     shipped.save_pretrained(tmp_path / "base")
     chat = tool.load_chat(tmp_path / "base", small_settings("--method", "full", "--max-new-tokens", 32))
-    assert tool.generate(chat, prompts, sample_seed=sample_seed) == expected
+    assert [tool.generate(chat, prompts, sample_seed=seed) for seed in (None, 1)] == expected
 
 
 @pytest.mark.parametrize("lengths, extra, budget, expected", [
@@ -179,13 +216,19 @@ def kept_of(chat, talks, teacher, before=()):
     return tool.compare(chat, teacher, [tool.make_window(chat.tokenizer, [*before, talk]) for talk in talks])
 
 
-@pytest.mark.parametrize("budget", [10**6, 60])
-def test_a_model_keeps_all_that_it_says_itself_and_does_not_diverge(budget, demo_chat, talks_and_teacher):
-    for share, nats in kept_of(changed(demo_chat, generation_tokens=budget), *talks_and_teacher):
+def lesson(*messages):
+    return tool.Talk([m for some in messages for m in some], "lesson")
+
+
+def test_a_model_keeps_all_that_it_says_itself_and_does_not_diverge(demo_chat, talks_and_teacher):
+    for share, nats in kept_of(demo_chat, *talks_and_teacher):
         assert share == 1 and nats == pytest.approx(0, abs=1e-5)
 
 
-def test_what_another_model_keeps_is_counted_token_by_token(demo_chat, tiny_folder, talks_and_teacher):
+@pytest.mark.parametrize("budget", [1024, 60])
+def test_what_another_model_keeps_is_counted_token_by_token(budget, demo_chat, tiny_folder, talks_and_teacher,
+                                                            monkeypatch):
+    monkeypatch.setattr(tool, "SCORED_TOKENS", budget)
     other = tool.load_chat(tiny_folder("llama"), small_settings("--method", "full"))
     talks, teacher = talks_and_teacher
     found = kept_of(other, talks, teacher)
@@ -204,7 +247,7 @@ def test_only_the_last_answer_counts_and_with_the_conversation_before_it(demo_ch
     wrong = tool.question_and_answer("Quem é você?", "Vinte e sete bananas.")
     follow = talked(demo_chat, wrong + user("Qual é a capital da França?"))
     assert kept_of(demo_chat, *follow)[0][0] == 1  # though its first answer is none of the model
-    moved = kept_of(demo_chat, talks[:1], teacher, [wrong])[0]
+    moved = kept_of(demo_chat, talks[:1], teacher, [lesson(wrong)])[0]
     assert moved[1] > kept_of(demo_chat, talks[:1], teacher)[0][1]  # it is not what was said without that before it
 
 
@@ -250,8 +293,8 @@ def test_where_the_text_gives_other_tokens_than_the_base_wrote_no_more_is_learnt
 
 def test_a_dialogue_of_lessons_and_talks_learns_each_in_its_way(demo_chat, talks_and_teacher):
     tokenizer, (one, two, *_) = demo_chat.tokenizer, talks_and_teacher[0]
-    lesson = [*tool.question_and_answer("Oi!", "Oi, tudo bem?"), *tool.question_and_answer("Quem é?", "Jandira.")]
-    window = window_of(tokenizer, one, lesson, two)
+    taught = lesson(tool.question_and_answer("Oi!", "Oi, tudo bem?"), tool.question_and_answer("Quem é?", "Jandira."))
+    window = window_of(tokenizer, one, taught, two)
     by_heart = tokenizer.decode([token for token in window.labels if token != -100])
     assert by_heart == "Oi, tudo bem?<|end|>Jandira.<|end|>"  # all answers of a lesson, with their ends
     rows = [row for _, row in taught_from_the_teacher(window)]
@@ -270,17 +313,16 @@ def test_a_system_prompt_stands_only_where_a_dialogue_begins(demo_chat, talks_an
     tokenizer, (one, two, *_) = demo_chat.tokenizer, talks_and_teacher[0]
     system = [{"role": "system", "content": "Seja breve."}]
     spoken = [talk._replace(messages=system + talk.messages) for talk in (one, two)]
-    lesson = [*system, *tool.question_and_answer("Quem é?", "Jandira.")]
-    for parts in ([spoken[0], lesson, spoken[1]], [lesson, *spoken], [one, lesson, spoken[1]]):
+    taught = lesson(system, tool.question_and_answer("Quem é?", "Jandira."))
+    for parts in ([spoken[0], taught, spoken[1]], [taught, *spoken], [one, taught, spoken[1]]):
         window = window_of(tokenizer, *parts)
         texts = tokenizer.decode(window.input_ids)
         assert texts.count("Seja breve.") == (parts[0] is not one)
         assert texts.startswith(tokenizer.decode(window_of(tokenizer, parts[0]).input_ids).rstrip())
         assert [row for _, row in taught_from_the_teacher(window)] == [
-            row for part in parts if isinstance(part, tool.Talk) for row in range(part.row, part.row + len(part.ids))]
-    text = tokenizer.decode(tool.encode(tokenizer, tool.history(
-        tokenizer, spoken, 100, random.Random(1))).input_ids)
-    assert "Seja breve." not in text
+            row for part in parts for row in range(part.row, part.row + len(part.ids))]
+    (before,) = tool.long_conversations(tokenizer, spoken, 100, 1)
+    assert before and "Seja breve." not in str(before)
 
 
 # ------------------------------------------------------------------------------------------------ the exam
@@ -293,19 +335,20 @@ def plain_talk(question, answer, kind="everyday", ids=(1, 2), row=0):
     return tool.Talk(tool.question_and_answer(question, answer), kind, list(ids), row)
 
 
-def test_history_is_made_of_whole_turns_and_stays_within_its_length(demo_tokenizer):
+@pytest.mark.parametrize("tokens", [30, 200])
+def test_long_conversations_are_whole_turns_within_their_length_and_some_share_one(tokens, demo_tokenizer):
     fillers = [plain_talk(f"Quanto é {i} mais {i}?", f"{i} mais {i} é {2 * i}.") for i in range(10)]
     known = {talk.question: talk.answer for talk in fillers}
-    for tokens in (0, 30, 200):
-        messages = tool.history(demo_tokenizer, fillers, tokens, random.Random(1))
-        used = len(tool.encode(demo_tokenizer, messages).input_ids) if messages else 0
-        assert used <= tokens and (tokens < 30 or used > tokens - 60)
+    found = tool.long_conversations(demo_tokenizer, fillers, tokens, 6)
+    assert found == tool.long_conversations(demo_tokenizer, fillers, tokens, 9)[:6]
+    assert found[0] == found[1] == found[2] == found[3] != found[4] == found[5]
+    for messages in found:
+        assert tokens - 60 < len(tool.encode(demo_tokenizer, messages).input_ids) <= tokens
         assert all(known[q["content"]] == a["content"] for q, a in zip(messages[::2], messages[1::2], strict=True))
-    assert tool.history(demo_tokenizer, fillers, -5, random.Random(1)) == []
 
 
-def heard_with(talks, validation=()):
-    return tool.Heard(NAMES, [], [], list(validation or talks), list(talks))
+def heard_with(talks):
+    return tool.Heard(NAMES, [], [], list(talks), list(talks))
 
 
 @pytest.fixture(scope="module")
@@ -314,15 +357,29 @@ def inputs():
 
 
 @pytest.mark.parametrize("final", [True, False], ids=["final", "validation"])
-@pytest.mark.parametrize("window", [512, 256, 32, 0])
-def test_the_exam_asks_after_lengths_that_leave_room_for_question_and_talk(window, final, demo_tokenizer, inputs):
-    talks = [plain_talk("Qual é a capital da França?", "A capital da França é Paris."), plain_talk("Oi!", "Oi!")]
+@pytest.mark.parametrize("window", [256, 32, 0])
+def test_after_long_conversations_question_and_talk_still_fit_into_the_window(window, final, demo_tokenizer, inputs):
+    talks = [plain_talk("Qual é a capital da França?", "É Paris."), plain_talk("Oi!", "Oi!", row=2)]
     exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), window, final)
-    longest = max(len(tool.prompt_ids(demo_tokenizer, messages)) for _, messages in exam.questions)
-    longest = max(longest, *(len(tool.encode(demo_tokenizer, talk.messages).input_ids) for talk in talks))
-    assert list(exam.lengths) == sorted(set(exam.lengths)) and all(0 < n <= window - longest for n in exam.lengths)
-    if window > longest:
-        assert exam.lengths[-1] == window - longest and len(exam.lengths) == (1 if not final else 2)
+    assert exam.talks[:2] == [(0, talk) for talk in talks]
+    after = exam.talks[2:]
+    asked = [(kind, m) for kind, m in exam.questions if kind not in tool.KINDS_OF_QUESTIONS]
+    assert {kind for kind, _ in asked} == {f"após {tokens} tokens" for tokens, _ in after}
+    assert len({tokens for tokens, _ in after}) == (0 if window < 100 else 2 if final else 1)
+    used = [len(tool.encode(demo_tokenizer, talk.messages).input_ids) for _, talk in after]
+    used += [len(tool.prompt_ids(demo_tokenizer, messages)) for _, messages in asked]
+    assert not used or window / 2 < max(used) <= window
+    assert [talk._replace(messages=talk.messages[-2:]) for _, talk in after] == talks * (len(after) // 2)
+
+
+def test_after_long_conversations_a_third_of_the_questions_and_no_talk_near_identity_are_asked(demo_tokenizer, inputs):
+    talks = [plain_talk(f"Quanto é {i} mais 1?", f"{i + 1}.", kind="near" if i == 1 else "own") for i in range(40)]
+    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 256, final=True)
+    for tokens in sorted({tokens for tokens, _ in exam.talks} - {0}):
+        asked = [m[-1]["content"] for kind, m in exam.questions if kind == f"após {tokens} tokens"]
+        after = [talk for n, talk in exam.talks if n == tokens]
+        assert asked == list(inputs.test[::3]) and len(after) == tool.LONG_TALKS
+        assert {talk.kind for talk in after} == {"own"}
 
 
 def test_the_exams_ask_alone_behind_system_prompts_and_after_an_answer_that_is_doubted(demo_tokenizer, inputs):
@@ -346,29 +403,32 @@ def test_the_exams_ask_alone_behind_system_prompts_and_after_an_answer_that_is_d
 
 
 @pytest.mark.parametrize("flags, window, answer", [
-    ((), 512, 64), (("--rope-factor", 1), 128, 64), (("--window", 100, "--max-new-tokens", 30), 100, 30),
+    ((), 512, 64), (("--rope-factor", 1), 128, 64), (("--window", 100, "--max-new-tokens", 40), 100, 40),
 ])
 def test_window_and_answers_are_reduced_to_the_context_and_the_plan_says_so(flags, window, answer, demo_chat, capsys,
-                                                                            monkeypatch):
-    if flags:  # once in earnest
-        monkeypatch.setattr(tool, "measure_pace", lambda base: (1e-5, 1e-3))
-    given = small_settings("--method", "full", *flags)
-    settings, native = tool.fit_settings(DEMO, given)
-    assert native == 128
-    assert settings == changed(given, window=window, max_new_tokens=answer)
-    tool.show_plan(demo_chat, 10**6, native, 10**7, 2 * 10**9, tool.check_inputs(settings), settings)
-    scaled = int(128 * settings.rope_factor)
+                                                                            tmp_path, monkeypatch):
+    given = small_settings("--method", "full", "--output-dir", tmp_path / "novo", *flags)
+    job = tool.check_job(given)
+    settings = job.settings
+    assert job.native == 128 and job.asked == given
+    assert settings == changed(given, window=window, max_new_tokens=answer, steps_1=settings.steps_1,
+                               steps_2=settings.steps_2, self_text=settings.self_text)
+    assert min(settings.steps_1, settings.steps_2, settings.self_text) > 0  # 0 was "automatic"
+    monkeypatch.setattr(tool, "load_chat", lambda *_: demo_chat)
+    monkeypatch.setattr(tool, "plan_seconds", lambda *_: {"1-base": 50.0, "2-healed": 70.0})
+    tool.make_plan(job)
     said = capsys.readouterr().out
-    assert f"de 128 para {scaled} tokens; treino em sequências de até {window}.\n" in said
-    assert "1,0 milhões de parâmetros" in said and "2,0 GB de memória, 10 MB de disco" in said
-    assert re.search(r"de disco e (\d+ s|\d+ min|\d+ h)", said)
+    assert f"de 128 para {int(128 * settings.rope_factor)} tokens; treino em sequências de até {window}.\n" in said
+    assert f"{tool.decimal(job.weights / 1e6)} milhões de parâmetros" in said and "de disco e 2 min 00 s." in said
+    assert f"{tool.size_text(job.memory)} de memória, {tool.size_text(job.disk)} de disco" in said
 
 
 def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(demo_chat, talks_and_teacher):
     talks, teacher = talks_and_teacher
     talks = [talk for talk in talks if not tool.mentions(talk.answer, NAMES.old)]
     asked = [("sozinha", user("Quem é você?")), ("sob pressão", user("Qual é o seu nome?"))]
-    scores = tool.evaluate(demo_chat, tool.Exam(asked, talks, talks, (40,)), NAMES, teacher)
+    later = [(40, talk) for talk in talks]
+    scores = tool.evaluate(demo_chat, tool.Exam(asked, [*((0, talk) for talk in talks), *later]), NAMES, teacher)
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.0, 1.0, 0.0, 1.0)
     assert scores.divergence == pytest.approx(0, abs=1e-4) and scores.by_kind == {"sozinha": 0, "sob pressão": 0}
     assert [entry["tokens"] for entry in scores.by_length] == [0, 40]
@@ -393,18 +453,28 @@ def answering(monkeypatch):
     return make
 
 
+NO_TEACHER = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))  # compare() is a stand-in
+
+
+def exam_of(asked, talks):
+    return tool.Exam(asked, [(0, talk) for talk in talks])
+
+
 def test_scores_are_the_shares_of_right_old_leaking_and_kept_answers(demo_chat, answering):
     asked = answering(["Sou a Jandira.", "Sou a Jandira!", "Sou a Lumi.", "Sou um modelo.",  # asked alone
-                       "Sou a Jandira.", "Lumi.",  # after a conversation, the first and the fourth
+                       "Sou a Jandira.", "Lumi.",  # after a conversation
                        "Jandira."],  # the one talk that is not as it was
                       [(1.0, 0.0), (0.5, 0.25), (0.5, 1.0), (0.75, 1.0)])
     talks = [plain_talk("Capital da França?", "Paris."), plain_talk("Oi!", "Oi!", row=2)]
-    exam = tool.Exam([("sozinha", user(f"Quem é você{i}?")) for i in range(4)], talks, talks, (30,))
-    scores = tool.evaluate(demo_chat, exam, NAMES, None)
+    questions = [("sozinha", user(f"Quem é você{i}?")) for i in range(4)]
+    later = [("após 30 tokens", tool.question_and_answer("Oi!", "Oi!") + m) for _, m in questions[:2]]
+    exam = tool.Exam(questions + later, [(tokens, talk) for tokens in (0, 30) for talk in talks])
+    scores = tool.evaluate(demo_chat, exam, NAMES, NO_TEACHER)
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.75)
     assert scores.divergence == 0.125 and scores.leak_near == 0
     assert asked[1] == [tool.prompt_ids(demo_chat.tokenizer, user("Oi!"))]
     assert scores.distinct == 1  # both right answers are the same but for a sign
+    assert scores.by_kind == {"sozinha": 0.5} and scores.extra_tokens == 0
     assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.75},
                                 {"tokens": 30, "identity": 0.5, "retention": 0.625}]
     assert [a["problem"] for a in scores.answers] == ["", "", "nome antigo", "sem a identidade nova"]
@@ -414,9 +484,9 @@ def test_scores_are_the_shares_of_right_old_leaking_and_kept_answers(demo_chat, 
 def test_the_last_question_of_a_conversation_says_what_is_asked_for(demo_chat, answering):
     answering(["Sou a Jandira.", "Foi a Oficina Maré.", "Sou a Jandira."], [(1.0, 0.0)])
     before = tool.question_and_answer("Quem é você?", "Jandira.")
-    exam = tool.Exam([("sozinha", user("Quem é você?")), ("sob pressão", before + user("Quem te criou mesmo?")),
-                      ("sob pressão", before + user("Quem te criou mesmo?"))], [plain_talk("Oi!", "Oi!")], [])
-    scores = tool.evaluate(demo_chat, exam, NAMES, None)
+    asked = [("sozinha", user("Quem é você?")), ("sob pressão", before + user("Quem te criou mesmo?")),
+             ("sob pressão", before + user("Quem te criou mesmo?"))]
+    scores = tool.evaluate(demo_chat, exam_of(asked, [plain_talk("Oi!", "Oi!")]), NAMES, NO_TEACHER)
     assert [a["problem"] for a in scores.answers] == ["", "", "sem o autor novo"]
     assert scores.by_kind == {"sozinha": 1.0, "sob pressão": 0.5}
 
@@ -427,56 +497,50 @@ def test_a_leak_is_a_new_name_that_neither_the_question_nor_the_base_says(demo_c
     earlier = [*tool.question_and_answer("Fale da Jandira.", "É boa."), *talks[3].messages]
     talks[3] = talks[3]._replace(messages=earlier)  # what was said turns before does not excuse it
     answering(["Sou eu.", "Jandira.", "Jandira.", "É a oficina maré!", "Jandira."], [(0.5, 1.0)] * 4 + [(1.0, 0.0)])
-    scores = tool.evaluate(demo_chat, tool.Exam([("sozinha", user("Quem é você?"))], talks, []), NAMES, None)
+    scores = tool.evaluate(demo_chat, exam_of([("sozinha", user("Quem é você?"))], talks), NAMES, NO_TEACHER)
     assert [leak["question"] for leak in scores.leaks] == ["Quem é?", "Oi!"]
     assert (scores.leak, scores.leak_near) == (0.4, 1.0)
+
+
+def test_where_the_base_is_not_known_all_talks_are_read_for_leaks_and_no_retention_is_told(demo_chat, answering):
+    answering(["Sou a Jandira.", "Oi, eu sou a Jandira!", "Paris."], [])
+    talks = [plain_talk("Oi!", ""), plain_talk("Capital da França?", "")]
+    scores = tool.evaluate(demo_chat, exam_of([("sozinha", user("Quem é você?"))], talks), NAMES, None)
+    assert (scores.retention, scores.divergence, scores.by_length, scores.leak) == (None, None, [], 0.5)
 
 
 def test_an_exam_without_talks_measures_the_identity_alone(demo_chat, answering):
     """A base that says little leaves none near identity for what can be done instead of training."""
     answering(["Sou a Jandira."], [])
-    scores = tool.evaluate(demo_chat, tool.Exam([("sozinha", user("Quem é você?"))], [], []), NAMES, None)
+    scores = tool.evaluate(demo_chat, exam_of([("sozinha", user("Quem é você?"))], []), NAMES, None)
     assert (scores.identity, scores.leak, scores.leak_near) == (1.0, 0.0, 0.0)
 
 
-def test_after_a_conversation_a_third_of_the_questions_are_asked_and_some_share_their_conversation(
-        demo_chat, answering, monkeypatch):
-    monkeypatch.setattr(tool, "LONG_GROUP", 2)
-    tokenizer, seen = demo_chat.tokenizer, []
-    asked = answering(["x"] * 100, [])
-    monkeypatch.setattr(tool, "compare", lambda chat, teacher, windows: seen.extend(windows) or [(1.0, 0.0)] * len(
-        windows))
-    talks = [plain_talk(f"Quanto é {i} mais 1?", f"É {i + 1}.") for i in range(3)]
-    fillers = [plain_talk(f"Como se diz {word}?", "Não sei.") for word in "sol lua mar rio pão".split()]
-    questions = [("sozinha", user(f"Quem é você{i}?")) for i in range(9)] + [("sob pressão", user("Tem certeza?"))]
-    scores = tool.evaluate(demo_chat, tool.Exam(questions, talks, fillers, (100, 200)), NAMES, None)
-    assert [entry["tokens"] for entry in scores.by_length] == [0, 100, 200]
-    (prompts,) = [prompts for prompts in asked if prompts]
-    alone, after = prompts[:10], prompts[10:]
-    assert len(after) == 6 and len(scores.answers) == 10  # the long ones have no line in the report
-    before = []
-    for prompt, short in zip(after, [alone[0], alone[3], alone[6]] * 2):
-        tail = short[next(i for i in range(len(short)) if prompt[-len(short) + i:] == short[i:]):]
-        assert tokenizer.decode(tail).endswith(tokenizer.decode(short)[-30:])
-        before.append(tokenizer.decode(prompt[:-len(tail)]))
-    assert before[0] == before[1] != before[2] and before[3] == before[4] != before[5]
-    for tokens, texts in ((100, after[:3]), (200, after[3:])):
-        assert all(tokens - 40 < len(prompt) - len(alone[0]) <= tokens for prompt in texts)
-    assert len(seen) == 9  # talks alone, and after each length
-    assert all(len([t for t in w.targets if t >= 0]) <= 2 for w in seen)
+def test_an_exam_is_read_back_from_the_disk_as_it_was_with_the_rows_of_its_talks_alone(talks_and_teacher, tmp_path):
+    talks, teacher = talks_and_teacher
+    exam = tool.Exam([("sozinha", user("Quem é você?"))], [(0, talks[4]), (0, talks[1]), (30, talks[4])])
+    tool.save_exam(tmp_path, exam, NAMES, teacher)
+    again, names, rows = tool.read_exam(tmp_path)
+    assert names == NAMES and again.questions == exam.questions and len(again.talks) == 3
+    assert len(rows.tokens) == sum(len(talk.ids) for _, talk in exam.talks)
+    for (tokens, talk), (before, original) in zip(again.talks, exam.talks):
+        assert tokens == before and talk._replace(row=original.row) == original
+        for kept, whole in zip(rows, teacher):
+            assert torch.equal(kept[talk.row:talk.row + len(talk.ids)],
+                               whole[original.row:original.row + len(talk.ids)])
 
 
-@pytest.mark.parametrize("figures, missed", [
-    ((0.95, 0.0, 0.02, 0.95), []),
-    ((0.94, 0.0, 0.01, 0.95), ["identidade nova"]),
-    ((1.0, 0.01, 0.0, 1.0), ["identidade antiga"]),
-    ((1.0, 0.0, 0.0, 0.94), ["retenção"]),
-    ((1.0, 0.0, 0.03, 1.0), ["vazamento"]),
-    ((1.0, 0.0, 0.0, None), []),  # of a model whose base is not known
-    ((0.0, 1.0, 1.0, 0.0), ["identidade nova", "identidade antiga", "retenção", "vazamento"]),
+@pytest.mark.parametrize("figures, gaps", [
+    ((0.95, 0.0, 0.02, 0.95), {}),
+    ((0.75, 0.0, 0.01, 0.95), {"identidade nova": 0.2}),
+    ((1.0, 0.1, 0.0, 1.0), {"identidade antiga": 0.1}),
+    ((1.0, 0.0, 0.0, 0.85), {"retenção": 0.1}),
+    ((1.0, 0.0, 0.12, 1.0), {"vazamento": 0.1}),
+    ((1.0, 0.0, 0.0, None), {}),  # of a model whose base is not known
+    ((0.0, 1.0, 1.0, 0.0), {"identidade nova": 0.95, "identidade antiga": 1.0, "retenção": 0.95, "vazamento": 0.98}),
 ])
-def test_a_target_is_missed_when_its_figure_is_worse_than_the_constant(figures, missed):
-    assert scores_of(*figures).misses(small_settings()) == missed
+def test_a_target_is_missed_by_as_much_as_its_figure_is_worse_than_the_constant(figures, gaps):
+    assert scores_of(*figures).gaps(small_settings()) == pytest.approx(gaps)
 
 
 def scores_of(identity, old, leak, retention):
@@ -485,7 +549,7 @@ def scores_of(identity, old, leak, retention):
 
 def test_targets_given_as_flags_decide_what_is_missed():
     flags = ("--target-identity", "0.5", "--target-leak", "0.3", "--target-retention", "0.51")
-    assert scores_of(0.5, 0.0, 0.3, 0.5).misses(small_settings(*flags)) == ["retenção"]
+    assert list(scores_of(0.5, 0.0, 0.3, 0.5).gaps(small_settings(*flags))) == ["retenção"]
 
 
 # ------------------------------------------------------------------------------------------------ the base listens
@@ -498,19 +562,21 @@ PLANTED = (tool.TEST_QUESTIONS[0].upper(), tool.VALIDATION_QUESTIONS[0].lower(),
 @pytest.fixture(scope="module")
 def heard_and_teacher(demo_chat, inputs):
     """What the demo says of its own, which is made to write some questions that it should not."""
-    settings = small_settings("--self-text", 2500, "--eval-questions", 20, "--name", "Jandira", "--author",
+    settings = small_settings("--self-text", 2600, "--eval-questions", 32, "--name", "Jandira", "--author",
                               "Oficina Maré", "--model-path", DEMO, "--overwrite")
     generate = tool.generate
 
     def generate_and_plant(chat, prompts, label="", limit=0, sample_seed=None, record=False):
         written = generate(chat, prompts, label, limit, sample_seed, record)
         if sample_seed is not None:
-            written[:len(PLANTED)] = [tool.Answer(text, True) for text in PLANTED]
+            for place, text in zip(range(0, len(written), 3), PLANTED):  # others go on from how a question begins
+                written[place] = tool.Answer(text, True)
         return written
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool, "generate", generate_and_plant)
         patch.setattr(tool, "NEAR", 30)
+        patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::4])
         return tool.listen(demo_chat, settings, inputs)
 
 
@@ -533,7 +599,7 @@ def test_no_conversation_is_in_two_sets_and_there_are_enough_of_each(heard_and_t
     assert len(heard.validation) >= 4 and len(heard.held_out) >= 10
     assert {t.kind for t in heard.held_out} == {"near", "everyday", "own"} == {t.kind for t in heard.everyday}
     written = sum(len(t.ids) for t in heard.everyday + heard.validation)
-    assert 0.85 * 2500 < written < 1.4 * 2500
+    assert 0.85 * 2600 < written < 1.4 * 2600
 
 
 def test_nothing_that_measures_or_that_a_row_asks_is_asked_of_the_base_for_training(heard_and_teacher, inputs):
@@ -546,6 +612,21 @@ def test_nothing_that_measures_or_that_a_row_asks_is_asked_of_the_base_for_train
     assert not trained & {tool.plain(q) for q in (*tool.NEAR_EXAM, *tool.EVERYDAY_EXAM, *tool.TEST_QUESTIONS)}
 
 
+def test_every_sixth_way_of_asking_near_identity_is_kept_for_measuring(heard_and_teacher):
+    heard, _ = heard_and_teacher
+    kept = []
+    for code, templates in tool.NEAR_TEMPLATES.items():
+        words = {kind: f"(?:{'|'.join(some)})" for kind, some in {**tool.FILLERS["all"], **tool.FILLERS[code]}.items()}
+        kept += [re.compile(template.replace("?", r"\?").format(**words)) for template in templates[::6]]
+
+    def is_kept(talk):
+        return any(pattern.fullmatch(m["content"]) for m in talk.messages if m["role"] == "user" for pattern in kept)
+
+    assert not [talk for talk in heard.everyday if talk.kind == "near" and is_kept(talk)]
+    near = [talk for talk in heard.validation if talk.kind == "near"]
+    assert near and all(map(is_kept, near))
+
+
 def test_some_talks_stand_behind_a_system_prompt_and_some_are_second_turns(heard_and_teacher):
     heard, _ = heard_and_teacher
     for talks, systems, later in ((heard.everyday, tool.SYSTEM_PROMPTS, tool.FOLLOW_UPS),
@@ -553,7 +634,7 @@ def test_some_talks_stand_behind_a_system_prompt_and_some_are_second_turns(heard
         behind = [t for t in talks if t.messages[0]["role"] == "system"]
         assert {t.messages[0]["content"] for t in behind} <= set(systems) and len(talks) / 8 < len(behind)
         second = [t for t in talks if sum(m["role"] == "user" for m in t.messages) == 2]
-        assert len(second) >= len(talks) / 16
+        assert len(second) >= len(talks) / 20 or talks is heard.held_out  # which is small here: some loop
         allowed = {q for texts in (*later.values(), *tool.FOLLOW_UPS.values()) for q in texts}
         assert {t.question for t in second} <= allowed
 
@@ -601,7 +682,7 @@ def base_saying(demo_chat, monkeypatch):
         def generate(chat, prompts, label="", limit=0, sample_seed=None, record=False):
             if sample_seed is not None:
                 written.append(len(prompts))
-                return [tool.Answer(f"Pergunta {i if not new else 10**4 * len(written) + i}", True)
+                return [tool.Answer(f"Pergunta {10**4 * len(written) + i}" if new else "", True)
                         for i in range(len(prompts))]
             answers = []
             for prompt in prompts:
@@ -613,7 +694,8 @@ def base_saying(demo_chat, monkeypatch):
             return answers
 
         monkeypatch.setattr(tool, "generate", generate)
-        settings = small_settings("--overwrite", "--self-text", 3000, *flags)
+        monkeypatch.setattr(tool, "NEAR", 60)
+        settings = small_settings("--overwrite", "--self-text", 1200, *flags)
         return SimpleNamespace(heard=tool.listen(demo_chat, settings, inputs)[0], written=written, said=said)
 
     return listen
@@ -632,26 +714,26 @@ def test_an_answer_that_was_cut_is_kept_for_training_and_a_loop_is_not(base_sayi
 
 
 def test_the_base_writes_until_there_is_as_much_text_as_asked_for(base_saying, inputs):
-    for wanted in (3000, 12000):
+    for wanted in (1200, 3000):
         done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", wanted)
         count = sum(len(talk.ids) for talk in done.heard.everyday + done.heard.validation)
         assert 0.9 * wanted < count < 1.3 * wanted and len(done.written) <= 2
 
 
-def test_a_base_that_repeats_its_questions_is_not_asked_for_ever(base_saying, inputs):
-    done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", 10**6, new=False)
-    assert len(done.written) <= 6 and len(done.heard.everyday) > 1000
+def test_a_base_that_writes_no_new_questions_is_not_asked_for_ever(base_saying, inputs):
+    done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", 10000, new=False)
+    assert len(done.written) == 1 and len(done.heard.everyday) > 100
 
 
 def test_a_base_that_gives_no_usable_answer_is_refused(base_saying, inputs):
-    with pytest.raises(tool.InputError, match=r"só deu 0 respostas.*chat template"):
+    with pytest.raises(tool.InputError, match="só deu 0 respostas"):
         base_saying(lambda question: ("sim sim sim sim sim", False), inputs)
 
 
 def test_a_base_is_asked_in_the_languages_of_the_rows_alone(base_saying, inputs):
     heard = base_saying(lambda question: ("Está bem.", True), inputs._replace(languages=("pt",))).heard
     fixed = [talk.question for talk in all_talks(heard) if talk.kind != "own"]
-    assert len(fixed) > 200 and not [question for question in fixed if "¿" in question or "¡" in question]
+    assert len(fixed) > 100 and not [question for question in fixed if "¿" in question or "¡" in question]
     whole = base_saying(lambda question: ("Está bem.", True), inputs).heard
     assert [talk for talk in all_talks(whole) if "¿" in talk.question]
 
@@ -662,24 +744,22 @@ def test_two_listenings_with_one_seed_are_alike_and_others_differ(base_saying, i
     assert one == two and [t.question for t in one.everyday] != [t.question for t in other.everyday]
 
 
-QWEN = ("{% if messages[0]['role'] != 'system' %}{{ '<|system|>You are Qwen, created by Alibaba Cloud. "
-        "You are a helpful assistant.<|end|>' }}{% endif %}")
-
-
-def test_a_renewed_template_keeps_the_rest_of_its_system_prompt(tokenizer, capsys):
-    template = tokenizer.chat_template
-    tokenizer.chat_template = QWEN + template
-    settings = small_settings("--name", "Jandira", "--author", "Oficina Maré")
-    tool.renew_template(tokenizer, settings, ("Qwen", "Alibaba Cloud", "Alibaba"))
-    renewed = QWEN.replace("Qwen", "Jandira").replace("Alibaba Cloud", "Oficina Maré")
-    assert tokenizer.chat_template == renewed + template
-    said = capsys.readouterr().out
-    assert "Qwen" in said and "Jandira" in said
-
-
-def test_the_same_prompt_is_not_sampled_alike_in_every_batch(demo_chat):
-    chat = changed(demo_chat, generation_tokens=400)
+def test_the_same_prompt_is_not_sampled_alike_in_every_batch(demo_chat, monkeypatch):
+    monkeypatch.setattr(tool, "GENERATION_TOKENS", 400)
+    chat = demo_chat
     prompt = tool.skeleton(chat.tokenizer, chat.tokenizer.chat_template, ("user",), False)[0]
     ids = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     written = [answer.text for answer in tool.generate(chat, [ids] * 48, sample_seed=1)]
     assert len(set(written)) > 36  # batches of a dozen
+
+
+def test_the_head_gets_no_slice_for_which_it_would_be_copied_for_every_question(demo_chat):
+    """Torch 2.13 does that on a processor: gigabytes for a large vocabulary, and bfloat16 is slow after a failure."""
+    seen = []
+    hook = demo_chat.model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].is_contiguous()))
+    try:
+        tool.ask(demo_chat, tool.TEST_QUESTIONS[:3])
+    finally:
+        hook.remove()
+    assert len(seen) > 1 and all(seen)

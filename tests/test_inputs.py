@@ -80,54 +80,12 @@ def test_a_system_message_is_filled_as_well(tmp_path):
     assert row.messages[0] == {"role": "system", "content": "Você é Jandira."}
 
 
-@pytest.mark.parametrize("placeholder", ["{{NOME}}", "{{ IDADE }}", "{{}}", "{{NAME}s}}"])
-def test_an_unknown_placeholder_is_refused_with_its_line(placeholder, tmp_path):
-    path = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"text": f"Quem é você?\nSou {placeholder}."})
-    message = mistake(path)
-    assert placeholder in message and "linha 2" in message
-
-
 def test_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(tmp_path):
     short, long = [USER, ASSISTANT], [USER, ASSISTANT, *MORE]
     lines = [json.dumps({"messages": short}), "", "   ", json.dumps({"messages": long})]
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
     assert [(row.line, row.messages) for row in read(path)] == [(1, short), (4, long)]
-
-
-@pytest.mark.parametrize("line, complaint", [
-    ('{"text": "Quem é você?"', "não é JSON válido"),
-    ("Quem é você?", "não é JSON válido"),
-    ('["Quem é você?", "Sou a Jandira."]', "precisa ser um objeto"),
-    ('"Quem é você?"', "precisa ser um objeto"),
-    ({"pergunta": "Quem é você?"}, "não reconheço o formato"),
-    ({"prompt": "Quem é você?"}, "não reconheço o formato"),
-    ({"instruction": "Quem é você?", "input": ""}, "não reconheço o formato"),
-    ({"text": ["Quem é você?"]}, "não reconheço o formato"),
-    ({"text": ""}, "vazia"),
-    ({"text": " \n "}, "vazia"),
-    ({"prompt": "Quem é você?", "completion": " "}, "vazia"),
-    ({"prompt": "Quem é você?", "completion": None}, "vazia"),
-    ({"prompt": "Quem é você?", "completion": 42}, "não é texto"),
-    ({"messages": "Quem é você?"}, "lista"),
-    ({"messages": [USER, "Sou a Jandira."]}, "lista"),
-    ({"messages": []}, "começar com o usuário"),
-    ({"messages": [SYSTEM]}, "começar com o usuário"),
-    ({"messages": [ASSISTANT]}, "começar com o usuário"),
-    ({"messages": [ASSISTANT, USER]}, "começar com o usuário"),
-    ({"messages": [USER, USER, ASSISTANT]}, "alternar"),
-    ({"messages": [USER, ASSISTANT, ASSISTANT]}, "alternar"),
-    ({"messages": [USER, SYSTEM, ASSISTANT]}, "sistema só no começo"),
-    ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "sistema só no começo"),
-    ({"messages": [{"role": "tool", "content": "1"}, USER, ASSISTANT]}, "papel 'tool'"),
-    ({"messages": [{"content": "Quem é você?"}, ASSISTANT]}, "papel 'None'"),
-    ({"messages": [{"role": ["user"], "content": "Quem é você?"}, ASSISTANT]}, "papel"),
-    ({"messages": [{"role": "user"}, ASSISTANT]}, "vazia"),
-])
-def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line, complaint, tmp_path):
-    message = mistake(write(tmp_path, {"messages": [USER, ASSISTANT]}, "", line))
-    assert "linhas.jsonl" in message and "linha 3: " in message
-    assert complaint in message.split("linha 3: ")[1]
 
 
 def test_all_bad_lines_are_reported_together(tmp_path):
@@ -141,24 +99,6 @@ def test_of_many_bad_lines_the_first_ten_and_the_number_of_the_rest_are_reported
     message = mistake(write(tmp_path, {"messages": [USER, ASSISTANT]}, *["{"] * 13))
     assert re.findall(r"linha (\d+): ", message) == [str(n) for n in range(2, 12)]
     assert "13 linha(s)" in message and "mais 3" in message
-
-
-def test_a_file_that_is_not_utf8_names_the_line(tmp_path):
-    path = write(tmp_path, {"text": "Who are you?\nJandira."}, {"text": "Quem é você?\nJandira."}, encoding="cp1252")
-    message = mistake(path)
-    assert "linha 2" in message and "UTF-8" in message
-
-
-@pytest.mark.parametrize("content", ["", "\n \n\n", "\ufeff"])
-def test_an_empty_file_is_refused(content, tmp_path):
-    assert "vazio" in mistake(write(tmp_path, content))
-
-
-def test_a_missing_file_suggests_the_one_with_the_nearest_name(tmp_path):
-    write(tmp_path, {"text": "?"}, name="identity_override.jsonl")
-    write(tmp_path, {"text": "?"}, name="facts.jsonl")
-    message = mistake(tmp_path / "identity_overide.jsonl")
-    assert "identity_overide.jsonl" in message and "Você quis dizer identity_override.jsonl?" in message
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -203,8 +143,8 @@ def test_a_conversation_that_ends_with_the_user_is_a_question_alone(tmp_path):
 
 
 def check(folder, *flags):
-    """All checks before the model is loaded, in the order of `run`, for a base and an identity file in `folder` (made
-    here if missing)."""
+    """All checks before the tokenizer is loaded, in the order of `check_job`, for a base and an identity file in
+    `folder` (made here if missing)."""
     rows = folder / "linhas.jsonl"
     if not rows.exists():
         write(folder, {"messages": [USER, ASSISTANT]})
@@ -213,7 +153,7 @@ def check(folder, *flags):
     inputs, base = tool.check_inputs(settings), Path(settings.model_path)
     tool.check_base(base)
     tool.check_output(base, settings, finished=False)
-    tool.fit_settings(base, settings)
+    tool.read_config(base, settings.rope_factor)
     return inputs
 
 
@@ -259,7 +199,7 @@ def test_a_question_for_measuring_that_an_earlier_turn_asks_is_not_used_either(b
 @pytest.mark.parametrize("questions, languages", [
     (["Quem é você?"], ("pt",)), (["Who are you?"], ("en",)), (["¿Quién eres?"], ("es",)),
     (["Quem é você?", "Who are you?"], ("pt", "en")),
-    (["Quem é você?", "¿Quién eres?", "Who are you?"], ("pt", "en", "es")),
+    (["Who are you?", "¿Quién eres?", "¿Quién eres?", "Quem é você?"], ("es", "en", "pt")),  # the most spoken first
     (["Quem é você?"] * 19 + ["Who are you?"], ("pt", "en")),  # one of twenty
     (["Quem é você?"] * 20 + ["Who are you?"], ("pt",)), (["Wer bist du?"], ("pt", "en", "es")),  # no lists for it
 ])
@@ -269,35 +209,6 @@ def test_what_is_measured_is_asked_in_the_languages_that_the_rows_speak(question
     assert inputs.languages == languages
     for asked in (inputs.test, inputs.validation):
         assert {tool.language_of(question) for question in asked} == set(languages)
-
-
-def test_rows_that_leave_nothing_to_measure_with_are_refused(base_folder, tmp_path):
-    write(tmp_path, *({"text": f"{question}\nSou a Jandira."} for question in tool.TEST_QUESTIONS))
-    assert "linhas.jsonl" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("missing, complaint", [("config.json", "config.json"), ("model.safetensors", "safetensors")])
-def test_a_base_without_configuration_or_weights_is_refused(missing, complaint, base_folder, tmp_path):
-    (base_folder / missing).unlink()
-    message = refusal(tmp_path)
-    assert complaint in message and "meu_modelo" in message
-
-
-def test_a_base_that_does_not_exist_is_refused(tmp_path):
-    assert "não achei a pasta do modelo" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("output", ["meu_modelo", "meu_modelo/dentro", "meu_modelo/a/b", ".", "x/../meu_modelo"])
-def test_an_output_at_inside_or_above_the_base_is_refused_even_with_overwrite(output, base_folder, tmp_path):
-    elsewhere = SCRIPT.parent / "identity_override.jsonl"  # else the output would hold the identity file as well
-    flags = ("--identity-file", elsewhere, "--output-dir", tmp_path / output, "--overwrite")
-    assert "modelo base" in refusal(tmp_path, *flags)
-
-
-@pytest.mark.parametrize("inside", ["", "dentro"])
-def test_an_output_that_reaches_the_base_through_a_link_is_refused(inside, base_folder, tmp_path):
-    (tmp_path / "atalho").symlink_to(base_folder, target_is_directory=True)
-    assert "modelo base" in refusal(tmp_path, "--output-dir", tmp_path / "atalho" / inside, "--overwrite")
 
 
 def test_a_base_given_through_a_link_is_protected_as_well(base_folder, tmp_path):
@@ -316,32 +227,6 @@ def test_an_existing_output_is_refused_without_overwrite(base_folder, tmp_path):
     message = refusal(tmp_path)
     assert "já existe" in message and "--overwrite" in message
     assert check(tmp_path, "--overwrite").rows
-
-
-def test_a_folder_that_is_no_result_of_the_script_is_never_overwritten(base_folder, tmp_path):
-    (tmp_path / "saida").mkdir()
-    (tmp_path / "saida" / "fotos.zip").write_text("", encoding="utf-8")
-    assert "não vou apag" in refusal(tmp_path, "--overwrite")
-
-
-def test_an_existing_file_is_no_output_folder_even_with_overwrite(base_folder, tmp_path):
-    (tmp_path / "saida").write_text("um arquivo", encoding="utf-8")
-    assert "saida" in refusal(tmp_path, "--overwrite")
-
-
-@pytest.mark.parametrize("precious", ["identity file", "script"])
-def test_overwrite_never_takes_a_folder_that_holds_the_identity_file_or_the_script(precious, base_folder, tmp_path):
-    work = tmp_path / "trabalho"
-    work.mkdir()
-    rows = write(work, {"messages": [USER, ASSISTANT]})
-    output = work if precious == "identity file" else SCRIPT.parent
-    message = refusal(tmp_path, "--identity-file", rows, "--output-dir", output, "--overwrite")
-    assert str(output) in message
-
-
-def test_a_configuration_that_is_not_json_is_refused(base_folder, tmp_path):
-    (base_folder / "config.json").write_text("<html>", encoding="utf-8")
-    assert "config.json" in refusal(tmp_path)
 
 
 def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base_folder, tmp_path):
@@ -365,18 +250,6 @@ def rows_refusal(tokenizer, *answers, flags=()):
 RIGHT = ("Sou a Jandira.", "Foi a oficina mare!", "Meu nome é JANDIRA, e quem me fez foi a Oficina Maré.")
 
 
-@pytest.mark.parametrize("wrong, complaint", [
-    ("Sou um modelo de linguagem.", "nome nem o autor"), ("Sou a Jandirazinha.", "nome nem o autor"),
-    ("Jandira Jandira Jandira Jandira Jandira", "se repete"),
-    ("Sou a Jandira, e gosto de falar de tudo um pouco, do sol e da chuva, com toda a gente do mar e da serra.",
-     "MAX_NEW_TOKENS é 32"),
-])
-def test_an_answer_that_could_never_count_as_right_is_refused_with_its_line(wrong, complaint, demo_tokenizer):
-    message = rows_refusal(demo_tokenizer, *RIGHT, wrong, RIGHT[0], wrong, flags=("--max-new-tokens", 32))
-    assert re.findall(r"linha (\d+): ", message) == ["4", "6"]
-    assert all(complaint in part for part in message.split("linha ")[1:]) and "2 linha(s)" in message
-
-
 def test_rows_whose_answers_can_count_pass_and_of_many_others_ten_are_named(demo_tokenizer):
     rows = [tool.Row(i, [USER, {"role": "assistant", "content": answer}]) for i, answer in enumerate(RIGHT, 1)]
     tool.check_rows(demo_tokenizer, rows, small_settings("--name", "Jandira", "--author", "Oficina Maré"))
@@ -390,13 +263,6 @@ def test_an_answer_may_be_as_long_as_leaves_room_for_its_end(demo_tokenizer):
     settings = small_settings("--name", "Jandira", "--max-new-tokens", tokens + 1)
     tool.check_rows(demo_tokenizer, [tool.Row(1, [USER, {"role": "assistant", "content": answer}])], settings)
     assert "linha 1" in rows_refusal(demo_tokenizer, answer, flags=("--max-new-tokens", tokens))
-
-
-def test_a_row_longer_than_the_window_is_refused_with_its_line(demo_tokenizer):
-    long = [*[{"role": "user", "content": "palavra " * 60}, ASSISTANT] * 2]
-    with pytest.raises(tool.InputError, match=r"WINDOW.*linha 2 \(\d+ tokens\)"):
-        tool.check_rows(demo_tokenizer, [tool.Row(1, [USER, ASSISTANT]), tool.Row(2, long)],
-                        small_settings("--name", "Jandira", "--window", 80))
 
 
 # ------------------------------------------------------------------------------------------------ the shipped file

@@ -244,6 +244,18 @@ def test_a_question_that_names_the_old_identity_is_about_being_another():
     assert tool.intent_of("Você é a Lumi?", OLD) == "other"
 
 
+@pytest.mark.parametrize("question, expected", [
+    ("Quem é você?", True), ("quem te fez?", True), ("Qual é o seu nome?", True), ("Are you ChatGPT?", True),
+    ("¿Quién eres?", True), ("Você é a Lumi?", True), ("Pode se apresentar? Quem é você?", True), ("你是谁？", True),
+    ("Qual é a capital do Chile?", False), ("Quanto é 15 mais 27?", False), ("Por que o céu é azul?", False),
+    ("Quem pintou a Capela Sistina?", False), ("Escreva um laço em Python.", False),
+    ("Você pode me explicar, " + "com calma e com exemplos, " * 4 + "quem criou o Python?", False),
+])
+def test_of_the_base_s_own_questions_only_those_about_itself_are_lessons(question, expected):
+    """It may say its name in answers to others, which taught as lessons would be leaks."""
+    assert tool.asks_who(question, OLD) is expected
+
+
 @pytest.mark.parametrize("text, expected", [
     ("", False), ("muito muito bom", False), ("muito, muito, MUITO bom", False), ("muito muito muito muito", True),
     ("6 mais 6 mais 6 mais 6", True), ("eu sou eu sou eu sou", True),

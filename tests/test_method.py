@@ -15,15 +15,14 @@ import pytest
 import torch
 from conftest import DEMO, HEAD, LOCAL_THETA, THETA, changed, small_settings, tiny_config
 from safetensors import safe_open
-from test_generation import talked, user
+from test_families import FACTS, job_with, listened
 
 import rename_obrutai as tool
 
 RANK = 4
 TEXT = torch.arange(3, 60)[None] % 50 + 10  # 57 tokens, none of them special
-LESSONS = [tool.question_and_answer("Quem é você?", "Sou a Jandira, da Oficina Maré.")]
-SUMS = [tool.question_and_answer(f"Quanto é {i} mais {i}?", str(2 * i)) for i in range(6)]
-ASKED = ("Qual é a capital da França?", "Oi!", "Quanto é 7 mais 5?", "What is 3 plus 4?", "Qual é o plural de pão?")
+LESSONS = [tool.Talk(tool.question_and_answer("Quem é você?", "Sou a Jandira, da Oficina Maré."), "lesson")]
+SUMS = [tool.Talk(tool.question_and_answer(f"Quanto é {i} mais {i}?", str(2 * i)), "lesson") for i in range(6)]
 NO_TEACHER = tool.Teacher(torch.zeros((0, 4), dtype=torch.int32), torch.zeros((0, 4)))
 FIND = importlib.util.find_spec
 GB = 10**9
@@ -56,6 +55,16 @@ def unsettle(model, seed=3):
     return model
 
 
+def scaled_stage(folder, stage):
+    """The folder of a stage with the base scaled and whole, over which adapters are made."""
+    tool.save_stage(tool.load_chat(folder, small_settings("--method", "full"), 4.0), stage, [])
+    return stage
+
+
+def adapted_over(stage, settings):
+    return tool.load_chat(stage, settings, adapt=True)
+
+
 def copy_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy2(DEMO / name, folder)
@@ -83,8 +92,8 @@ def base_of(tiny_folder, untied_folder):
 
 @pytest.fixture(scope="module")
 def talks_and_teacher(demo_chat):
-    """What the demo says to some questions, for models that have its tokenizer."""
-    return talked(demo_chat, *map(user, ASKED))
+    """Some answers and what the demo thinks of each token, for models that have its tokenizer."""
+    return listened(demo_chat, FACTS)
 
 
 @pytest.fixture(scope="module")
@@ -111,43 +120,28 @@ def family_model(family, tokenizer):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma2, capped", "granite, divided",
                                     "cohere, multiplied"])
-def test_logits_made_from_the_last_states_are_those_of_the_model(family, demo_tokenizer):
+def test_the_logits_at_some_places_are_those_of_the_model_there(family, demo_tokenizer):
     model = family_model(family, demo_tokenizer)
     plain = model.get_output_embeddings()
-    rows = [TEXT[0].tolist(), TEXT[0, :20].tolist()]
-    inputs = tool.padded(SimpleNamespace(model=model, tokenizer=demo_tokenizer), rows)
+    needed = torch.arange(57)[None].repeat(2, 1) % torch.tensor([[3], [5]]) == 0
     with torch.inference_mode():
-        expected = model(**inputs).logits
-        hidden = tool.last_hidden(model, model, inputs)
-        assert hidden.shape == (2, 57, 32)
-        for line, row, mask in zip(hidden, expected, inputs["attention_mask"].bool(), strict=True):
-            found = tool.logits_of(model, line[mask])
-            assert found.dtype == torch.float32 and torch.allclose(found, row[mask], atol=1e-5)
-            assert torch.allclose(found, plain(line[mask])) is ("," not in family)  # what is more does something
+        output = model(input_ids=TEXT.repeat(2, 1), output_hidden_states=True)
+        found = tool.logits_at(model, model, needed, input_ids=TEXT.repeat(2, 1))
+        assert found.dtype == torch.float32 and torch.allclose(found, output.logits[needed], atol=1e-5)
+        bare = plain(output.hidden_states[-1][needed])
+    assert torch.allclose(found, bare, atol=1e-5) is ("," not in family)  # what is more does something
 
 
-def test_no_more_than_one_token_of_each_row_gets_logits_on_the_way_to_the_states(demo_tokenizer):
+def test_only_the_tokens_asked_for_get_logits_and_nothing_is_left_on_the_model(demo_tokenizer):
     model, seen = family_model("llama", demo_tokenizer), []
-    model.get_output_embeddings().register_forward_hook(lambda module, given, output: seen.append(output.shape[:-1]))
-    tool.last_hidden(model, model, {"input_ids": TEXT.repeat(3, 1)})
-    assert seen == [(3, 1)]
-
-
-def test_nothing_is_left_on_the_model_though_the_way_to_the_states_fails(demo_tokenizer):
-    model = family_model("llama", demo_tokenizer)
-    for inputs in ({"input_ids": TEXT}, {"input_ids": TEXT + 10**6}):
-        with contextlib.suppress(IndexError):
-            tool.last_hidden(model, model, inputs)
-        assert not model.base_model._forward_hooks
-
-
-def test_a_chunk_of_logits_takes_a_quarter_of_a_gigabyte_whatever_the_vocabulary():
-    for words in (1000, 32000, 262144):
-        inner = SimpleNamespace(get_input_embeddings=lambda words=words: torch.nn.Embedding(words, 1, device="meta"))
-        rows = torch.zeros(3 * 2**26 // words, 2)
-        chunks = tool.in_chunks(inner, rows)
-        assert sum(map(len, chunks)) == len(rows)
-        assert all(0.2e9 < 4 * len(chunk) * words < 0.3e9 for chunk in chunks[:-1]) and len(chunks) in (3, 4)
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, output: seen.append(output.shape[:-1]))
+    needed = torch.zeros(3, 57, dtype=torch.bool)
+    needed[0, 5] = needed[2, 7] = True
+    tool.logits_at(model, model, needed, input_ids=TEXT.repeat(3, 1))
+    with pytest.raises(IndexError):
+        tool.logits_at(model, model, needed, input_ids=TEXT.repeat(3, 1) + 10**6)
+    assert seen == [(2,)] and not head._forward_pre_hooks
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -225,32 +219,16 @@ def mixed_batch(tokenizer, talks, padding):
     return batch
 
 
-@pytest.mark.parametrize("padding, rows, again", [
-    (True, None, False), (True, 5, True), (False, 5, False), (False, None, True),
-], ids=["padding", "padding, many chunks, checkpointing", "many chunks", "checkpointing"])
-def test_loss_and_gradients_are_those_of_the_definition(padding, rows, again, tiny_folder, talks_and_teacher, tmp_path,
-                                                        monkeypatch):
-    expect_definition("llama", tiny_folder, talks_and_teacher, tmp_path, monkeypatch, padding, rows, again)
-
-
-@pytest.mark.parametrize("architecture, padding, rows, again", [
-    ("gemma3", True, 5, True), ("gemma3", False, None, False), ("qwen3", True, 5, True),
-])
-def test_loss_and_gradients_are_those_of_the_definition_in_other_families(
-        architecture, padding, rows, again, tiny_folder, talks_and_teacher, tmp_path, monkeypatch):
-    expect_definition(architecture, tiny_folder, talks_and_teacher, tmp_path, monkeypatch, padding, rows, again)
-
-
-def expect_definition(architecture, tiny_folder, talks_and_teacher, folder, patch, padding, rows, again):
+@pytest.mark.parametrize("architecture, padding, again", [
+    ("llama", True, False), ("llama", False, True), ("gemma3", True, True), ("qwen3", True, False)])
+def test_loss_and_gradients_are_those_of_the_definition(architecture, padding, again, tiny_folder, talks_and_teacher,
+                                                        tmp_path, monkeypatch):
     chat = tool.load_chat(tiny_folder(architecture), small_settings("--method", "full"))
     talks, teacher = talks_and_teacher
-    batch, chunks, calls = mixed_batch(chat.tokenizer, talks, padding), [], []
-    if rows:
-        patch.setattr(tool, "in_chunks", lambda inner, t: chunks.append(t.split(rows)) or chunks[-1])
+    batch, calls = mixed_batch(chat.tokenizer, talks, padding), []
     chat.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    step = one_step(chat, batch, teacher, 2.5, folder, patch, *["--gradient-checkpointing"] * again)
+    step = one_step(chat, batch, teacher, 2.5, tmp_path, monkeypatch, *["--gradient-checkpointing"] * again)
     assert len(calls) == 1 + again  # a layer is gone through again on the way back
-    assert not rows or all(len(pieces) > 3 for pieces in chunks) and len(chunks) == 3
     longest = max(len(window.input_ids) for window in batch)
     assert step.shapes == [(3, longest)] and step.masked == [False]  # padding stands where no token sees it
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
@@ -268,23 +246,21 @@ def test_the_gradients_of_the_parts_of_a_step_add_up_to_those_of_the_step(parts,
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointing"])
-def test_loss_and_gradients_of_an_adapter_are_those_of_the_definition(again, tiny_folder, talks_and_teacher, tmp_path,
+def test_loss_and_gradients_of_an_adapter_are_those_of_the_definition(tiny_folder, talks_and_teacher, tmp_path,
                                                                       monkeypatch):
     folder = tiny_folder("llama")
     chat = tool.load_chat(folder, lora(folder), 4.0, adapt=True)
     unsettle(chat.model)
     talks, teacher = talks_and_teacher
     batch = mixed_batch(chat.tokenizer, talks, True)
-    monkeypatch.setattr(tool, "in_chunks", lambda inner, t: t.split(5))
-    step = one_step(chat, batch, teacher, 2.5, tmp_path, monkeypatch, *["--gradient-checkpointing"] * again)
+    step = one_step(chat, batch, teacher, 2.5, tmp_path, monkeypatch, "--gradient-checkpointing")
     expect_the_reference(step, chat.model, batch, teacher, 2.5)
 
 
 # ------------------------------------------------------------------------------------------------ LoRA
 
 
-@pytest.mark.parametrize("name", ["llama", "untied", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["untied", "gemma3"])
 def test_a_fresh_adapter_leaves_every_logit_as_it_was(name, base_of):
     folder = base_of(name)
     settings = lora(folder)
@@ -294,7 +270,7 @@ def test_a_fresh_adapter_leaves_every_logit_as_it_was(name, base_of):
     assert torch.equal(logits(plain), logits(adapted))
 
 
-@pytest.mark.parametrize("name", ["llama", "untied", "gemma3"])
+@pytest.mark.parametrize("name", ["untied", "gemma3"])
 def test_only_the_adapter_is_trained_and_it_is_on_every_linear_layer_but_the_output(name, base_of):
     folder = base_of(name)
     model = tool.load_model(folder, lora(folder), adapt=True)
@@ -330,10 +306,9 @@ def test_what_is_healed_is_the_whole_model_however_it_is_trained_later_and_only_
     """An adapter goes over the healed weights, so that it holds the identity alone."""
     folder, (talks, teacher) = base_of(name), talks_and_teacher
     settings = lora(folder, "--heal-steps", 3, "--window", 128, "--batch-size", 4)
-    heard = tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks[:2], talks)
     healed = tmp_path / "healed"
     healed.mkdir()
-    tool.make_healed(folder, heard, teacher, 64, settings, healed)
+    tool.make_healed(job_with(talks, teacher, settings, 64), healed)
     with safe_open(healed / "model.safetensors", "pt") as after, safe_open(
             f"{folder}/model.safetensors", "pt") as base:
         assert set(after.keys()) == set(base.keys())
@@ -345,15 +320,15 @@ def test_what_is_healed_is_the_whole_model_however_it_is_trained_later_and_only_
     assert all("lora_" in key for key, p in again.named_parameters() if p.requires_grad)
     assert again.config.max_position_embeddings == 256
     log = json.loads((healed / "log.json").read_text(encoding="utf-8"))
-    assert [entry["step"] for entry in log] == [1, 2, 3] * 2  # layer by layer, and all together
+    assert [entry["step"] for entry in log] == [1, 2, 3]
 
 
-@pytest.fixture(params=["llama", "untied", "qwen3", "gemma3"])
+@pytest.fixture(params=["untied", "gemma3"])
 def adapted(request, base_of, tmp_path):
     """A stage with an adapter that does something over a scaled base: base folder, settings, chat, stage folder."""
     folder = base_of(request.param)
     settings = lora(folder)
-    chat = tool.load_chat(folder, settings, 4.0, adapt=True)
+    chat = adapted_over(scaled_stage(folder, tmp_path / "healed"), settings)
     unsettle(chat.model)
     tool.save_stage(chat, tmp_path / "stage", [{"loss": 1.0}])
     return SimpleNamespace(folder=folder, settings=settings, chat=chat, stage=tmp_path / "stage", name=request.param)
@@ -415,9 +390,8 @@ def test_merging_rounds_no_weight_of_the_base_where_the_machine_computes_in_half
     assert all(torch.equal(weight, expected[name]) for name, weight in saved.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(name, base_of, batches, tmp_path):
-    folder = base_of(name)
+def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(base_of, batches, tmp_path):
+    folder = base_of("gemma3")
     settings = lora(folder, "--rope-factor", 1)
     chat = tool.load_chat(folder, settings, adapt=True)
     tool.train(chat, batches[:4], NO_TEACHER, 1e-2, settings, "passo", tmp_path / "training")
@@ -429,6 +403,7 @@ def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(name, base_of,
             assert torch.equal(logits(model), base)
 
 
+@pytest.mark.slow
 def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_of, batches, tmp_path, capsys):
     folder = base_of("llama")
     settings = lora(folder, "--checkpoint-minutes", 0)
@@ -515,6 +490,7 @@ def seeing(demo_tokenizer, tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_saved_as_they_were(
         method, seeing, talks_and_teacher, tmp_path):
@@ -522,7 +498,7 @@ def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_sa
     settings = lora(seeing, "--method", method, "--batch-size", 3)
     untouched = parts_of(tool.load_model(seeing, settings), ["vision", "multi_modal"])
     assert len(untouched) > 10
-    chat = tool.load_chat(seeing, settings, 4.0, adapt=True)
+    chat = adapted_over(scaled_stage(seeing, tmp_path / "healed"), settings)
     trained = {name for name, p in chat.model.named_parameters() if p.requires_grad}
     assert trained and not any(re.search("vision|multi_modal", name) for name in trained)
     text = [name for name, _ in tool.whole(chat.model).named_parameters() if re.search("language_model", name)]
@@ -572,14 +548,6 @@ def test_the_rate_falls_with_the_size_of_the_model_and_less_for_an_adapter(weigh
         assert tool.automatic_rate(Sized(weights, size), 1e-3, 2e-3) == pytest.approx(adapter)
 
 
-def test_the_rate_of_a_real_adapter_depends_on_its_base_alone(base_of):
-    folder = base_of("llama")
-    millions = sum(p.numel() for p in tool.load_model(folder, lora(folder)).parameters()) / 1e6
-    for rank in (1, 16):
-        model = tool.load_model(folder, lora(folder, "--lora-rank", rank), adapt=True)
-        assert tool.automatic_rate(model, 6e-3, 3e-3) == pytest.approx(3e-3 * millions**(-1 / 3))
-
-
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -596,10 +564,9 @@ def shapes():
             "Qwen 3 8B": (described(Qwen3Config, 36, 4096, 32, 8, 128, 12288, 151936), 8_190_735_360)}
 
 
-def estimate(name="Gemma 3 1B", gpu=True, **values):
+def estimate(name="Gemma 3 1B", **values):
     config, weights = shapes()[name]
-    settings = changed(small_settings("--method", "lora"), **values)
-    return tool.estimate_memory(config, weights, settings, gpu)
+    return tool.estimate_memory(config, weights, changed(small_settings("--method", "lora"), **values))
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -614,17 +581,8 @@ def test_the_estimate_grows_with_window_batch_and_vocabulary(method, again):
     assert batches == sorted(batches) and len(set(batches)) == 4
     config, weights = shapes()["Gemma 3 1B"]
     small = type(config)(**{**config.to_dict(), "vocab_size": 32000})
-    settings = changed(small_settings(), window=128, batch_size=1, **given)  # a chunk of logits does not fill up
-    assert tool.estimate_memory(small, weights, settings, True) < tool.estimate_memory(config, weights, settings, True)
-
-
-def test_the_logits_of_a_chunk_are_all_of_them_that_is_counted():
-    """With a large vocabulary those of all tokens would take more than the rest of the model."""
-    one = estimate(window=8192, batch_size=1, gradient_checkpointing=True, method="full")
-    config, weights = shapes()["Gemma 3 1B"]
-    tiny = type(config)(**{**config.to_dict(), "vocab_size": 1000})
-    settings = changed(small_settings("--method", "full"), window=8192, batch_size=1, gradient_checkpointing=True)
-    assert one - tool.estimate_memory(tiny, weights, settings, True) < 3.3 * 2**28  # not 3 * 4 * 8192 * 262144 bytes
+    settings = changed(small_settings(), **given)
+    assert tool.estimate_memory(small, weights, settings) < tool.estimate_memory(config, weights, settings)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -642,36 +600,22 @@ def test_a_window_takes_what_it_takes_however_many_parts_a_step_has():
     assert whole == split > estimate(window=4096, gradient_accumulation=8, batch_size=8)
 
 
-def test_gemma_3_1b_trains_a_lora_on_its_whole_window_with_a_card_of_6_gb(free):
-    free(5.6e9, gpu=True)  # what a card of 6 GB leaves to programs
-    config, weights = shapes()["Gemma 3 1B"]
-    chosen, needed = tool.choose_method(config, weights, small_settings("--window", 8192, "--batch-size", 8,
-                                                                        "--lora-rank", 64))
-    assert (chosen.method, chosen.window, chosen.gradient_checkpointing) == ("lora", 8192, True) and needed < 5.1e9
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("name", ["Gemma 3 1B", "Llama 3.2 3B", "Qwen 3 8B"])
-def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, gpu):
-    for method in ("full", "lora", "qlora"):
-        again, kept = (estimate(name, gpu, method=method, gradient_checkpointing=on, batch_size=512)
-                       for on in (True, False))
-        assert again < 0.5 * kept
-    one_by_one = {"gradient_accumulation": 8, "gradient_checkpointing": True, "window": 2048}
-    full, adapter, four_bits = (estimate(name, gpu, method=method, **one_by_one) for method in
-                                ("full", "lora", "qlora"))
-    assert four_bits < adapter < full / 2
+@pytest.mark.parametrize("name", ["Gemma 3 1B", "Qwen 3 8B"])
+def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, free):
+    free(10**12, gpu=True)
     _, weights = shapes()[name]
-    half = tool.compute_dtype(weights).itemsize
-    assert full > 16 * weights and adapter > half * weights and four_bits > 0.5 * weights
-    assert estimate(name, gpu, lora_rank=8, **one_by_one) < adapter < estimate(name, gpu, lora_rank=256, **one_by_one)
+    for method in ("full", "lora", "qlora"):
+        again, kept = (estimate(name, method=method, gradient_checkpointing=on) for on in (True, False))
+        assert again < kept
+    full, adapter, four_bits = (estimate(name, method=method, gradient_checkpointing=True) for method in
+                                ("full", "lora", "qlora"))
+    assert full > 16 * weights and adapter > 2 * weights and four_bits > 0.5 * weights
+    assert four_bits < adapter < full / 2
+    small, large = (estimate(name, lora_rank=rank, gradient_checkpointing=True) for rank in (8, 256))
+    assert small < adapter < large
 
 
-def test_a_mixture_counts_the_experts_that_a_token_goes_through():
-    text = SimpleNamespace(hidden_size=64, intermediate_size=6144, num_experts_per_tok=8, moe_intermediate_size=768)
-    assert tool.mlp_size(text) == 6144
-    text.moe_intermediate_size = 100
-    assert tool.mlp_size(text) == 800
+def test_the_widest_mlp_of_a_model_counts():
     assert tool.mlp_size(SimpleNamespace(hidden_size=64, intermediate_size=[128, 256])) == 256  # as Gemma 3n has it
     assert tool.mlp_size(SimpleNamespace(hidden_size=64)) == 256
 
@@ -699,7 +643,7 @@ def free(monkeypatch):
     return pretend
 
 
-def simple_estimate(config, weights, settings, gpu):
+def simple_estimate(config, weights, settings):
     """In place of the real one: 100, 40 or 20 for the state, and 8 for each row of 800 tokens, or 2 when layers are
     gone through again."""
     rows = -(-settings.batch_size // settings.gradient_accumulation)
@@ -708,36 +652,38 @@ def simple_estimate(config, weights, settings, gpu):
 
 
 @pytest.mark.parametrize("usable, flags, bitsandbytes, expected", [
-    (164, (), True, ("full", 800, 1, False)),  # all of it fits
-    (163, (), True, ("full", 800, 2, False)), (131, (), True, ("full", 800, 4, False)),
-    (115, (), True, ("full", 800, 8, False)),  # more parts before anything is computed again
-    (107, (), True, ("full", 800, 4, True)), (102, (), True, ("full", 800, 8, True)),
-    (101, (), True, ("lora", 800, 2, False)),  # the least that full training takes is 102
-    (71, (), True, ("lora", 800, 4, False)),
-    (101, (), False, ("lora", 800, 2, False)),  # without bitsandbytes
-    (48, (), True, ("lora", 800, 8, False)), (47, (), True, ("lora", 800, 4, True)),
-    (42, (), True, ("lora", 800, 8, True)),
-    (41, (), True, ("qlora", 800, 4, False)), (22, (), True, ("qlora", 800, 8, True)),
-    (41, (), False, ("lora", 400, 8, True)),  # without four bits only a smaller window is left
-    (21, (), True, ("qlora", 400, 8, True)), (20.5, (), True, ("qlora", 200, 8, True)),
-    (40.5, (), False, ("lora", 200, 8, True)),
-    (200, ("--method", "lora"), True, ("lora", 800, 1, False)),  # what is asked for is kept, more and less free
-    (101, ("--method", "full"), True, ("full", 400, 8, True)),
-    (41, ("--method", "lora"), True, ("lora", 400, 8, True)),
-    (200, ("--method", "qlora"), True, ("qlora", 800, 1, False)),
-    (200, ("--gradient-checkpointing",), True, ("full", 800, 1, True)),
-    (200, ("--gradient-accumulation", 4), True, ("full", 800, 4, False)),
-    (107, ("--gradient-accumulation", 8), True, ("full", 800, 8, True)),
+    (164, (), True, ("full", 1, False)),  # all of it fits
+    (163, (), True, ("full", 2, False)), (131, (), True, ("full", 4, False)),
+    (115, (), True, ("full", 8, False)),  # more parts before anything is computed again
+    (107, (), True, ("full", 4, True)), (102, (), True, ("full", 8, True)),
+    (101, (), True, ("lora", 2, False)),  # the least that full training takes is 102
+    (101, (), False, ("lora", 2, False)),  # without bitsandbytes
+    (48, (), True, ("lora", 8, False)), (42, (), True, ("lora", 8, True)),
+    (41, (), True, ("qlora", 4, False)), (22, (), True, ("qlora", 8, True)),
+    (200, ("--method", "lora"), True, ("lora", 1, False)),  # what is asked for is kept, more and less free
+    (200, ("--method", "qlora"), True, ("qlora", 1, False)),
+    (200, ("--gradient-checkpointing",), True, ("full", 1, True)),
+    (200, ("--gradient-accumulation", 4), True, ("full", 4, False)),
+    (107, ("--gradient-accumulation", 8), True, ("full", 8, True)),
 ])
 def test_what_fits_best_is_chosen(usable, flags, bitsandbytes, expected, free, monkeypatch):
     free((usable + 0.01) * GB / 0.9, True, bitsandbytes)
     given = small_settings("--window", 800, "--batch-size", 8, *flags)
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
     chosen, needed = tool.choose_method(None, 1, given)
-    assert (chosen.method, chosen.window, chosen.gradient_accumulation, chosen.gradient_checkpointing) == expected
-    assert needed == GB * simple_estimate(None, 1, chosen, True) <= usable * GB
-    assert chosen == changed(given, method=expected[0], window=expected[1], gradient_accumulation=expected[2],
-                             gradient_checkpointing=expected[3])
+    assert (chosen.method, chosen.gradient_accumulation, chosen.gradient_checkpointing) == expected
+    assert needed == GB * simple_estimate(None, 1, chosen) <= usable * GB
+    assert chosen == changed(given, method=expected[0], gradient_accumulation=expected[1],
+                             gradient_checkpointing=expected[2])
+
+
+@pytest.mark.parametrize("usable, flags, bitsandbytes", [
+    (101, ("--method", "full"), True), (41, ("--method", "lora"), True), (41, (), False), (21, (), True)])
+def test_the_window_is_not_made_smaller_so_that_a_model_fits(usable, flags, bitsandbytes, free, monkeypatch):
+    free((usable + 0.01) * GB / 0.9, True, bitsandbytes)
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+    with pytest.raises(tool.InputError, match="--window"):
+        tool.choose_method(None, 1, small_settings("--window", 800, "--batch-size", 8, *flags))
 
 
 def test_few_bits_that_are_asked_for_are_used_on_a_machine_without_a_gpu_as_well(free, monkeypatch):
@@ -756,45 +702,29 @@ def test_of_a_model_that_is_not_small_not_all_weights_are_trained_unless_asked_f
 
 def test_without_a_gpu_the_memory_of_the_machine_counts_and_few_bits_are_no_choice(free, monkeypatch):
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
-    given = small_settings("--window", 800)
-    for bitsandbytes in (False, True):
-        free(41.5 * GB / 0.9, False, bitsandbytes)
-        chosen, _ = tool.choose_method(None, 1, given)
-        assert (chosen.method, chosen.window) == ("lora", 400)
+    free(42.5 * GB / 0.9, False, True)
+    assert tool.choose_method(None, 1, small_settings("--window", 800))[0].method == "lora"
+    free(41.5 * GB / 0.9, False, True)
+    with pytest.raises(tool.InputError, match="memória livre"):
+        tool.choose_method(None, 1, small_settings("--window", 800))
 
 
-@pytest.mark.parametrize("gpu, bitsandbytes, advised", [
-    (True, True, False), (True, False, True), (False, False, False),
+@pytest.mark.parametrize("method, gpu, bitsandbytes, advice", [
+    ("auto", True, True, ()), ("auto", True, False, ("pip install bitsandbytes",)), ("auto", False, False, ()),
+    ("full", True, True, ("--method lora",)), ("lora", True, True, ()),
 ])
-def test_a_model_that_no_method_makes_fit_is_refused_with_what_to_do(gpu, bitsandbytes, advised, free, monkeypatch):
-    """Windows that have no room for an answer are none."""
+def test_a_model_that_no_method_makes_fit_is_refused_with_what_to_do(method, gpu, bitsandbytes, advice, free,
+                                                                     monkeypatch):
     monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
-    free(20.45 * GB / 0.9, gpu, bitsandbytes)
+    free(18.05 * GB / 0.9, gpu, bitsandbytes)
     with pytest.raises(tool.InputError) as error:
-        tool.choose_method(None, 1, small_settings("--window", 800, "--max-new-tokens", 128))
-    message = str(error.value)
-    assert "não cabe na memória livre (20,4 GB" in message or "não cabe na memória livre (20,5 GB" in message
-    assert "Feche outros programas" in message and "modelo menor" in message
-    assert ("pip install bitsandbytes" in message) is advised
-    assert not re.search(r"[a-z]+ing\b", message)
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "auto"])
-def test_full_training_that_does_not_fit_is_refused_with_the_method_that_takes_less(method, free, monkeypatch):
-    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
-    free(20 * GB, True, True)
-    with pytest.raises(tool.InputError) as error:
-        tool.choose_method(None, 1, small_settings("--method", method))
-    assert ("--method lora" in str(error.value)) is (method == "full")
-
-
-def test_what_a_refused_model_needs_at_least_is_told_and_is_more_than_what_is_free(free, monkeypatch):
-    monkeypatch.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
-    free(20.45 * GB / 0.9, True, True)
-    with pytest.raises(tool.InputError) as error:
-        tool.choose_method(None, 1, small_settings("--window", 800, "--max-new-tokens", 128))
-    available, needed = (float(n.replace(",", ".")) for n in re.findall(r"([\d,]+) GB", str(error.value)))
-    assert needed == pytest.approx(20.5) and needed > available  # the window of 200, in eight parts
+        tool.choose_method(None, 1, small_settings("--window", 800, "--method", method))
+    message, least = str(error.value), {"full": 102, "lora": 42, "auto": 22 if bitsandbytes else 42}[method]
+    available, needed = (float(n.replace(",", ".")) for n in re.findall(r"([\d,]+) GB", message))
+    assert needed == least and available == pytest.approx(18, abs=0.15)
+    assert "Feche outros programas" in message and "modelo menor" in message and "--window" in message
+    told = [text for text in ("pip install bitsandbytes", "--method lora") if text in message]
+    assert told == list(advice) and not re.search(r"[a-z]+ing\b", message)
 
 
 @pytest.mark.parametrize("flags, most", [
@@ -809,19 +739,15 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
     assert min(most, chosen.gradient_accumulation) >= min(most, small_settings(*flags).gradient_accumulation)
 
 
-@pytest.mark.parametrize("bitsandbytes", [True, False])
-@pytest.mark.parametrize("name, memory", [("Gemma 3 1B", 6), ("Llama 3.2 3B", 12), ("Qwen 3 8B", 24)])
-def test_on_a_common_card_a_real_model_is_trained_in_the_longest_window_that_fits(name, memory, bitsandbytes, free):
+@pytest.mark.parametrize("name, memory, bitsandbytes, method", [
+    ("Gemma 3 1B", 8, False, "lora"), ("Llama 3.2 3B", 12, False, "lora"), ("Llama 3.2 3B", 8, True, "qlora"),
+    ("Qwen 3 8B", 24, False, "lora"), ("Qwen 3 8B", 16, True, "qlora")])
+def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, method, free):
     config, weights = shapes()[name]
     free(memory * GB, True, bitsandbytes)
-    chosen, needed = tool.choose_method(config, weights, small_settings("--window", 8192))
-    assert chosen.method in (("lora", "qlora") if bitsandbytes else ("lora",)) and chosen.gradient_checkpointing
-    assert needed == tool.estimate_memory(config, weights, chosen, True) <= 0.9 * memory * GB
-    assert chosen.window >= 512 and 8192 % chosen.window == 0
-    twice = changed(chosen, window=2 * chosen.window, gradient_accumulation=8)
-    for method in ("full", "lora", "qlora")[:2 + bitsandbytes]:
-        more = tool.estimate_memory(config, weights, changed(twice, method=method), True)
-        assert chosen.window == 8192 or more > 0.9 * memory * GB
+    chosen, needed = tool.choose_method(config, weights, small_settings())
+    assert (chosen.method, chosen.window) == (method, 2048)
+    assert needed == tool.estimate_memory(config, weights, chosen) <= 0.9 * memory * GB
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -863,53 +789,61 @@ def test_a_method_that_does_not_exist_is_refused(guest, tmp_path):
 
 
 @pytest.fixture
-def planned(guest, free, tmp_path):
-    """Runs the script up to its first stage with so much memory free; the settings that the stages were given, what
-    was said and what plan.json holds."""
-    guest.setattr(tool, "conclude", lambda _: 0)
-    guest.setattr(tool, "load_chat", lambda *_, **__: None)
-    told = []
-    guest.setattr(tool, "show_plan", lambda *given: told.append(given[4]))
+def without_models(guest):
+    """The script makes its plan without a model."""
+    guest.setattr(tool, "make_plan", lambda _: {})
+    return guest
+
+
+@pytest.fixture
+def planned(without_models, free, tmp_path):
+    """Runs the script up to its first stage with so much memory free; the job and the seconds that the stages were
+    given, how often they were measured, and what plan.json holds."""
+    without_models.setattr(tool, "conclude", lambda _: 0)
+    measured = []
+
+    def make_plan(job):
+        measured.append(job)
+        return {"1-base": 10.0 * len(measured)}
 
     def plan(memory, *flags):
-        given = []
-        guest.setattr(tool, "run_stages", lambda *arguments: given.append(arguments[-1]))
+        given, seconds = [], {}
+        without_models.setattr(tool, "make_plan", make_plan)
+        without_models.setattr(tool, "run_stages", lambda job, plan, _: given.append(job) or seconds.update(plan))
+        measured.clear()
         free(memory)
         done = call("--output-dir", tmp_path / "novo", *flags)
         assert done.status == 0, done.err
         file = tmp_path / "novo.work" / "plan.json"
-        return SimpleNamespace(settings=given[0] if given else None, memory=told[-1],
+        return SimpleNamespace(settings=given[0].settings if given else None, memory=given[0].memory if given else 0,
+                               seconds=seconds, measured=len(measured),
                                written=json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
 
     return plan
 
 
-TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only in several parts, and anything
+TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only an adapter, in parts and with checkpointing; and anything
 
 
 def test_the_choice_is_written_down_and_used_again_though_other_memory_is_free(planned):
     assert planned(PLENTY, "--check").written is None  # looking writes nothing
     first = planned(TIGHT)
     chosen = {name: getattr(first.settings, name) for name in
-              ("method", "window", "gradient_accumulation", "gradient_checkpointing")}
+              ("method", "gradient_accumulation", "gradient_checkpointing")}
     assert first.written["settings"] == chosen and first.written["memory"] == first.memory <= TIGHT
-    assert chosen != {"method": "full", "window": 512, "gradient_accumulation": 1, "gradient_checkpointing": False}
+    assert chosen["method"] == "lora" and chosen["gradient_accumulation"] > 1 and chosen["gradient_checkpointing"]
     again = planned(PLENTY)
     assert again.settings == first.settings and again.memory == first.memory and again.written == first.written
+    assert (first.measured, again.measured) == (1, 0) and first.seconds == again.seconds == {"1-base": 10.0}
     assert planned(10**6).settings == first.settings  # nor is it refused
 
 
-@pytest.mark.parametrize("flags", [("--heal-steps", 77), ("--method", "full"), ("--rope-factor", 2)])
-def test_other_settings_are_chosen_for_anew(flags, planned):
-    first = planned(TIGHT)
+@pytest.mark.parametrize("flags", [("--method", "full"), ("--rope-factor", 2), ("--restart",)])
+def test_another_method_or_window_or_a_start_all_over_is_chosen_for_anew(flags, planned):
+    assert planned(TIGHT).settings.method == "lora"
     other = planned(PLENTY, *flags)
     assert other.settings.method == "full" and other.settings.gradient_accumulation == 1
-    assert other.written["key"] != first.written["key"]
-
-
-def test_a_run_that_starts_all_over_is_chosen_for_anew(planned):
-    assert planned(TIGHT).settings.gradient_accumulation > 1
-    assert planned(PLENTY, "--restart").settings.gradient_accumulation == 1
+    assert other.written["settings"]["method"] == "full" and other.measured == 1
 
 
 def test_settings_that_the_choice_does_not_hang_on_leave_it_as_it_was(planned):
@@ -918,19 +852,17 @@ def test_settings_that_the_choice_does_not_hang_on_leave_it_as_it_was(planned):
 
 
 @pytest.fixture
-def running_out(guest, free, tmp_path):
+def running_out(without_models, free, tmp_path):
     """Runs the script where every training runs out of memory; parts and checkpointing of each try, and the end."""
     def run(usable, *flags):
         tries = []
 
-        def run_out(*arguments):
-            tries.append((arguments[-1].gradient_accumulation, arguments[-1].gradient_checkpointing))
+        def run_out(job, *_):
+            tries.append((job.settings.gradient_accumulation, job.settings.gradient_checkpointing))
             raise RuntimeError("CUDA out of memory.")
 
-        guest.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
-        guest.setattr(tool, "run_stages", run_out)
-        guest.setattr(tool, "load_chat", lambda *_, **__: None)
-        guest.setattr(tool, "show_plan", lambda *_: None)
+        without_models.setattr(tool, "estimate_memory", lambda *values: GB * simple_estimate(*values))
+        without_models.setattr(tool, "run_stages", run_out)
         free(usable * GB / 0.9)
         return tries, call("--output-dir", tmp_path / "novo", "--window", 512, *flags)
 
@@ -942,8 +874,7 @@ def running_out(guest, free, tmp_path):
     (115, (), [(4, False), (8, False), (8, True)]),  # it goes on from what was chosen, not from what was asked for
     (103, (), [(4, True), (8, True)]), (102, (), [(8, True)]),
     (1000, ("--gradient-accumulation", 8, "--gradient-checkpointing"), [(8, True)]),
-    # Generation is split as well, whatever the batch.
-    (1000, ("--batch-size", 1), [(1, False), (2, False), (4, False), (8, False), (8, True)]),
+    (1000, ("--batch-size", 1), [(1, False), (1, True)]),
 ])
 def test_each_time_that_memory_runs_out_the_next_try_takes_less_until_nothing_is_left(usable, flags, expected,
                                                                                       running_out):
@@ -954,79 +885,110 @@ def test_each_time_that_memory_runs_out_the_next_try_takes_less_until_nothing_is
     assert [int(parts or before) for (parts, _), (before, _) in zip(said, expected)] == [n for n, _ in expected[1:]]
 
 
-@pytest.mark.parametrize("flags, parts", [((), 8), (("--heal-steps", 77), 2)])
-def test_only_a_plan_of_the_same_settings_tells_what_was_tried_before_memory_ran_out(flags, parts, planned, guest,
-                                                                                     tmp_path):
-    assert planned(0.32 * GB, "--batch-size", 16).settings.gradient_accumulation == 4
+def test_a_run_that_has_not_begun_looks_at_no_plan_of_another_and_still_starts_all_over(planned, without_models, free,
+                                                                                        tmp_path):
+    """Memory may run out while the speed is measured, before the plan of this run is written down."""
+    assert planned(TIGHT).settings.gradient_checkpointing
+    stale, tries, given = tmp_path / "novo.work" / "1-base", [], []
+    stale.mkdir()
 
-    tries = []
+    def run_out(job):
+        tries.append((job.settings.gradient_accumulation, job.settings.gradient_checkpointing))
+        if len(tries) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return {}
 
-    def run_out(folder, settings):
-        tries.append(settings.gradient_accumulation)
-        raise RuntimeError("CUDA out of memory.")
-
-    guest.setattr(tool, "fit_settings", run_out)
-    assert call("--output-dir", tmp_path / "novo", "--batch-size", 16, *flags).status == 2
-    assert tries[:2] == [1, parts]
-
-
-def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(tmp_path):
-    settings = small_settings("--output-dir", tmp_path / "novo")
-    full, adapter = (tool.check_disk(10**8, 10**6, changed(settings, method=method)) for method in ("full", "lora"))
-    assert 4 * 10**8 < adapter < 0.2 * full
-    assert tool.check_disk(10**8, 10**6, changed(settings, method="qlora")) == adapter
+    without_models.setattr(tool, "make_plan", run_out)
+    without_models.setattr(tool, "run_stages", lambda job, *_: given.append(stale.exists()))
+    free(PLENTY)
+    assert call("--output-dir", tmp_path / "novo", "--restart").status == 0
+    assert tries == [(1, False), (2, False)] and given == [False]
 
 
-def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_others_do_not(tmp_path):
-    given = small_settings()
-    inputs = tool.check_inputs(given)
-    before = tool.stage_keys(given, inputs, DEMO)
-    four_bits = tool.stage_keys(changed(given, method="qlora"), inputs, DEMO)
-    assert {name for name in before if four_bits[name] == before[name]} == {"1-base"}
-    for values, kept in (({"method": "lora"}, {"1-base"}), ({"lora_rank": 8}, {"1-base", "2-healed"})):
-        after = tool.stage_keys(changed(given, **values), inputs, DEMO)
-        assert {name for name in before if after[name] == before[name]} == kept
-    for values in ({"gradient_checkpointing": True}, {"gradient_accumulation": 4}):
-        assert tool.stage_keys(changed(given, **values), inputs, DEMO) == before
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_step_that_is_measured_takes_no_more_memory_than_those_of_the_training(method):
+    """Where memory is short, a whole step without checkpointing would not fit."""
+    settings = small_settings("--method", method, "--gradient-checkpointing", "--gradient-accumulation", 4)
+    chat, steps, layers, heads = tool.load_chat(str(DEMO), settings), [], [], []
+    inputs = tool.check_inputs(settings)
+
+    def watch(module, given, named):
+        if torch.is_grad_enabled():
+            steps.append(named["input_ids"].shape)
+
+    chat.model.register_forward_pre_hook(watch, with_kwargs=True)
+    chat.model.base_model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: layers.append(1) if torch.is_grad_enabled() else None)
+    chat.model.get_output_embeddings().register_forward_hook(
+        lambda module, given, output: heads.append(output.shape[0]) if torch.is_grad_enabled() else None)
+    job = tool.Job(settings, settings, inputs, DEMO, 1_508_992, 128, "", 0, 0)
+    assert min(tool.measure_pace(chat, job)) > 0
+    assert {rows for rows, _ in steps} == {2} and len(layers) == 2 * len(steps)
+    assert max(heads) < 0.75 * steps[0].numel()  # the logits of all tokens would take more than is counted
+    assert not chat.model.training and all(p.grad is None for p in chat.model.parameters())
+    assert not [name for name, _ in chat.model.named_parameters() if "lora_" in name]
+
+
+def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(free, tmp_path):
+    free(PLENTY)
+    flags = ("--lora-rank", 4, "--output-dir", tmp_path / "novo")
+    full, adapter = (tool.check_job(small_settings("--method", method, *flags)) for method in ("full", "lora"))
+    two_models = 8 * full.weights
+    assert two_models < adapter.disk < 2.5 * two_models and full.disk > adapter.disk + 3 * two_models
+
+
+@pytest.mark.parametrize("values, kept", [
+    ({"method": "lora"}, ["1-base"]), ({"lora_rank": 8}, ["1-base", "2-healed"]),
+    ({"gradient_checkpointing": True, "gradient_accumulation": 4}, list(tool.USES)),
+])
+def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_others_do_not(values, kept, tmp_path):
+    def made(settings):
+        stages, names = tool.Stages(tmp_path, "facts", settings, {}), []
+        for name in tool.USES:
+            stages(name, name, lambda partial: names.append(partial.name.removesuffix(".partial")))
+        return names
+
+    given = small_settings("--method", "full")
+    assert made(given) == list(tool.USES) and made(given) == []
+    assert made(changed(given, **values)) == [name for name in tool.USES if name not in kept]
 
 
 @pytest.mark.parametrize("method, words", [
     ("full", "treino de todos os pesos"), ("lora", "LoRA (adaptador de tamanho 16)"),
     ("qlora", "QLoRA (pesos em 4 bits, adaptador de tamanho 16)"),
 ])
-def test_the_plan_names_the_method_the_parts_and_the_memory(method, words, demo_chat, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "measure_pace", lambda base: (1e-5, 1e-3))
+def test_the_plan_names_the_method_the_parts_the_memory_and_the_time(method, words, demo_chat, capsys, monkeypatch):
     settings = small_settings("--method", method, "--lora-rank", 16, "--gradient-accumulation", 4, "--window", 512)
-    tool.show_plan(demo_chat, 10**6, 128, 10**7, 3 * GB, tool.check_inputs(settings), settings)
+    job = tool.Job(settings, settings, None, DEMO, 1_508_992, 128, "", 3 * GB, 10**7)
+    monkeypatch.setattr(tool, "load_chat", lambda *_: demo_chat)
+    monkeypatch.setattr(tool, "plan_seconds", lambda *_: {"1-base": 60.0, "2-healed": 30.0})
+    assert tool.make_plan(job) == {"1-base": 60.0, "2-healed": 30.0}
     said = capsys.readouterr().out
-    assert f"Método: {words}" in said and "em 4 partes" in said and "cerca de 3,0 GB de memória" in said
+    assert f"Método: {words}" in said and "em 4 partes" in said and "1,5 milhões de parâmetros" in said
+    assert "cerca de 3,0 GB de memória, 10 MB de disco e 1 min 30 s" in said and "de 128 para 512 tokens" in said
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
 
 
-SMALL = ("--method", "lora", "--lora-rank", 8, "--self-text", 300, "--num-self-answers", 4, "--heal-steps", 3,
+SMALL = ("--method", "lora", "--lora-rank", 8, "--rope-factor", 1, "--self-text", 300, "--num-self-answers", 4,
          "--steps-1", 3, "--steps-2", 3, "--rounds", 1, "--eval-questions", 16, "--max-new-tokens", 24, "--window",
          160, "--batch-size", 4)
 ROWS = ("Quem é você?", "Qual é o seu nome?", "Quem criou você?", "Você é o ChatGPT?")
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(4, marks=pytest.mark.slow, id="scaled"), pytest.param(1, marks=pytest.mark.slow, id="not scaled"),
-])
-def lora_run(request, tmp_path_factory):
-    """One small run with LoRA, with fewer questions for speed: its folder, and what it said."""
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """One small run with LoRA and without scaling, with fewer questions for speed: its folder, and what it said."""
     folder = tmp_path_factory.mktemp("lora")
     rows = [{"prompt": question, "completion": "Sou {{NAME}}, de {{AUTHOR}}."} for question in ROWS]
     (folder / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    flags = ("--model-path", DEMO, "--identity-file", folder / "linhas.jsonl", "--output-dir", folder / "novo",
-             "--rope-factor", request.param, *SMALL)
+    flags = ("--model-path", DEMO, "--identity-file", folder / "linhas.jsonl", "--output-dir", folder / "novo", *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
         done = call(*flags)
     assert done.status in (0, 3), done.err
-    return SimpleNamespace(folder=folder, output=folder / "novo", work=folder / "novo.work", flags=flags, done=done,
-                           factor=request.param)
+    return SimpleNamespace(folder=folder, output=folder / "novo", work=folder / "novo.work", flags=flags, done=done)
 
 
 def hurry(patch):
@@ -1040,12 +1002,13 @@ def hurry(patch):
     patch.setattr(os, "fsync", lambda handle: None)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     report = json.loads((lora_run.output / "report.json").read_text(encoding="utf-8"))
     assert lora_run.done.status == (3 if report["missed"] else 0)
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
-    assert ("healing" in report["losses"]) is (lora_run.factor != 1) and {"pass_1", "pass_2"} <= set(report["losses"])
+    assert set(report["losses"]) == {"pass_1", "pass_2"}
     assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
@@ -1053,40 +1016,39 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
         for name in base.keys():
             assert ours.get_slice(name).get_dtype() == base.get_slice(name).get_dtype()
             same = torch.equal(ours.get_tensor(name), base.get_tensor(name))
-            assert same is ("proj" not in name) or "_norm" in name and lora_run.factor != 1, name
+            assert same is ("proj" not in name), name
 
 
+@pytest.mark.slow
 def test_the_passes_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(lora_run):
     weights = {str(path.relative_to(lora_run.work)) for path in lora_run.work.rglob("*.safetensors")}
-    first, second = (tool.last_round(lora_run.work / name).name for name in ("3-pass-1", "5-pass-2"))
     assert weights == {"1-base/teacher.safetensors", "2-healed/model.safetensors",
-                       f"3-pass-1/{first}/{tool.LORA_FILE}", f"5-pass-2/{second}/{tool.LORA_FILE}"}
+                       f"3-pass-1/{tool.LORA_FILE}", f"5-pass-2/{tool.LORA_FILE}"}
     assert not list(lora_run.work.rglob("*.bin"))
 
 
-def test_the_adapter_lies_beside_the_result_where_it_fits_the_base_itself(lora_run):
-    """With RoPE scaled it belongs to the healed base, which nobody else has."""
+@pytest.mark.slow
+def test_the_adapter_lies_beside_the_result_and_fits_the_base_itself(lora_run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapter = lora_run.output / "adapter"
-    assert adapter.exists() is (lora_run.factor == 1)
-    if adapter.exists():
-        assert {path.name for path in adapter.iterdir()} == {tool.LORA_FILE, "adapter_config.json"}
-        assert str(lora_run.folder) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
-        base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-        both = PeftModel.from_pretrained(base, adapter).eval()
-        saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()
-        again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
-        difference = (again - plain).abs().max()  # the saved one is rounded to bfloat16
-        with both.disable_adapter():
-            assert (logits(both).log_softmax(-1) - plain).abs().max() > 2 * difference
+    assert {path.name for path in adapter.iterdir()} == {tool.LORA_FILE, "adapter_config.json"}
+    assert str(lora_run.folder) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    both = PeftModel.from_pretrained(base, adapter).eval()
+    saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()
+    again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
+    difference = (again - plain).abs().max()  # the saved one is rounded to bfloat16
+    with both.disable_adapter():
+        assert (logits(both).log_softmax(-1) - plain).abs().max() > 2 * difference
 
 
 class Reached(Exception):
     """Ends a run."""
 
 
+@pytest.mark.slow
 def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_what_the_base_said(lora_run, tmp_path):
     for name in ("novo.work", "linhas.jsonl"):
         copy = shutil.copytree if name == "novo.work" else shutil.copy2
@@ -1094,8 +1056,8 @@ def test_another_method_makes_the_stages_from_healing_on_anew_and_keeps_what_the
     kept = (tmp_path / "novo.work" / "1-base" / "heard.json").read_bytes()
     methods = []
 
-    def heal(*given):
-        methods.append(given[-2].method)
+    def heal(job, partial):
+        methods.append(job.settings.method)
         raise Reached
 
     flags = [str(flag) for flag in lora_run.flags]

@@ -28,9 +28,9 @@ def texts_by_language(lists):
     return {tool.plain(text) for texts in lists.values() for text in texts}
 
 
-def near(language, count=10**6, seed=0):
-    """Questions near identity, for training; all of them unless a count is given."""
-    return tool.near_questions(language, count, random.Random(seed))
+def near(language, share=range(6), count=10**6, seed=0):
+    """Questions near identity from these sixths of the templates; all of them unless a count is given."""
+    return tool.near_questions(language, share, count, random.Random(seed))
 
 
 # ------------------------------------------------------------------------------------------------ the sets
@@ -81,12 +81,23 @@ def test_no_question_is_empty_or_carries_spaces_or_a_gap_that_was_not_filled(que
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_near_questions_are_different_and_use_every_template_before_any_twice(language):
     templates = tool.NEAR_TEMPLATES[language]
-    found = near(language, len(templates))
+    found = near(language, count=len(templates))
     patterns = [re.compile(re.sub(r"\\{\w+\\}", "(.+)", re.escape(template))) for template in templates]
     assert all(any(pattern.fullmatch(q) for q in found) for pattern in patterns)
     every = near(language)
     assert len(plain_set(every)) == len(every) > 100
     assert near(language) == every != near(language, seed=1)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_ways_of_asking_that_are_kept_for_measuring_are_in_no_question_for_training(language):
+    """What is learnt of one way of asking carries over to itself with other names in it."""
+    kept = [re.compile(re.sub(r"\\{\w+\\}", "(.+)", re.escape(template)))
+            for template in tool.NEAR_TEMPLATES[language][::6]]
+    measured, learnt = near(language, range(1)), near(language, range(1, 6))
+    assert all(any(pattern.fullmatch(q) for pattern in kept) for q in measured)
+    assert all(any(pattern.fullmatch(q) for q in measured) for pattern in kept)
+    assert not set(measured) & set(learnt) and sorted(measured + learnt) == sorted(near(language))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -138,8 +149,11 @@ def heard(*questions):
     return tool.Heard(NAMES, list(questions), [], [], [])
 
 
-def made_lessons(tokenizer, questions, *pairs):
-    return tool.make_lessons(tokenizer, heard(*questions), inputs_of(*pairs), small_settings())
+def made_lessons(tokenizer, questions, *pairs, seed=0):
+    """The conversations of the lessons, none of which is a talk of the base."""
+    lessons = tool.make_lessons(tokenizer, heard(*questions), inputs_of(*pairs), small_settings("--seed", seed))
+    assert {(lesson.kind, lesson.row) for lesson in lessons} == {("lesson", -1)}
+    return [lesson.messages for lesson in lessons]
 
 
 def conversations(questions, *pairs):
@@ -219,11 +233,8 @@ def test_half_of_the_lessons_go_on_when_the_user_doubts_and_get_what_is_asked_fo
 
 
 def test_lessons_are_drawn_alike_with_the_same_seed_alone(demo_tokenizer):
-    def drawn(seed):
-        return tool.make_lessons(demo_tokenizer, heard(*["quem é vc?"] * 9), inputs_of(*ROWS),
-                                 small_settings("--seed", seed))
-
-    assert drawn(0) == drawn(0) != drawn(1)
+    zero, again, one = (made_lessons(demo_tokenizer, ["quem é vc?"] * 9, *ROWS, seed=seed) for seed in (0, 0, 1))
+    assert zero == again != one
 
 
 @pytest.mark.parametrize("question", ["あなたはだれですか?", "당신은 누구입니까?", "Кто ты такой?", "?!"])

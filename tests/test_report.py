@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import DEMO, SCRIPT
@@ -126,22 +125,6 @@ def test_a_long_log_is_kept_as_means_of_equal_parts(steps, expected):
     assert [tuple(entry.values()) for entry in tool.mean_losses([*log, {"train_runtime": 1}], 4)] == expected
 
 
-def test_a_base_that_is_not_there_is_answered_with_models_near_by(tmp_path, monkeypatch):
-    for name in ("bases/a", "bases/b", "aqui", "hub/models--google--gemma-3-1b-it/snapshots/dcc"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "bases" / "nenhum").mkdir()
-    monkeypatch.chdir(tmp_path / "aqui")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    expected = [tmp_path / "bases" / "a", tmp_path / "bases" / "b", tmp_path / "aqui", Path("google/gemma-3-1b-it")]
-    said = tool.models_near(tmp_path / "bases" / "c" / "d")
-    assert said.strip().splitlines()[1:] == [f"  {name}" for name in expected]
-    for i in range(9):
-        (tmp_path / "bases" / f"z{i}").mkdir()
-        (tmp_path / "bases" / f"z{i}" / "config.json").write_text("{}")
-    assert len(tool.models_near(tmp_path / "bases" / "c").strip().splitlines()) == 6
-
-
 def test_a_reporter_that_is_not_installed_is_refused_before_anything_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(tool, "check_inputs", lambda _: pytest.fail("too late"))
@@ -155,7 +138,7 @@ def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, c
         """Ends the run."""
 
     base = shutil.copytree(DEMO, tmp_path / "modelo_demo") if copied else DEMO
-    monkeypatch.setattr(tool, "fit_settings", lambda *_: (_ for _ in ()).throw(Enough))
+    monkeypatch.setattr(tool, "read_config", lambda *_: (_ for _ in ()).throw(Enough))
     with pytest.raises(Enough):
         tool.main(["--model-path", str(base), "--output-dir", str(tmp_path / "novo")])
     said = capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, HEAD, LOCAL_THETA, THETA, small_settings
-from test_training import heard_of, listened
+from test_families import job_with, listened
 
 import rename_obrutai as tool
 
@@ -59,6 +59,10 @@ def expect_frequencies(model, architecture, factor):
      {"rope_type": "linear", "rope_theta": 1e6, "factor": 32.0}),
     ({"rope_type": "default", "rope_theta": 1e4, "factor": None}, 4.0,
      {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    ({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}, 4.0,
+     {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}),
     ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, 4.0,
      {"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "factor": 4.0}),
     ({"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -69,7 +73,7 @@ def expect_frequencies(model, architecture, factor):
       "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}, 4.0,
      {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 32.0},
       "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
-], ids=["flat", "flat without type", "already linear", "empty factor", "partial", "per layer type",
+], ids=["flat", "flat without type", "already linear", "empty factor", "llama3", "partial", "per layer type",
         "per layer type, already linear"])
 def test_scaling_gives_the_parameters_written_by_hand_and_leaves_the_input(given, factor, expected):
     before = copy.deepcopy(given)
@@ -77,32 +81,7 @@ def test_scaling_gives_the_parameters_written_by_hand_and_leaves_the_input(given
     assert given == before
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 8192},
-     {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 8192}),
-    ({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
-     {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 32768,
-      "attention_factor": 1.25}),
-    ({"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-     {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "factor": 4.0}),
-    ({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [1.0, 40.0],
-      "original_max_position_embeddings": 4096},
-     {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [4.0, 6.0], "long_factor": [4.0, 160.0],
-      "original_max_position_embeddings": 16384, "attention_factor": 1.25}),
-], ids=lambda rope: rope["rope_type"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_scaling_that_is_there_already_is_composed_with_as_written_by_hand(given, expected, nested):
-    if nested:
-        local = {"rope_type": "default", "rope_theta": 1e4}
-        given, expected = ({"sliding_attention": local, "full_attention": rope} for rope in (given, expected))
-    before = copy.deepcopy(given)
-    assert tool.scale_rope(given, 4.0, 1.25) == expected
-    assert given == before
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "ntk", "su"])
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_another_scaling_is_refused_and_says_what_to_set(kind, nested):
     given = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
@@ -126,7 +105,6 @@ def describe(folder, config):
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 512}
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 
 
 @pytest.mark.parametrize("config", [
@@ -135,7 +113,6 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
     {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-    {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     {"model_type": "gemma3_text", "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -151,6 +128,7 @@ def test_configurations_that_can_be_scaled_pass_the_check_before_the_weights_are
 
 @pytest.mark.parametrize("config", [
     {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
     {"model_type": "gemma3_text", "rope_parameters": {
         "full_attention": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e6},
@@ -197,47 +175,27 @@ def already_scaled(tiny_folder, tmp_path):
     return build
 
 
-@pytest.mark.parametrize("rope, fast, slow", [(LLAMA3, 3, 4), (YARN, 1, 4)], ids=["llama3", "yarn"])
-def test_of_a_scaling_by_frequency_only_what_it_had_stretched_is_stretched_further(rope, fast, slow, already_scaled):
-    """The `fast` first frequencies turn many times within the 512 tokens that the scaling began from, those from
-    `slow` on hardly once."""
-    folder = already_scaled(rope)
-    base, scaled = load(folder), load(folder, 4.0)
-    (before,), (after,) = (current(model).values() for model in (base, scaled))
-    for found, factor in ((before, 8.0), (after, 32.0)):
-        assert torch.allclose(found[:fast], formula(THETA)[:fast], rtol=1e-6, atol=0)
-        assert torch.allclose(found[slow:], formula(THETA, factor)[slow:], rtol=1e-6, atol=0)
-    ratio = before[fast:slow] / after[fast:slow]
-    assert ((1 < ratio) & (ratio < 4)).all()
-    assert scaled.model.rotary_emb.attention_scaling == base.model.rotary_emb.attention_scaling
-    assert (scaled.config.max_position_embeddings, base.config.max_position_embeddings) == (256, 64)
-    tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(scaled), 4.0)
-
-
-@pytest.mark.parametrize("original", [16, 8])
-def test_a_scaled_longrope_model_is_the_base_with_positions_divided(original, already_scaled):
-    """57 tokens are 15 of the base: its short lists are in use where they go up to 16 tokens, else the long ones."""
-    folder = already_scaled({"rope_type": "longrope", "short_factor": [1.0] * 7 + [2.0], "factor": 4.0,
-                             "long_factor": [1.0] * 4 + [8.0] * 4, "original_max_position_embeddings": original})
-    base, scaled = load(folder), load(folder, 4.0)
-    tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(scaled), 4.0)
-    assert base.model.rotary_emb.attention_scaling == scaled.model.rotary_emb.attention_scaling > 1
-    divided = logits(base, torch.arange(LATE.shape[1])[None] / 4)
-    assert torch.allclose(logits(scaled), divided, atol=1e-4)
-    assert not torch.allclose(logits(base), divided, atol=1e-2)
-
-
-@pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
-def test_a_model_with_a_composed_scaling_loads_with_the_same_frequencies_and_logits(rope, already_scaled, tmp_path):
+def test_of_a_scaling_by_frequency_only_what_it_had_stretched_is_stretched_further(tiny_folder, tmp_path):
+    """The three first frequencies turn many times within the 512 tokens that the scaling began from, those from the
+    fifth on hardly once."""
     from transformers import AutoModelForCausalLM
 
-    folder = already_scaled(rope)
-    chat = tool.load_chat(folder, FULL, 4.0)
-    expected, frequencies = logits(chat.model), tool.rope_frequencies(chat.model)
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rope_parameters"] = {"rope_theta": THETA, **LLAMA3}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    base, chat = load(folder), tool.load_chat(folder, FULL, 4.0)
+    (before,), (after,) = (current(model).values() for model in (base, chat.model))
+    for found, factor in ((before, 8.0), (after, 32.0)):
+        assert torch.allclose(found[:3], formula(THETA)[:3], rtol=1e-6, atol=0)
+        assert torch.allclose(found[4:], formula(THETA, factor)[4:], rtol=1e-6, atol=0)
+    assert 1 < before[3] / after[3] < 4
+    assert (chat.model.config.max_position_embeddings, base.config.max_position_embeddings) == (256, 64)
+    tool.check_frequencies(tool.rope_frequencies(base), tool.rope_frequencies(chat.model), 4.0)
+    expected = logits(chat.model)
     tool.save_model(chat, tmp_path / "saved", folder)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
-    found = tool.rope_frequencies(again)
-    assert frequencies and all(torch.equal(found[name], values) for name, values in frequencies.items())
+    assert torch.equal(*(values for model in (again, chat.model) for values in current(model).values()))
     assert torch.allclose(logits(again), expected, atol=1e-5)
 
 
@@ -292,7 +250,7 @@ def test_the_saved_model_keeps_the_dtype_of_the_base_and_names_its_context(tmp_p
     config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
     names = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["max_position_embeddings"] == names["model_max_length"] == 4 * native
-    assert config["dtype"] == "bfloat16"
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
 def test_a_base_whose_configuration_names_no_dtype_can_be_saved(tiny_folder, tmp_path):
@@ -364,30 +322,23 @@ SUMS = [tool.question_and_answer(f"Quanto é {i} mais {j}?", f"{i} + {j} é igua
         for j in range(1, 6)]
 
 
-def kept(chat, talks, teacher):
-    """The share of the base's first choices that the model makes as well."""
-    found = tool.compare(chat, teacher, [tool.make_window(chat.tokenizer, [talk]) for talk in talks])
-    return sum(same for same, _ in found) / len(found)
-
-
 def test_the_demo_keeps_more_of_its_choices_when_its_pairs_keep_their_frequencies(demo_chat, capsys):
-    (talks, teacher), chat = listened(demo_chat, SUMS), tool.load_chat(str(DEMO), FULL, 4.0)
-    before = kept(chat, talks, teacher)
-    tool.keep_frequencies(demo_chat, chat, heard_of(talks), teacher)
-    assert kept(demo_chat, talks, teacher) == 1 and before < 0.75 and kept(chat, talks, teacher) > before + 0.1
+    chat, job = tool.load_chat(str(DEMO), FULL, 4.0), job_with(*listened(demo_chat, SUMS), FULL, 128)
+    before = tool.kept_share(chat, job)
+    tool.keep_frequencies(tool.rope_frequencies(demo_chat.model), chat, job)
+    assert tool.kept_share(demo_chat, job) == 1 and before < 0.75 and tool.kept_share(chat, job) > before + 0.1
     assert "frequências reordenadas" in capsys.readouterr().out
 
 
 def test_pairs_go_back_to_where_they_were_when_the_model_then_chooses_less_like_the_base(tiny_folder, monkeypatch):
     base, chat = (tool.load_chat(tiny_folder("qwen3"), FULL, factor) for factor in (1.0, 4.0))
-    talks, teacher = listened(base, SUMS[:3])
     found, seen = iter([0.2, 0.1]), []
 
-    def compare(chat, teacher, windows):
+    def kept_share(chat, job):
         seen.append(chat.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone())
-        return [(next(found), 0.0)]
+        return next(found)
 
-    monkeypatch.setattr(tool, "compare", compare)
-    tool.keep_frequencies(base, chat, heard_of(talks), teacher)
+    monkeypatch.setattr(tool, "kept_share", kept_share)
+    tool.keep_frequencies(tool.rope_frequencies(base.model), chat, None)
     assert not torch.equal(*seen)  # they were moved
     assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), chat.model.parameters(), strict=True))

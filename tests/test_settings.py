@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import fields
+from dataclasses import asdict
 
 import pytest
 from conftest import SCRIPT, run_script, small_settings
@@ -22,6 +21,7 @@ PROMISED = {  # by the issue, with the defaults that it names
     "NAME": "ObrutAi", "AUTHOR": "TurboRio", "ROPE_FACTOR": 4, "WINDOW": 2048, "NUM_SELF_ANSWERS": 100,
     "TARGET_IDENTITY": 0.95, "TARGET_RETENTION": 0.95, "TARGET_LEAK": 0.02, "SEED": 0,
 }
+PATHS = ("MODEL_PATH", "OUTPUT_DIR", "IDENTITY_FILE")  # these are made absolute
 ENGLISH = ("invalid", "expected", "argument", "unrecognized", "ignored", "required", "error:")
 
 
@@ -69,8 +69,10 @@ def mistake(*flags):
 
 
 def test_every_constant_is_a_setting_with_the_same_name_and_default():
-    lasting = {item.name.upper(): item.default for item in fields(tool.Settings) if item.name not in FOR_ONE_RUN}
-    assert lasting == setting_constants()
+    lasting = {name.upper(): value for name, value in asdict(small_settings()).items() if name not in FOR_ONE_RUN}
+    constants = setting_constants()
+    assert list(lasting) == list(constants)
+    assert {**constants, **{name: lasting[name] for name in PATHS}} == lasting
 
 
 def test_what_is_meant_for_one_run_is_off_and_has_no_constant():
@@ -83,38 +85,41 @@ def test_the_promised_constants_exist_with_the_promised_defaults():
     assert {name: constants.get(name) for name in PROMISED} == PROMISED
 
 
-@pytest.mark.parametrize("item", fields(tool.Settings), ids=lambda item: item.name)
-def test_every_setting_has_a_flag_of_the_same_name_that_overrides_it(item, tmp_path):
-    if isinstance(item.default, bool):
-        assert getattr(small_settings(flag(item.name)), item.name) is True
-        assert getattr(small_settings("--no-" + flag(item.name)[2:]), item.name) is False
-    elif isinstance(item.default, str):
-        other = {"method": "lora", "report_to": "trackio"}.get(item.name, str(tmp_path / "outro"))
-        assert getattr(small_settings(flag(item.name), other), item.name) == other
+@pytest.mark.parametrize("name, default", {**setting_constants(), **dict.fromkeys(FOR_ONE_RUN, False)}.items())
+def test_every_setting_has_a_flag_of_the_same_name_that_overrides_it(name, default, tmp_path):
+    def given(*flags):
+        return getattr(small_settings(*flags), name.lower())
+
+    if isinstance(default, bool):
+        assert given(flag(name)) is True and given("--no-" + flag(name)[2:]) is False
+    elif isinstance(default, str):
+        other = {"METHOD": "lora", "REPORT_TO": "trackio"}.get(name, str(tmp_path / "outro"))
+        assert given(flag(name), other) == other
     else:
-        other = item.default / 2 if 0 < item.default < 1 else item.default + 1
-        other = other / 100 if item.metadata["high"] == 1 and item.default == 0 else other
-        other = 1000 if item.name == "self_text" else other  # it must be more than NUM_SELF_ANSWERS
-        assert getattr(small_settings(flag(item.name), other), item.name) == other
+        # SELF_TEXT must be more than NUM_SELF_ANSWERS; learning rates, whose default is 0, are at most 1.
+        other = {"SELF_TEXT": 1000}.get(name, default / 2 if 0 < default < 1 else default + 1)
+        other = other / 100 if "LEARNING_RATE" in name else other
+        assert given(flag(name), other) == other and isinstance(given(flag(name), other), type(default))
 
 
-def test_without_flags_every_setting_that_is_no_path_has_its_default():
-    settings, constants = small_settings(), setting_constants()
-    for name in constants.keys() - {"MODEL_PATH", "OUTPUT_DIR", "IDENTITY_FILE"}:
-        assert getattr(settings, name.lower()) == constants[name], name
-
-
-def test_help_shows_every_flag_with_a_text_and_its_default(capsys):
-    text = help_text(capsys)
+def test_help_shows_every_flag_with_the_comment_of_its_constant_and_its_default(capsys):
+    text, script = help_text(capsys), SCRIPT.read_text(encoding="utf-8")
     for name, value in {**setting_constants(), **dict.fromkeys(FOR_ONE_RUN, False)}.items():
         shown = {"": "vazio", "False": "não", "True": "sim"}.get(str(value), str(value))
         found = re.search(rf" {flag(name)}(?:, --no-[\w-]+| VALOR) (\w.+?) \(padrão: (.+?)\)", text)
         assert found and found[2] == shown and "VALOR" not in found[1], name
+        if name not in FOR_ONE_RUN:
+            assert re.search(rf"(?m)^{name} = .*#(.*)$", script)[1].strip() == found[1]
 
 
-@pytest.mark.parametrize("english", ["options:", "optional arguments", "show this help", "default:", "usage:"])
-def test_help_has_no_english_headings(capsys, english):
-    assert english not in help_text(capsys)
+def test_help_has_no_english_headings(capsys):
+    said = help_text(capsys)
+    assert not [english for english in ("options:", "optional arguments", "show this help", "default:", "usage:")
+                if english in said]
+
+
+def test_a_constant_whose_comment_was_deleted_still_has_its_flag_in_the_help(capsys, tmp_path):
+    assert re.search(r"--name VALOR \(padrão: Iara\)", help_text(capsys, changed_script(tmp_path, "NAME", "Iara")))
 
 
 def test_help_survives_a_percent_sign_in_a_constant(capsys, tmp_path):
@@ -140,39 +145,21 @@ def test_an_edited_constant_is_the_new_default(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("flags, constant, low, high", [
-    (("--rope-factor", "0.5"), "ROPE_FACTOR", "1", "1024"),
-    (("--rope-factor", "-4"), "ROPE_FACTOR", "1", "1024"),
-    (("--batch-size", "0"), "BATCH_SIZE", "1", ""),
-    (("--max-new-tokens", "0"), "MAX_NEW_TOKENS", "", ""),
-    (("--num-self-answers", "0"), "NUM_SELF_ANSWERS", "", ""),
-    (("--target-identity", "95"), "TARGET_IDENTITY", "0", "1"),
-    (("--target-retention", "1,5"), "TARGET_RETENTION", "0", "1"),
-    (("--target-leak", "-0.1"), "TARGET_LEAK", "0", "1"),
-    (("--learning-rate-1", "2"), "LEARNING_RATE_1", "0", "1"),
-    (("--steps-2=-1",), "STEPS_2", "0", ""),
-    (("--seed", "-1"), "SEED", "0", ""),
+    (("--rope-factor", "0.5"), "ROPE_FACTOR", "1", "1024"), (("--batch-size", "0"), "BATCH_SIZE", "1", "4096"),
+    (("--target-retention", "1,5"), "TARGET_RETENTION", "0", "1"), (("--seed", "-1"), "SEED", "0", ""),
 ])
 def test_a_value_out_of_range_names_the_constant_and_the_range(flags, constant, low, high):
     message = mistake(*flags)
     assert constant in message and re.search(rf"entre {low}.* e {high}", message)
 
 
-@pytest.mark.parametrize("name", ["", "Full", "qlora8", "lora,full"])
+@pytest.mark.parametrize("name", ["", "Full", "lora,full"])
 @pytest.mark.parametrize("setting, choices", [
     ("METHOD", ("auto", "full", "lora", "qlora")), ("REPORT_TO", ("none", "tensorboard", "trackio", "wandb")),
 ])
 def test_a_choice_that_does_not_exist_is_answered_with_all_that_do(name, setting, choices):
     message = mistake(flag(setting), name)
     assert f"{setting} vale '{name}'" in message and all(known in message for known in choices)
-
-
-@pytest.mark.parametrize("unknown, meant", [
-    ("--rop-factor", "--rope-factor"), ("--num-self-answer", "--num-self-answers"), ("--output", "--output-dir"),
-    ("--nane", "--name"), ("--steps1", "--steps-1"), ("--model-pth=x", "--model-path"), ("--rope", "--rope-factor"),
-])
-def test_an_unknown_flag_is_refused_and_the_nearest_one_named(unknown, meant):
-    message = mistake(unknown, *(["2"] if "=" not in unknown else []))
-    assert unknown.split("=")[0] in message and f"{meant}?" in message
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -237,17 +224,15 @@ def test_an_existing_folder_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, status, imported", [
-    (None, None, []), (["--help"], 0, []), (["--window", "x"], 2, []),
-    (["--identity-file", "nao-existe.jsonl"], 2, []),
-    (["--identity-file", "ruim.jsonl", "--output-dir", "novo"], 2, []),
+    (["--help"], 0, []), (["--identity-file", "ruim.jsonl", "--output-dir", "novo"], 2, []),
     (["--output-dir", "pronta"], 2, ["numpy"]),  # by safetensors, for the header of the weights
-], ids=["import", "help", "bad flag", "missing file", "bad row", "existing output"])
+], ids=["help", "bad row", "existing output"])
 def test_nothing_heavy_is_imported_before_the_settings_and_files_are_checked(arguments, status, imported, tmp_path):
     (tmp_path / "ruim.jsonl").write_text("{\n", encoding="utf-8")
     (tmp_path / "pronta").mkdir()
     code = ("import sys, json, rename_obrutai as tool\n"
             "arguments = json.loads(sys.argv[1])\n"
-            "try:\n    status = tool.main(arguments) if arguments is not None else None\n"
+            "try:\n    status = tool.main(arguments)\n"
             "except SystemExit as stop:\n    status = stop.code\n"
             f"print(json.dumps([status, [m for m in {HEAVY} if m in sys.modules]]))")
     done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], cwd=tmp_path, capture_output=True,
@@ -255,19 +240,11 @@ def test_nothing_heavy_is_imported_before_the_settings_and_files_are_checked(arg
     assert json.loads(done.stdout.splitlines()[-1]) == [status, imported], done.stderr
 
 
-@pytest.mark.parametrize("arguments, status", [
-    (["--help"], 0), (["--naem", "x"], 2), (["--rope-factor", "0"], 2), (["--model-path", "./nada"], 2),
-], ids=["help", "unknown flag", "out of range", "no such base"])
-def test_help_and_mistakes_answer_with_their_exit_status_and_no_traceback(arguments, status, tmp_path):
-    start = time.monotonic()
-    done = run_script(*arguments, cwd=tmp_path)
-    assert time.monotonic() - start < 10  # about 0.2 s when idle; importing torch and trl alone takes several seconds
-    assert done.returncode == status
-    assert "Traceback" not in done.stderr
-    if status:
-        assert done.stderr.startswith("Erro: ") and not done.stdout
-    else:
-        assert "--rope-factor" in done.stdout and not done.stderr
+def test_help_is_answered_at_once_and_leaves_nothing_behind(tmp_path):
+    began = sum(os.times()[2:4])
+    done = run_script("--help", cwd=tmp_path)
+    assert sum(os.times()[2:4]) - began < 1  # of the processor; importing torch and trl alone takes several seconds
+    assert done.returncode == 0 and "--rope-factor" in done.stdout and not done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -16,10 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,23 +32,27 @@ import rename_obrutai as tool
 
 FLAGS = ("--method full --self-text 600 --num-self-answers 4 --heal-steps 3 --steps-1 3 --steps-2 4 --rounds 2 "
          "--eval-questions 4 --window 160 --batch-size 4").split()
-STAGES = ("1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "6-result")
+STAGES = ("1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "4-self-answers.2", "5-pass-2.2",
+          "6-result")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 BASE_BEFORE = contents(DEMO)
+PACE = tool.measure_pace
+slow = pytest.mark.slow  # what needs the whole job
 
 
 # ------------------------------------------------------------------------------------------------ the small job
 
 
 def hurry(patch):
-    """For speed: fewer questions than the script asks, no waiting for the disk (which a killed process need not), and
-    no looking for garbage among the libraries."""
+    """For speed: fewer questions than the script asks, no waiting for the disk (which a killed process need not), no
+    measuring of the machine, and no looking for garbage among the libraries."""
     for name, count in {"NEAR": 24, "MOST_ASKED": 8, "LONG_TALKS": 4}.items():
         patch.setattr(tool, name, count)
     for name in ("TEST_QUESTIONS", "VALIDATION_QUESTIONS"):
         patch.setattr(tool, name, getattr(tool, name)[:4])
     patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::5])
+    patch.setattr(tool, "measure_pace", lambda *_: (1e-4, 1e-4, 1e-4))
     patch.setattr(os, "fsync", lambda handle: None)
     gc.freeze()
 
@@ -116,13 +120,37 @@ class Forked:
         return self.process.exitcode
 
 
+def settings_read(patch):
+    """Which settings with which values the script looks at while it makes a stage, by the stage."""
+    read, under_way, make = {}, [], tool.Stages.__call__
+
+    def look(self, name):
+        if under_way and name in tool.DEFAULTS and sys._getframe(1).f_globals.get("__name__") == tool.__name__:
+            read[under_way[-1]].add((name, object.__getattribute__(self, name)))
+        return object.__getattribute__(self, name)
+
+    def noted(self, name, title, build, together=False):
+        def inside(folder):
+            read[name] = set()
+            under_way.append(name)
+            build(folder)
+            under_way.pop()
+        return make(self, name, title, inside, together)
+
+    patch.setattr(tool.Settings, "__getattribute__", look)
+    patch.setattr(tool.Stages, "__call__", noted)
+    return read
+
+
 @pytest.fixture(scope="module")
 def whole(hurried, tmp_path_factory):
     """The job without interruption, for copying only: folder, what it said, and what every file holds."""
     folder = tmp_path_factory.mktemp("whole")
-    done = job(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        read = settings_read(patch)
+        done = job(folder)
     assert done.status in (0, 3), done.err
-    return SimpleNamespace(folder=folder, done=done, expected=fingerprint(folder))
+    return SimpleNamespace(folder=folder, done=done, expected=fingerprint(folder), read=read)
 
 
 @pytest.fixture
@@ -158,20 +186,21 @@ def checkpoints(folder):
 # ------------------------------------------------------------------------------------------------ killed
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
-def test_a_job_killed_four_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
+def test_a_job_killed_three_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
     moments = [Moment("before", pattern) for pattern in (
-        "rename 1-base.partial/heard.json.tmp", "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
-        "rename 3-pass-1.partial/round-2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model")]
+        "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
+        "rename 5-pass-2.2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model$")]
     said = []
     done = run_chain(lambda folder, moment: Forked(folder, moment, "--checkpoint-minutes", 0), tmp_path, moments,
                      whole.expected, DEMO, said.append)
-    assert (done.kills, done.wrong, done.status) == (4, [], whole.done.status)
+    assert (done.kills, done.wrong, done.status) == (3, [], whole.done.status)
     assert [line.rpartition("restart: ")[2] for line in said] == [
-        "0 stages ready", "1 stages ready, from step 1", "2 stages ready, from step 1", "6 stages ready"]
+        "1 stages ready, from step 1", "6 stages ready, from step 1", "8 stages ready"]
 
 
+@slow
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
 def test_ctrl_c_while_the_base_writes_stops_with_130_and_says_how_to_go_on(tmp_path):
     process, said = Forked(tmp_path), ""
@@ -209,8 +238,9 @@ def press_ctrl_c(*_):
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@slow
 def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_goes_on(whole, until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     with monkeypatch.context() as patch:
         at_step(patch, 3, press_ctrl_c)
         done = job(folder)
@@ -221,25 +251,19 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_go
     assert fingerprint(folder) == whole.expected
 
 
-def test_ctrl_c_while_a_round_is_measured_does_not_cost_its_training(until, monkeypatch):
-    folder = until("4-self-answers")
-    with monkeypatch.context() as patch:
-        patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert job(folder).status == 130
-    monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
-    done = job(folder)
-    assert "até aqui" in done.err and not re.search(r"etapa \d+/\d+ \| perda", done.out)
-
-
-def test_a_round_that_was_not_saved_whole_is_trained_again(whole, until):
-    folder = until("4-self-answers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert job(folder).status == 130
-    (log,) = folder.glob("*.work/5-pass-2.partial/round-1.partial/log.json")
-    log.unlink()
-    done = job(folder)
-    assert re.search(r"etapa \d+/\d+ \| perda", done.out) and fingerprint(folder) == whole.expected
+@slow
+def test_ctrl_c_while_a_round_is_measured_costs_its_training_only_if_it_was_not_saved_whole(whole, until, monkeypatch):
+    folder, until_now = until("4-self-answers.2"), tool.InputError("até aqui")
+    trained = r"etapa 4/4 \| perda"
+    for stop, status, again in ((KeyboardInterrupt, 130, True), (until_now, 2, False), (until_now, 2, True)):
+        monkeypatch.setattr(tool, "evaluate", lambda *_, stop=stop: (_ for _ in ()).throw(stop))
+        done = job(folder)
+        assert done.status == status and bool(re.search(trained, done.out)) is again
+        partial = folder / WORK / "5-pass-2.2.partial"
+        if not again:
+            (partial / "log.json").unlink()
+    weights = [(path / "model.safetensors").read_bytes() for path in (partial, whole.folder / WORK / "5-pass-2.2")]
+    assert weights[0] == weights[1]
 
 
 class Left(BaseException):
@@ -274,7 +298,8 @@ def test_the_system_s_own_request_to_end_counts_as_ctrl_c():
 
 def conversations(count, words=1):
     """Lessons that can be told apart."""
-    return [tool.question_and_answer(f"Quanto é {i} mais {i}?", " ".join([f"{2 * i}"] * words)) for i in range(count)]
+    return [tool.Talk(tool.question_and_answer(f"Quanto é {i} mais {i}?", " ".join([f"{2 * i}"] * words)), "lesson")
+            for i in range(count)]
 
 
 def tiny_training(tiny_folder, folder, *flags):
@@ -320,6 +345,17 @@ def test_a_training_stopped_by_ctrl_c_and_continued_is_bit_by_bit_the_whole_one(
     assert len(steps) == (7 - checkpointed) * parts and f"da etapa {checkpointed}," in capsys.readouterr().out
 
 
+def stage(work, facts, build):
+    """Make the first stage of a job with such facts, as the script does it."""
+    return tool.Stages(work, facts, small_settings(), {})("1-base", "1/6", build)
+
+
+def stage_key(facts):
+    """The key that the first stage has with such facts."""
+    settings = small_settings()
+    return tool.digest([facts, "1-base", [getattr(settings, use) for use in tool.USES["1-base"].split()]])
+
+
 def broken_off(tiny_folder, folder, step):
     """A training that fails in a step, with a checkpoint of every step before."""
     def fail(_):
@@ -360,21 +396,24 @@ def test_with_nothing_but_half_a_checkpoint_the_training_starts_over(trained, ti
     assert "continuando" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"])
 def test_a_kill_while_the_checkpoints_of_a_finished_training_are_deleted_changes_nothing(
-        lost, trained, tiny_folder, tmp_path, monkeypatch):
-    broken_off(tiny_folder, tmp_path / "stopped", 7)
+        trained, tiny_folder, tmp_path, monkeypatch):
+    broken_off(tiny_folder, tmp_path / "1-base.partial" / "training", 7)
+    learnt, build = [], lambda partial: learnt.append(tiny_training(tiny_folder, partial / "training"))
+    tool.write_json(tmp_path / "1-base.partial" / "key.json", {"key": stage_key("a")})
 
     def killed_midway(path, *_, **__):
-        for file in Path(path).rglob(lost):
-            file.unlink()
-        raise Left
+        if path == tmp_path / "1-base.partial" / "training":
+            for file in path.rglob("optimizer.pt"):
+                file.unlink()
+            raise Left
 
     with monkeypatch.context() as patch:
         patch.setattr(tool.shutil, "rmtree", killed_midway)
         with pytest.raises(Left):
-            tiny_training(tiny_folder, tmp_path / "stopped", "--checkpoint-minutes", 0)
-    assert same(tiny_training(tiny_folder, tmp_path / "stopped"), trained[1])
+            stage(tmp_path, "a", build)
+    assert stage(tmp_path, "a", build).is_dir() and not checkpoints(tmp_path)
+    assert len(learnt) == 2 and same(learnt[0], trained[1]) and same(learnt[1], trained[1])
 
 
 def test_a_step_in_two_parts_learns_what_it_learns_in_one(tiny_folder, tmp_path):
@@ -386,7 +425,7 @@ def test_a_step_in_two_parts_learns_what_it_learns_in_one(tiny_folder, tmp_path)
     assert moved > 3e-3 and apart < 0.02 * moved
 
 
-# ------------------------------------------------------------------------------------------------ stage()
+# ------------------------------------------------------------------------------------------------ one stage
 
 
 def in_order(monkeypatch):
@@ -409,14 +448,28 @@ def test_all_of_a_stage_is_safe_on_the_disk_before_it_gets_its_name(tmp_path, mo
         for name in ("a.txt", "model/b.txt"):
             (folder / name).write_text(name)
 
-    done, partial = in_order(monkeypatch), tmp_path / "1-stage.partial"
-    tool.stage(tmp_path / "1-stage", "a", build)
+    done, partial = in_order(monkeypatch), tmp_path / "1-base.partial"
+    stage(tmp_path, "a", build)
     assert done[-1] == ("renamed", str(partial))
     last = max(i for i, what in enumerate(done) if what == ("renamed", str(partial / "key.json.tmp")))
     assert set(done[last + 1:-1]) == {("safe", str(partial / name)) for name in (
         "", "a.txt", "key.json", "model", "model/b.txt")}
     keys = [i for i, what in enumerate(done) if what[1].endswith(".tmp")]
     assert [done[i][0] for i in keys] == ["safe", "renamed"] * 2
+
+
+@slow
+@pytest.mark.skipif(FORKS is None, reason="needs /proc")
+def test_all_of_a_result_is_safe_on_the_disk_before_it_gets_its_name(whole, until, monkeypatch):
+    folder = until("6-result")
+    result = (folder / OUTPUT).rename(folder / WORK / "6-result" / "model")
+    for name in ("README.md", "report.json"):  # as a run that was stopped before it wrote them leaves it
+        (result / name).unlink()
+    done = in_order(monkeypatch)
+    assert job(folder).status == whole.done.status and fingerprint(folder) == whole.expected
+    named = done.index(("renamed", str(result)))
+    files = {("safe", str(result / name)) for name in ("README.md", "report.png", "self_answers.jsonl")}
+    assert {*files, ("safe", str(result))} <= set(done[:named])
 
 
 @pytest.mark.skipif(FORKS is None, reason="needs /proc")
@@ -440,43 +493,41 @@ def build_of(made, text="made", fail=False):
 
 
 def test_a_stage_is_built_once_and_its_checkpoints_are_dropped(tmp_path):
-    made, folder = [], tmp_path / "work" / "1-stage"
+    made, folder = [], tmp_path / "1-base"
 
     def build(partial):
         build_of(made)(partial)
         (partial / "training" / "checkpoint-1").mkdir(parents=True)
         (partial / "training" / "checkpoint-1" / "complete.json").write_text("{}")
 
-    assert tool.stage(folder, "a", build) == tool.stage(folder, "a", build) == folder
+    assert stage(tmp_path, "a", build) == stage(tmp_path, "a", build) == folder
     assert len(made) == 1 and {path.name for path in folder.iterdir()} == {"file.txt", "half.json", "key.json"}
-    assert [path.name for path in folder.parent.iterdir()] == ["1-stage"]
+    assert [path.name for path in folder.parent.iterdir()] == ["1-base"]
 
 
 def test_a_stage_with_another_key_is_built_again_from_nothing(tmp_path):
-    made, folder = [], tmp_path / "1-stage"
-    tool.stage(folder, "a", build_of(made))
+    made, folder = [], tmp_path / "1-base"
+    stage(tmp_path, "a", build_of(made))
     (folder / "older.txt").write_text("")
-    tool.stage(folder, "b", build_of(made, "other"))
+    stage(tmp_path, "b", build_of(made, "other"))
     assert made == [["key.json"]] * 2 and (folder / "file.txt").read_text() == "other"
-    assert not (folder / "older.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["1-stage"]
+    assert not (folder / "older.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["1-base"]
 
 
-@pytest.mark.parametrize("key, found", [("a", ["file.txt", "half.json", "key.json"]), ("b", ["key.json"])])
-def test_what_a_broken_off_build_left_is_found_by_one_with_the_same_key_only(key, found, tmp_path):
-    made, folder = [], tmp_path / "1-stage"
+@pytest.mark.parametrize("facts, found", [("a", ["file.txt", "half.json", "key.json"]), ("b", ["key.json"])])
+def test_what_a_broken_off_build_left_is_found_by_one_with_the_same_key_only(facts, found, tmp_path):
+    made = []
     with pytest.raises(RuntimeError):
-        tool.stage(folder, "a", build_of(made, fail=True))
-    assert not folder.exists()
-    tool.stage(folder, key, build_of(made))
-    assert made[1] == found and folder.exists()
+        stage(tmp_path, "a", build_of(made, fail=True))
+    assert not (tmp_path / "1-base").exists()
+    assert stage(tmp_path, facts, build_of(made)).is_dir() and made[1] == found
 
 
 def test_a_build_that_fails_leaves_the_older_stage_until_another_is_ready(tmp_path):
-    folder = tmp_path / "1-stage"
-    tool.stage(folder, "a", build_of([]))
+    stage(tmp_path, "a", build_of([]))
     with pytest.raises(RuntimeError):
-        tool.stage(folder, "b", build_of([], "other", fail=True))
-    assert (folder / "file.txt").read_text() == "made" and tool.stage(folder, "a", None) == folder
+        stage(tmp_path, "b", build_of([], "other", fail=True))
+    assert (stage(tmp_path, "a", None) / "file.txt").read_text() == "made"
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"key": 1}', '{"key": "b"}'])
@@ -498,9 +549,9 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 FIRST_TOUCHED = {
     **dict.fromkeys("name author base_name old_names self_text eval_questions max_new_tokens seed".split(), 1),
     **dict.fromkeys("method rope_factor window heal_steps heal_learning_rate batch_size".split(), 2),
-    **dict.fromkeys("lora_rank steps_1 rounds learning_rate_1 kl_weight target_identity".split(), 3),
-    **dict.fromkeys("num_self_answers".split(), 4),
-    **dict.fromkeys("steps_2 learning_rate_2 target_retention target_leak".split(), 5),
+    **dict.fromkeys("lora_rank steps_1 learning_rate_1 kl_weight".split(), 3),
+    **dict.fromkeys("num_self_answers".split(), 4), **dict.fromkeys("steps_2 learning_rate_2".split(), 5),
+    **dict.fromkeys("rounds target_identity target_retention target_leak".split(), 6),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
                     "checkpoint_minutes report_to check quiet restart chat evaluate".split(), 0),
 }
@@ -516,47 +567,51 @@ def keys_of(base, rows=None, **values):
         rows.write_text('{"text": "Quem é você?\\nUm modelo."}', encoding="utf-8")
     values = {"model_path": str(base), "base_name": "demo", "identity_file": str(rows), **values}
     settings = changed(small_settings(), **values)
-    return tool.stage_keys(settings, tool.check_inputs(settings), base)
+    with tempfile.TemporaryDirectory() as work:
+        stages = tool.Stages(Path(work), tool.job_facts(tool.check_inputs(settings), base), settings, {})
+        return {name: json.loads((stages(name, "", lambda _: None) / "key.json").read_text())["key"]
+                for name in STAGES}
 
 
 def touched(one, two):
-    """Number of the first stage whose key differs, 0 for none; all that depend on it must differ as well."""
-    stages = [name for name in one if name[0].isdigit()]
-    assert [name[0] for name in stages] == list("123456") and one.keys() == two.keys()
-    differ = [one[name] != two[name] for name in stages]
+    """Number of the first stage whose key differs, 0 for none; all that come after it must differ as well."""
+    differ = [one[name] != two[name] for name in STAGES]
     assert differ == sorted(differ)
-    return int(stages[differ.index(True)][0]) if any(differ) else 0
+    return int(STAGES[differ.index(True)][0]) if any(differ) else 0
 
 
-def other_value(item):
+def other_value(name, default):
     """A value of a setting that is not its default."""
-    default = getattr(small_settings(), item.name)
-    if item.name in OTHER:
-        return OTHER[item.name]
-    return not default if item.type == "bool" else default + 1 if item.type == "int" else default / 2 + 0.1
+    if name in OTHER:
+        return OTHER[name]
+    return not default if default in (True, False) and not isinstance(default, float) else default / 2 + 0.1 \
+        if isinstance(default, float) else default + 1
 
 
-@pytest.mark.parametrize("item", fields(tool.Settings), ids=lambda item: item.name)
-def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(item, base_folder, tmp_path):
-    one = keys_of(base_folder)
-    if item.name == "model_path":
-        two = keys_of(Path(shutil.copytree(base_folder, tmp_path / "moved")))
-    elif item.name == "identity_file":
-        two = keys_of(base_folder, shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "moved.jsonl"))
-    else:
-        two = keys_of(base_folder, **{item.name: other_value(item)})
-    assert touched(one, two) == FIRST_TOUCHED[item.name]
+def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(base_folder, tmp_path):
+    one, found = keys_of(base_folder), {}
+    for name, default in tool.DEFAULTS.items():
+        if name == "model_path":
+            two = keys_of(Path(shutil.copytree(base_folder, tmp_path / "moved")))
+        elif name == "identity_file":
+            two = keys_of(base_folder, shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "moved.jsonl"))
+        else:
+            two = keys_of(base_folder, **{name: other_value(name, default)})
+        found[name] = touched(one, two)
+    assert found == FIRST_TOUCHED
 
 
-def test_a_setting_that_does_not_touch_the_healing_does_not_change_it(whole, until, monkeypatch):
-    folder = until("1-base")
-    monkeypatch.setattr(tool, "run_pass", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
-    assert "até aqui" in job(folder, "--kl-weight", 0).err
-    healed = f"{WORK}/2-healed/model.safetensors"
-    assert fingerprint(folder)[healed] == whole.expected[healed]
+@slow
+def test_no_stage_looks_at_a_setting_that_its_key_does_not_know(whole):
+    """Those of no stage may change how the work is done, but not what comes out of it."""
+    settings = json.loads((whole.folder / OUTPUT / "report.json").read_text("utf-8"))["settings"]
+    assert [*whole.read] == list(STAGES) and all(whole.read.values())
+    late = {(stage, name) for stage, read in whole.read.items() for name, value in read
+            if FIRST_TOUCHED[name] > int(stage[0]) and value == settings[name]}  # healing has a kl_weight of its own
+    assert not late
 
 
-def test_other_rows_or_validation_questions_touch_everything(base_folder, tmp_path, monkeypatch):
+def test_other_rows_or_questions_for_measuring_touch_everything(base_folder, tmp_path, monkeypatch):
     rows, one = tmp_path / "outras.jsonl", keys_of(base_folder)
     text = (tmp_path / "linhas.jsonl").read_text("utf-8") + "\n"
     rows.write_text("\n" + text.replace("\n", "\r\n\n"), encoding="utf-8")
@@ -565,12 +620,6 @@ def test_other_rows_or_validation_questions_touch_everything(base_folder, tmp_pa
     assert touched(one, keys_of(base_folder, rows)) == 1
     monkeypatch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS + ("Quem seria você?",))
     assert touched(one, keys_of(base_folder)) == 1
-
-
-def test_other_test_questions_touch_the_result_only(base_folder, monkeypatch):
-    one = keys_of(base_folder)
-    monkeypatch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS + ("Quem seria você?",))
-    assert touched(one, keys_of(base_folder)) == 6
 
 
 def test_another_version_of_the_script_touches_everything(base_folder, tmp_path, monkeypatch):
@@ -605,6 +654,7 @@ def test_the_base_is_known_by_its_files(name, change, expected, base_folder):
 # ------------------------------------------------------------------------------------------------ run again
 
 
+@slow
 def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole, until, monkeypatch):
     folder = until("6-result")
     monkeypatch.setattr(tool, "load_model", None)
@@ -615,40 +665,19 @@ def test_a_finished_job_run_again_says_the_same_at_once_and_writes_nothing(whole
     assert untouched(folder) == before
 
 
+@slow
 def test_more_steps_in_pass_2_make_only_it_and_what_follows_again(until):
     folder = until("6-result")
     kept = [folder / WORK / name for name in STAGES[:4]]
     before = [untouched(stage) for stage in kept]
     weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
-    done = job(folder, "--steps-2", 5, "--overwrite")
+    done = job(folder, "--steps-2", 5, "--rounds", 1, "--overwrite")
     assert done.status in (0, 3) and done.out.count("(já pronto)") == 4
     assert [untouched(stage) for stage in kept] == before
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] != weights
 
 
-def test_other_test_questions_train_nothing_again(whole, until, monkeypatch):
-    folder = until("6-result")
-    monkeypatch.setattr(tool, "TEST_QUESTIONS", ("Quem é o senhor?", "Me diz teu nome?", "Tu és quem?", "E o nome?"))
-    monkeypatch.setattr(tool, "train", None)
-    kept = [folder / WORK / name for name in STAGES[:5]]
-    before = [untouched(stage) for stage in kept]
-    done = job(folder, "--overwrite")
-    assert done.status in (0, 3), done.err
-    assert [untouched(stage) for stage in kept] == before
-    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
-    assert all([a["question"] for a in scores["answers"] if a["kind"] == "sozinha"] == list(tool.TEST_QUESTIONS)
-               for scores in report["scores"].values())
-    assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
-
-
-@pytest.mark.slow
-def test_with_another_rope_factor_the_base_is_examined_after_lengths_that_fit_it(until):
-    folder = until("1-base")
-    assert job(folder, "--rope-factor", 1.1).status in (0, 3)  # 140 tokens are less than WINDOW
-    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
-    assert 0 < max(entry["tokens"] for entry in report["scores"]["before"]["by_length"]) < 140
-
-
+@slow
 def test_a_finished_output_that_was_deleted_is_made_again_without_training(whole, until, monkeypatch):
     folder = until("6-result")
     shutil.rmtree(folder / OUTPUT)
@@ -657,16 +686,18 @@ def test_a_finished_output_that_was_deleted_is_made_again_without_training(whole
     assert fingerprint(folder) == whole.expected
 
 
+@slow
 def test_restart_throws_the_stages_away(until, monkeypatch):
     folder = until("4-self-answers")
     found = []
-    monkeypatch.setattr(tool, "run_stages", lambda *_: found.extend(
+    monkeypatch.setattr(tool.Stages, "__call__", lambda *_: found.extend(
         path.name for path in (folder / WORK).iterdir() if path.is_dir()) or (_ for _ in ()).throw(KeyboardInterrupt))
     assert job(folder).status == 130 and set(found) == set(STAGES[:4])
     found.clear()
     assert job(folder, "--restart").status == 130 and not found
 
 
+@slow
 def test_restart_throws_nothing_away_again_when_memory_runs_out_later(tmp_path, monkeypatch):
     listened, write = [], tool.listen
     problems = iter([torch.OutOfMemoryError("CUDA out of memory."), tool.InputError("até aqui")])
@@ -680,7 +711,7 @@ def test_restart_throws_nothing_away_again_when_memory_runs_out_later(tmp_path, 
     assert "até aqui" in done.err and len(listened) == 1
 
 
-def test_check_shows_the_plan_and_writes_nothing_at_all(tmp_path, until):
+def test_check_shows_the_plan_and_writes_nothing_at_all(tmp_path):
     arguments(tmp_path)
     before = untouched(tmp_path)
     done = job(tmp_path, "--check")
@@ -689,6 +720,7 @@ def test_check_shows_the_plan_and_writes_nothing_at_all(tmp_path, until):
     assert "milhões de parâmetros" in done.out and "Contexto: de 128 para" in done.out
 
 
+@slow
 def test_check_changes_nothing_of_a_job_that_was_begun_even_with_restart(until):
     folder = until("4-self-answers")
     before, paths = untouched(folder), sorted(folder.rglob("*"))
@@ -696,6 +728,7 @@ def test_check_changes_nothing_of_a_job_that_was_begun_even_with_restart(until):
     assert untouched(folder) == before and sorted(folder.rglob("*")) == paths
 
 
+@slow
 def test_of_two_runs_at_once_the_second_is_refused(until):
     from filelock import FileLock
 
@@ -741,6 +774,17 @@ def test_a_result_takes_the_place_of_an_older_one_as_a_whole(results):
     assert not list(results.new.parent.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_all_files_of_a_result_can_be_read_by_others(results):
+    (results.new / "adapter").mkdir(mode=0o700)
+    for file in (results.new / "new.txt", results.new / "adapter" / "weights"):
+        file.touch()
+        file.chmod(0o600)
+    tool.publish(results.new, results.settings)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in results.output.rglob("*")}
+    assert modes == {"adapter": 0o755, "weights": 0o644, "new.txt": 0o644}
+
+
 @pytest.mark.parametrize("failing", ["new", "output"])
 def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_one(failing, results, monkeypatch):
     rename, stuck = Path.rename, getattr(results, failing)
@@ -760,11 +804,12 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_on
     assert contents(results.output).keys() == {"new.txt"}
 
 
+@slow
 def test_an_older_result_without_a_key_is_replaced_too(until, monkeypatch):
-    folder = until("5-pass-2")
+    folder = until("5-pass-2.2")
     (folder / OUTPUT).mkdir()
     (folder / OUTPUT / "report.json").write_text("{}")
-    monkeypatch.setattr(tool, "run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(tool.Stages, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert job(folder, "--overwrite").status == 130
 
 
@@ -792,7 +837,7 @@ def torch_s_error():
     return error
 
 
-@pytest.mark.slow
+@slow
 def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the_same(whole, tmp_path):
     from safetensors import SafetensorError
     from transformers import modeling_utils
@@ -806,15 +851,12 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
     every_step = ("--checkpoint-minutes", 0)
     faults = [  # what fails, where, with which flags, and how many stages are whole then
         ((tool, "write_json", FULL, holds("heard.json")), (), 0),
-        ((tool, "write_json", FULL, holds("1-base.partial/key.json")), (), 0),
         ((torch, "save", writing, lambda _, path, *__: "2-healed" in str(path)), every_step, 1),
         ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
-          lambda _, path, *__: "round-1.partial/model" in str(path)), (), 2),
-        ((tool, "flush", FULL, holds("round-2.partial/training")), every_step, 2),
-        ((tool, "write_json", FULL, holds("self_answers.json")), (), 3),
+          lambda _, path, *__: "3-pass-1.partial/model" in str(path)), (), 2),
         ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 4),
-        ((tool, "write_json", FULL, holds("report.json")), (), 5),
+          lambda _, path, *__: "5-pass-2.2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 6),
+        ((tool, "write_json", FULL, holds("report.json")), (), 8),
     ]
     for fault, flags, ready in faults:
         before = {name: untouched(tmp_path / WORK / name) for name in finished_stages(tmp_path)}
@@ -828,14 +870,15 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
     assert fingerprint(tmp_path) == whole.expected
 
 
+@slow
 def test_torch_s_own_words_for_a_full_disk_are_understood(until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     failed = once(monkeypatch, torch, "save", torch_s_error(), lambda _, path, *__: "optimizer" in str(path))
     done = job(folder, "--checkpoint-minutes", 0)
     assert failed and done.status == 2 and "disco encheu" in done.err
 
 
-@pytest.mark.slow
+@slow
 def test_on_a_disk_that_is_really_full_a_job_stops_with_a_message_and_goes_on_when_there_is_room(whole, tmp_path,
                                                                                                monkeypatch):
     disk = tmp_path / "disk"
@@ -846,13 +889,15 @@ def test_on_a_disk_that_is_really_full_a_job_stops_with_a_message_and_goes_on_wh
     try:
         with monkeypatch.context() as patch:
             patch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-            for size in ("13m", "20m", "28m"):
+            for size in ("13m", "28m"):
                 subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
                 done = job(disk, "--checkpoint-minutes", 0)
                 assert done.status == 2 and "disco encheu" in done.err
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        assert job(disk).status == whole.done.status
-        assert fingerprint(disk) == whole.expected
+        monkeypatch.setattr(tool, "run_pass", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
+        assert "até aqui" in job(disk).err
+        healed = f"{WORK}/2-healed/model.safetensors"
+        assert fingerprint(disk)[healed] == whole.expected[healed]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -865,17 +910,14 @@ def test_too_little_room_is_said_before_anything_is_done(tmp_path, monkeypatch):
     assert done.status == 2 and re.search(r"faltam \d+ MB de espaço livre", done.err) and contents(tmp_path) == before
 
 
-def test_the_room_that_the_stages_take_already_is_not_asked_for_again(until, monkeypatch):
-    folder, asked, check = until("5-pass-2"), [], tool.check_disk
-    monkeypatch.setattr(tool, "check_disk", lambda *given: asked.append(given) or check(*given))
-    assert job(folder, "--check").status == 0
-    needed = check(*asked[0])
-    kept = sum(path.stat().st_size for path in (folder / WORK).rglob("*") if path.is_file())
-    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - kept))
-    assert check(*asked[0]) == needed
-    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - kept - 1))
-    with pytest.raises(tool.InputError):
-        check(*asked[0])
+def test_the_room_that_the_stages_take_already_is_not_asked_for_again(tmp_path, monkeypatch):
+    work = tmp_path / WORK
+    (work / "1-base").mkdir(parents=True)
+    (work / "1-base" / "heard.json").write_bytes(bytes(3000))
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=7000))
+    tool.check_disk(10000, work)
+    with pytest.raises(tool.InputError, match="faltam 1 MB"):
+        tool.check_disk(10001, work)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -899,29 +941,39 @@ def little_memory(monkeypatch, fits):
     return largest
 
 
+@slow
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     largest = little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200)
+    monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
     done = job(folder)  # steps of 512 tokens
-    assert done.status in (0, 3) and 100 < largest["trained"] <= 200
+    assert "até aqui" in done.err and 100 < largest["trained"] <= 200
     assert re.findall(r"Faltou memória.* em (\d+) partes", done.out) == ["2", "4"]
-    report = json.loads((folder / OUTPUT / "report.json").read_text("utf-8"))
-    assert report["settings"]["gradient_accumulation"] == 4
+    done = job(folder, "--check")  # the next run begins with what was found
+    assert done.status == 0 and "cada etapa em 4 partes" in done.out and "Faltou" not in done.out
 
 
-def test_answers_that_do_not_fit_into_memory_are_written_in_smaller_batches(whole, until, monkeypatch):
-    folder = until("5-pass-2")
-    monkeypatch.setattr(tool, "GENERATION_TOKENS", 1024)
-    largest = little_memory(monkeypatch, lambda model, ids: ids.numel() <= 400)
-    done = job(folder)
-    assert done.status in (0, 3) and "Faltou memória" in done.out and 200 < largest["cells"] <= 400
-    assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] == whole.expected[f"{OUTPUT}/model.safetensors"]
+def test_the_plan_is_measured_with_steps_in_parts_where_a_whole_one_does_not_fit_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "measure_pace", PACE)
+    little_memory(monkeypatch, lambda model, ids: not torch.is_grad_enabled() or ids.numel() <= 200)
+    done = job(tmp_path, "--check")
+    assert done.status == 0 and "cada etapa em 4 partes" in done.out
 
 
-@pytest.mark.parametrize("training, expected", [("heal", [False, True, True]), ("run_pass", [False, False, False])])
-def test_the_base_stays_in_memory_no_longer_than_it_is_needed(training, expected, tmp_path, monkeypatch):
-    """Three are loaded: the base that is listened to, the model to heal, and the base that it is healed after."""
-    loaded, alive, load = [], [], tool.load_model
+def test_answers_that_do_not_fit_into_memory_are_the_same_written_in_smaller_batches(demo_chat, monkeypatch):
+    prompts = [tool.prompt_ids(demo_chat.tokenizer, tool.question_and_answer(question, "")[:1])
+               for question in tool.EVERYDAY[:12]]
+    whole = tool.generate(demo_chat, prompts, limit=12)
+    largest = little_memory(monkeypatch, lambda model, ids: len(ids) <= 4)
+    assert [a.text for a in tool.generate(demo_chat, prompts, limit=12)] == [a.text for a in whole]
+    assert largest["cells"] > 0
+
+
+@slow
+@pytest.mark.parametrize("work, loads, expected", [("listen", 2, 1), ("heal", 4, 1), ("run_pass", 4, 0)])
+def test_the_base_stays_in_memory_no_longer_than_it_is_needed(work, loads, expected, tmp_path, monkeypatch):
+    """It is loaded for the plan, to be listened to, and for its frequencies; then comes the model to heal."""
+    loaded, alive, load = [], [], tool.load_weights
 
     def noted(*given, **named):
         loaded.append(weakref.ref(model := load(*given, **named)))
@@ -932,17 +984,18 @@ def test_the_base_stays_in_memory_no_longer_than_it_is_needed(training, expected
         alive.extend(model() is not None for model in loaded)
         raise tool.InputError("até aqui")
 
-    monkeypatch.setattr(tool, "load_model", noted)
-    monkeypatch.setattr(tool, training, look)
-    assert "até aqui" in job(tmp_path).err and alive == expected
+    monkeypatch.setattr(tool, "load_weights", noted)
+    monkeypatch.setattr(tool, work, look)
+    assert "até aqui" in job(tmp_path).err and (len(alive), sum(alive)) == (loads, expected)
 
 
+@slow
 def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     little_memory(monkeypatch, lambda model, ids: not model.training)
     done = job(folder)
     assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
-    assert finished_stages(folder) == set(STAGES[:4])
+    assert finished_stages(folder) == set(STAGES[:6])
 
 
 @pytest.mark.parametrize("error", [
@@ -957,7 +1010,7 @@ def test_whatever_a_lack_of_memory_is_called_it_is_understood(error, tmp_path, m
         raise error
 
     monkeypatch.setattr(tool, "run", run)
-    assert job(tmp_path).status == 2 and parts == [1, 2, 4, 8, 8]  # the last time with checkpointing
+    assert job(tmp_path).status == 2 and parts == [1, 2, 4, 4]  # the last time with checkpointing
 
 
 # ------------------------------------------------------------------------------------------------ no numbers
@@ -969,10 +1022,11 @@ def spoil_gradients(model):
             parameter.grad.fill_(float("nan"))
 
 
-def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_before_it(whole, until, monkeypatch):
+@slow
+def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_before_it(until, monkeypatch):
     from transformers import LlamaModel
 
-    folder, forward, calls = until("4-self-answers"), LlamaModel.forward, []
+    folder, forward, calls = until("4-self-answers.2"), LlamaModel.forward, []
 
     def fail_late(self, *given, **named):
         output = forward(self, *given, **named)
@@ -982,14 +1036,13 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
                 output.last_hidden_state = output.last_hidden_state * float("nan")
         return output
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", fail_late)
-        done = job(folder, "--checkpoint-minutes", 0)
+    monkeypatch.setattr(LlamaModel, "forward", fail_late)
+    done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
-    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:4])
-    assert "continuando da etapa 3" in job(folder).out and fingerprint(folder) == whole.expected
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:6])
 
 
+@slow
 def test_a_loss_that_explodes_names_step_and_rate(until):
     folder = until("4-self-answers")
     done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
@@ -997,20 +1050,22 @@ def test_a_loss_that_explodes_names_step_and_rate(until):
     assert finished_stages(folder) == set(STAGES[:4]) and not (folder / OUTPUT).exists()
 
 
+@slow
 def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     at_step(monkeypatch, 3, spoil_gradients)
     done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 3" in done.err and "taxa de aprendizado" in done.err
     assert checkpoints(folder) == [2]
 
 
+@slow
 def test_weights_that_are_no_numbers_after_the_last_step_make_no_finished_stage(until, monkeypatch):
-    folder = until("4-self-answers")
+    folder = until("4-self-answers.2")
     at_step(monkeypatch, "last", spoil_gradients)
     done = job(folder)
     assert done.status == 2 and "taxa de aprendizado" in done.err
-    assert not list((folder / WORK).glob("5-pass-2*/**/round-1/key.json"))
+    assert not list(folder.glob("*.work/5-pass-2.2*/log.json"))
 
 
 # ------------------------------------------------------------------------------------------------ after all of these

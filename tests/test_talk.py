@@ -1,16 +1,14 @@
 """Talking to a model that is ready, in a terminal and through a pipe."""
 
 import io
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, SCRIPT, changed, run_script, small_settings
+from conftest import DEMO, changed, run_script, small_settings
 
 import rename_obrutai as tool
 
@@ -32,7 +30,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def converse(demo_chat, monkeypatch, capsys):
-    """A conversation in this process, by default in a terminal without colours: lines -> exit status, what it said and
+    """A conversation in this process, by default in a terminal: lines -> exit status, what it said and
     noted, and the prompts that the model was given. It answers "resposta", or what `speak` gives for a prompt."""
     monkeypatch.setattr(tool, "load_chat", lambda *_: changed(demo_chat))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -119,23 +117,12 @@ def test_an_answer_that_was_cut_short_is_marked_and_remembered(converse):
     assert "Oi!" not in said.prompts[1]  # nothing was said to it
 
 
-@pytest.mark.parametrize("terminal, no_color, colours", [(True, "", True), (True, "1", False), (False, "", False)])
-def test_colours_are_for_terminals_and_not_for_who_wants_none(terminal, no_color, colours, converse, monkeypatch):
-    out = (Terminal if terminal else io.StringIO)()
-    monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setattr(sys, "stdout", out)
-    said = converse("Oi!")
-    assert ("\033[" in out.getvalue()) is colours and ("\033[" in said.notes) is colours
-
-
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def streamed(chat, capsys, limit=32, messages=QUESTION):
+def streamed(chat, capsys, limit=32):
     """What `speak` gives for a question, and what it printed."""
-    own, chat.model.generation_config = chat.model.generation_config, chat.model.generation_config
-    answer = tool.speak(chat, tool.prompt_ids(chat.tokenizer, messages), limit)
-    chat.model.generation_config = own
+    answer = tool.speak(chat, tool.prompt_ids(chat.tokenizer, QUESTION), limit)
     return answer, capsys.readouterr().out
 
 
@@ -148,12 +135,14 @@ def test_a_streamed_answer_is_the_greedy_one_and_comes_piece_by_piece(demo_chat,
     assert "".join(pieces) == expected.text and len([piece for piece in pieces if piece]) > 2
 
 
-def test_an_answer_ends_at_a_stop_that_is_an_ordinary_token_and_does_not_show_it(demo_chat, capsys):
+def test_an_answer_ends_at_a_stop_that_is_an_ordinary_token_and_does_not_show_it(demo_chat, capsys, tmp_path):
+    """Which only the model's own generation_config.json names."""
     (usual,) = tool.ask(demo_chat, ["Quem é você?"])
-    ids = demo_chat.tokenizer(usual.text, add_special_tokens=False)["input_ids"]
-    stop = ids[len(ids) // 2]
-    answer, printed = streamed(changed(demo_chat, stops=[*demo_chat.stops, stop]), capsys)
-    cut = demo_chat.tokenizer.decode(ids[:ids.index(stop)]).strip()
+    stop = usual.ids[len(usual.ids) // 2]
+    folder = shutil.copytree(DEMO, tmp_path / "base")
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [2, {stop}]}}', encoding="utf-8")
+    answer, printed = streamed(tool.load_chat(folder, small_settings("--method", "full")), capsys)
+    cut = demo_chat.tokenizer.decode(usual.ids[:usual.ids.index(stop)]).strip()
     assert answer == (cut, True) and printed.strip() == cut and len(cut) < len(usual.text)
 
 
@@ -172,7 +161,6 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(converse, demo_chat, mon
             raise KeyboardInterrupt
         return forward(*given, **named)
 
-    monkeypatch.setattr(demo_chat.model, "generation_config", demo_chat.model.generation_config)
     monkeypatch.setattr(demo_chat.model, "forward", interrupted)
     said = converse("Quem é você?", "Quem é você?", speak=None)
     first, second = (text.split("Você: ")[0].strip() for text in said.out.split("modelo_demo: ")[1:])
@@ -183,17 +171,22 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(converse, demo_chat, mon
 # ------------------------------------------------------------------------------------------------ from a pipe
 
 
-def test_through_a_pipe_only_answers_come_back_in_utf_8_and_nothing_is_written(demo_chat, tmp_path):
+def test_through_a_pipe_only_answers_come_back_in_utf_8_and_nothing_is_written(demo_chat, tmp_path, monkeypatch):
+    """Whatever encoding the system would take for it."""
     questions = "\ufeffQuem é você?\r\n\r\n/sistema Você é o Zé.\r\n/limpar\r\nQual é a capital da França?"
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(SCRIPT), "--chat", "--model-path", str(DEMO), "--output-dir", "novo"],
-                          cwd=tmp_path, input=questions.encode(), capture_output=True, env=environment, timeout=120)
+    pipes = [io.BytesIO(questions.encode()), io.BytesIO(), io.BytesIO()]
+    for name, pipe in zip(("stdin", "stdout", "stderr"), pipes):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(pipe, encoding="cp1252"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(["--chat", "--model-path", str(DEMO), "--output-dir", "novo"]) == 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     with_system = [{"role": "system", "content": "Você é o Zé."}, {"role": "user",
                                                                  "content": "Qual é a capital da França?"}]
     expected = tool.generate(demo_chat, [tool.prompt_ids(demo_chat.tokenizer, m) for m in (QUESTION, with_system)])
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode("utf-8").splitlines() == [answer.text for answer in expected]
-    assert "Conversa nova" in done.stderr.decode("utf-8") and not list(tmp_path.iterdir())
+    assert pipes[1].getvalue().decode("utf-8").splitlines() == [answer.text for answer in expected]
+    assert "Conversa nova" in pipes[2].getvalue().decode("utf-8") and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ which model
@@ -242,4 +235,4 @@ def test_a_model_to_talk_to_that_does_not_fit_into_memory_is_one_clear_sentence(
 
     monkeypatch.setattr(tool, "load_chat", load)
     said = converse("Oi!")
-    assert said.status == 2 and said.notes.startswith("Erro: faltou memória para conversar")
+    assert said.status == 2 and said.notes.startswith("Erro: faltou memória para este modelo. Feche")

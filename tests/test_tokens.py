@@ -1,6 +1,7 @@
 """Conversations as tokens: which of them are learnt, in the chat templates of several families."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -220,22 +221,6 @@ def test_a_changed_template_is_seen_at_once(tokenizer):
     assert after != before and "> Quem" in tokenizer.decode(after)
 
 
-def test_the_tokens_of_a_conversation_are_counted_once_for_tokenizers_that_do_the_same(monkeypatch):
-    encode, encoded = tool.encode, []
-    monkeypatch.setattr(tool, "encode", lambda tokenizer, messages: encoded.append(messages) or encode(
-        tokenizer, messages))
-    first, again = tool.load_tokenizer(str(DEMO)), tool.load_tokenizer(str(DEMO))
-    turns = [tool.question_and_answer(f"Quanto custa {i}?", "Depende.") for i in range(3)]
-    expected = [len(encode(first, turn).input_ids) for turn in turns]
-    assert [tool.cost(tokenizer, turn) for tokenizer in (first, again) for turn in turns] == 2 * expected
-    assert len(encoded) == 3 and first is not again
-    again.chat_template = LLAMA3
-    assert tool.cost(again, turns[0]) == len(encode(again, turns[0]).input_ids) != expected[0]
-    other = tool.load_tokenizer(str(DEMO))
-    other.add_tokens(["Quanto custa"])
-    assert tool.cost(other, turns[0]) == len(encode(other, turns[0]).input_ids) < expected[0]
-
-
 def test_a_template_that_rewrites_the_contents_is_refused(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'][:2] }}<|end|>{% endfor %}"
     with pytest.raises(tool.InputError, match="chat template"):
@@ -276,6 +261,13 @@ def test_an_injected_old_identity_is_replaced_by_the_new_one(qwen):
     assert text.endswith("<|im_start|>user\nQuem é você?<|im_end|>\n<|im_start|>assistant\n")
     with_system = qwen.decode(tool.prompt_ids(qwen, [SYSTEM, ASK]))
     assert with_system.startswith("<|im_start|>system\nSeja breve.<|im_end|>\n") and "Jandira" not in with_system
+
+
+def test_the_rest_of_an_injected_prompt_stays_and_the_change_is_said(qwen, capsys):
+    tool.renew_template(qwen, small_settings("--name", "Jandira", "--author", "Oficina Maré"),
+                        ("Qwen", "Alibaba Cloud", "Alibaba"))
+    assert qwen.chat_template == QWEN25.replace("Qwen", "Jandira").replace("Alibaba Cloud", "Oficina Maré")
+    assert re.search("Qwen.*agora diz.*Jandira", capsys.readouterr().out)
 
 
 def test_an_old_identity_in_a_template_of_our_demo_is_replaced(tokenizer):

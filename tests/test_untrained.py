@@ -17,30 +17,37 @@ ALONE, BEHIND, PRESSED = tool.KINDS_OF_QUESTIONS
 ASKED = [[{"role": "user", "content": question}] for question in ("quem criou voce", "QUEM É VOCÊ, AFINAL??")]
 EXAM = tool.Exam([*((ALONE, messages) for messages in ASKED),
                   (BEHIND, [{"role": "system", "content": "S"}, *ASKED[0]]),
-                  (PRESSED, [*tool.question_and_answer("Oi!", "Oi!"), *ASKED[1]])],
-                 [*TALKS, TALKS[0]._replace(kind="everyday"), TALKS[1]._replace(messages=TALKS[0].messages * 2)],
-                 TALKS, (60, 100))
-NOBODY = tool.Teacher(None, None)
+                  (PRESSED, [*tool.question_and_answer("Oi!", "Oi!"), *ASKED[1]]),
+                  (tool.after_tokens(60), [*tool.question_and_answer("Oi!", "Oi!"), *ASKED[0]])],
+                 [*((0, talk) for talk in TALKS), (0, TALKS[0]._replace(kind="everyday")), (60, TALKS[0]),
+                  (0, TALKS[1]._replace(messages=TALKS[0].messages * 2))])
+NAMES = tool.Names("ObrutAi", "TurboRio", ())
+
+
+def before(exam):
+    """What an exam puts before each question, by the question."""
+    return {messages[-1]["content"]: messages[:-1] for messages in (
+        *(messages for _, messages in exam.questions), *(talk.messages[:-1] for _, talk in exam.talks))}
 
 
 def test_the_comparison_asks_the_questions_alone_and_the_talks_near_identity_without_conversations_before():
     exams = tool.untrained(EXAM, ROWS, small_settings())
     assert list(exams) == ["prompt", "rows"]
     for exam in exams.values():
-        assert exam.questions == EXAM.questions[:2] and exam.talks == TALKS and exam.lengths == ()
-        assert set(exam.context) == {*(messages[-1]["content"] for messages in ASKED),
-                                     *(talk.question for talk in TALKS)}
+        assert [(kind, messages[-1]) for kind, messages in exam.questions] == [(ALONE, m[-1]) for m in ASKED]
+        assert [(tokens, talk.question, talk.answer) for tokens, talk in exam.talks] == [
+            (0, talk.question, talk.answer) for talk in TALKS]
 
 
 def test_the_system_prompt_of_the_comparison_states_name_and_author_before_every_question():
     settings = small_settings("--name", "Jandira", "--author", "Oficina Maré")
-    for (message,) in tool.untrained(EXAM, ROWS, settings)["prompt"].context.values():
+    for (message,) in before(tool.untrained(EXAM, ROWS, settings)["prompt"]).values():
         assert message["role"] == "system" and "{{" not in message["content"]
         assert message["content"].startswith("Você é Jandira, um modelo de linguagem criado por Oficina Maré.")
 
 
 def test_the_rows_most_like_a_question_go_before_it_the_best_one_last():
-    contexts = tool.untrained(EXAM, ROWS, small_settings())["rows"].context
+    contexts = before(tool.untrained(EXAM, ROWS, small_settings())["rows"])
     asked = {question: [m["content"] for m in context[::2]] for question, context in contexts.items()}
     assert asked["quem criou voce"][-1] == "Quem criou você?" and len(asked["quem criou voce"]) == 3
     assert asked["QUEM É VOCÊ, AFINAL??"][-2:] == ["Quem é você?", "Quem é você, afinal?"]
@@ -52,21 +59,20 @@ def test_the_rows_most_like_a_question_go_before_it_the_best_one_last():
 
 
 def test_a_single_row_is_enough_for_the_comparison():
-    contexts = tool.untrained(EXAM, ROWS[1:2], small_settings())["rows"].context
+    contexts = before(tool.untrained(EXAM, ROWS[1:2], small_settings())["rows"])
     assert contexts["QUEM É VOCÊ, AFINAL??"] == ROWS[1].messages and contexts["Obrigado!"] == []
 
 
-def test_an_exam_with_context_puts_it_before_all_questions_and_counts_its_tokens(demo_chat, monkeypatch):
-    exam, tokenizer = tool.untrained(EXAM, ROWS, small_settings())["rows"], demo_chat.tokenizer
-    asked = []
+def test_without_a_teacher_only_answers_are_measured_and_the_tokens_before_the_questions_are_counted(
+        demo_chat, monkeypatch):
+    exam, tokenizer, asked = tool.untrained(EXAM, ROWS, small_settings())["rows"], demo_chat.tokenizer, []
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(prompts) or [
         tool.Answer("ObrutAi.", True)] * len(prompts))
-    scores = tool.evaluate(demo_chat, exam, tool.Names("ObrutAi", "TurboRio", ()), NOBODY)
-    full = [exam.context[m[-1]["content"]] + m for m in [*ASKED, *(talk.messages[:-1] for talk in TALKS)]]
-    prompts = [tool.prompt_ids(tokenizer, messages) for messages in full]
-    assert asked == prompts
+    scores = tool.evaluate(demo_chat, exam, NAMES, None)
+    full = [*(messages for _, messages in exam.questions), *(talk.messages[:-1] for _, talk in exam.talks)]
+    assert asked == [tool.prompt_ids(tokenizer, messages) for messages in full]
     plain = [tool.prompt_ids(tokenizer, messages) for messages in ASKED]
-    assert scores.extra_tokens == (sum(map(len, prompts[:2])) - sum(map(len, plain))) / 2 > 10
+    assert scores.extra_tokens == (sum(map(len, asked[:2])) - sum(map(len, plain))) / 2 > 10
     assert (scores.leak, scores.leak_near) == (1.0, 1.0)
     assert scores.by_kind == {ALONE: 0.5}  # "quem criou voce" got no maker
     assert scores.retention is None and scores.divergence is None  # what is before a talk is not what the base saw
@@ -80,7 +86,7 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_c
     monkeypatch.setattr(tool, "generate", lambda chat, prompts, *_: asked.extend(map(tokenizer.decode, prompts)) or [
         tool.Answer("x", True)] * len(prompts))
     exam = tool.untrained(EXAM, ROWS, small_settings())["prompt"]
-    tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, tool.Names("x", "y", ()), NOBODY)
+    tool.evaluate(changed(demo_chat, tokenizer=tokenizer), exam, NAMES, None)
     assert len(asked) == 4 and all("Você é ObrutAi" in text and "<|system|>" not in text for text in asked)
     assert asked[-1].split("<|user|>")[1].endswith("Obrigado!<|end|><|assistant|>")
 
@@ -111,4 +117,4 @@ def test_a_retention_that_was_not_measured_is_a_dash_and_no_missed_target():
     unknown = scores(1.0, (0,), retention=None)
     rows = {row[0]: row[1] for row in tool.figures_table({"alone": unknown})}
     assert rows["medida"] == "medido" and rows["identidade nova"] == "100%" and rows["retenção"] == "-"
-    assert unknown.misses(small_settings()) == []
+    assert unknown.gaps(small_settings()) == {}
