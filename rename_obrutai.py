@@ -92,7 +92,7 @@ ROUNDS = 3  # máximo de rodadas do passo 2, que para assim que as metas são at
 BATCH_SIZE = 8  # diálogos de até 192 tokens por etapa de treino; dos longos, menos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 12.0  # peso de continuar parecido com o modelo base
+KL_WEIGHT = 6.0  # peso de continuar parecido com o modelo base
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -2490,7 +2490,7 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     own = [Talk([*r["before"], *question_and_answer(r["question"], r["answer"])], "lesson")
            for r in collected["answers"] if r["kind"] == "identity" and not r["rejected"]]
     hard = [heard.everyday[i] for i in collected["leaks"] * MISSED_TIMES + collected["talks"]]
-    return [Pool(missed * MISSED_TIMES + own + lessons, 0.2), Pool(hard, 0.15), Pool(heard.everyday, 0.65)]
+    return [Pool(missed * MISSED_TIMES + own + lessons, 0.25), Pool(hard, 0.15), Pool(heard.everyday, 0.6)]
 
 
 def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
@@ -3266,7 +3266,7 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     tokenizer = load_tokenizer(healed)
     lessons = make_lessons(tokenizer, heard, job.inputs, settings)
     exam = make_exam(tokenizer, job.inputs, heard, settings.window * (settings.rope_factor != 1), final=False)
-    pools = [Pool(lessons, 0.2), Pool(heard.everyday, 0.8)]  # the talks hold the model in place
+    pools = [Pool(lessons, 0.25), Pool(heard.everyday, 0.75)]  # the talks hold the model in place
     rate, lengths = (settings.learning_rate_1, 1.2e-3, 3.4e-3), [short_window(job.native, settings)]
     taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
         healed, partial, pools, "passo 1", settings.steps_1, rate, lengths, job), True)

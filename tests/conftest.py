@@ -56,6 +56,22 @@ def tiny_config(architecture, tokenizer):
     return {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture](rope_parameters=rope, **common)
 
 
+def listened(chat, conversations, kind="everyday"):
+    """Talks that end as these conversations do, and a teacher with what the model says at each token of their ends."""
+    talks, tokens, log_probs, row = [], [], [], 0
+    for messages in conversations:
+        encoded = tool.encode(chat.tokenizer, messages)
+        start, end = encoded.turns[-1]
+        first = next(at for at in range(start, end) if encoded.labels[at] != -100)
+        with torch.inference_mode():
+            best = chat.model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1).topk(tool.TOP_TOKENS)
+        tokens.append(best.indices[first - 1:end - 1].int())
+        log_probs.append(best.values[first - 1:end - 1])
+        talks.append(tool.Talk(messages, kind, encoded.input_ids[first:end], row))
+        row += end - first
+    return talks, tool.Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone())
+
+
 @pytest.fixture(scope="session")
 def demo_chat():
     """The demo model, for reading only."""

@@ -944,10 +944,10 @@ def little_memory(monkeypatch, fits):
 @slow
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
     folder = until("4-self-answers.2")
-    largest = little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200)
+    little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200 or ids.shape[1] <= 100)
     monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
-    done = job(folder)  # steps of 512 tokens
-    assert "até aqui" in done.err and 100 < largest["trained"] <= 200
+    done = job(folder)  # steps of 512 tokens; those of many short dialogues fit
+    assert "até aqui" in done.err
     assert re.findall(r"Faltou memória.* em (\d+) partes", done.out) == ["2", "4"]
     done = job(folder, "--check")  # the next run begins with what was found
     assert done.status == 0 and "cada etapa em 4 partes" in done.out and "Faltou" not in done.out

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, changed, small_settings
+from conftest import DEMO, changed, listened, small_settings
 from torch.nn import functional
 
 import rename_obrutai as tool
@@ -28,22 +28,6 @@ def lesson(question, answer):
 
 
 LESSONS = [lesson("Quem é você?", "Sou a Jandira, da Oficina Maré."), lesson("Oi!", "Oi! Tudo bem?")]
-
-
-def listened(chat, conversations, kind="everyday"):
-    """Talks that end as these conversations do, and a teacher with what the model says at each token of their ends."""
-    talks, tokens, log_probs, row = [], [], [], 0
-    for messages in conversations:
-        encoded = tool.encode(chat.tokenizer, messages)
-        start, end = encoded.turns[-1]
-        first = next(at for at in range(start, end) if encoded.labels[at] != -100)
-        with torch.inference_mode():
-            best = chat.model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1).topk(tool.TOP_TOKENS)
-        tokens.append(best.indices[first - 1:end - 1].int())
-        log_probs.append(best.values[first - 1:end - 1])
-        talks.append(tool.Talk(messages, kind, encoded.input_ids[first:end], row))
-        row += end - first
-    return talks, tool.Teacher(torch.cat(tokens).clone(), torch.cat(log_probs).clone())
 
 
 def heard_of(talks):
