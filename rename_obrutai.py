@@ -685,6 +685,12 @@ def of_languages(questions: Sequence[str], languages: Sequence[str]) -> list[str
     return [q for code, start in places.items() if code in languages for q in questions[start:start + third]]
 
 
+def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
+    """(kind, question) of the exam about other things, in these languages."""
+    lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
+    return [(kind, question) for kind, some in lists for question in of_languages(some, languages)]
+
+
 def near_questions(language: str, share: Sequence[int], count: int, rng: random.Random) -> list[str]:
     """At most `count` questions, each template before any twice; `share`: their places modulo 6."""
     fillers, ways = {**FILLERS["all"], **FILLERS[language]}, []
@@ -1040,7 +1046,8 @@ def check_inputs(settings: Settings) -> Inputs:
     validation, test = (tuple(q for q in questions if plain(q) not in asked and language_of(q) in languages)
                         for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
     if len(validation) < 4 or len(test) < 4:
-        raise InputError(f"tire de {identity} perguntas de VALIDATION_QUESTIONS e TEST_QUESTIONS: sobraram poucas.")
+        raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o que "
+                         "medir (são as de VALIDATION_QUESTIONS e TEST_QUESTIONS, no script).")
     first, told = {}, []
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
@@ -1331,6 +1338,16 @@ def scale_rope(rope: dict | None, factor: float) -> dict:
 def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The rotary frequencies that the built model really uses, by buffer name, each of shape (pairs,)."""
     return {name: b.detach().clone() for name, b in model.named_buffers() if name.endswith("inv_freq")}
+
+
+@contextlib.contextmanager
+def opening(settings: Settings):
+    """What the system will not open is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
+                         f"{error.strerror}).") from None
 
 
 @contextlib.contextmanager
@@ -1833,8 +1850,7 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
     rows = [row.question for row in inputs.rows]
     listener = Listener(base, names, [*inputs.validation, *inputs.test, *rows], rng)
-    fixed = [*(("near", q) for q in of_languages(NEAR_EXAM, spoken)),
-             *(("everyday", q) for q in of_languages(EVERYDAY_EXAM, spoken))]
+    fixed = exam_questions(spoken)
     fixed = rng.sample(fixed, min(len(fixed), n))
     held_out = listener.hear(fixed, SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
     # Every sixth way of asking is kept for measuring.
@@ -1861,7 +1877,9 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     few = max(2, min(n // 4, len(own) // 10))
     validation, held_out, everyday = validation + own[:few], held_out + own[few:2 * few], everyday + own[2 * few:]
     if len(everyday) < 12 or not validation:
-        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; ele é mesmo de conversa?")
+        raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
+                         "errado, ou um modelo que não é de conversa. Use a pasta original de um modelo de conversa "
+                         "(Instruct, Chat, it) ou, se é pequeno, aumente SELF_TEXT.")
     say(f"  Ele respondeu a {len(everyday) + len(validation) + len(held_out)} perguntas do dia a dia; "
         f"{len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é.")
     teacher = Teacher(*(torch.cat([getattr(a, key) for a in listener.teacher]) for key in Teacher._fields))
@@ -2254,7 +2272,7 @@ class Scores(NamedTuple):
     by_length: list[dict]  # tokens, identity and retention for each length of conversation before, zero first
     answers: list[dict]
     leaks: list[dict]
-    extra_tokens: float = 0.0  # in a prompt besides the question alone, on average
+    extra_tokens: float = 0.0  # before a question that is asked alone, on average
 
     def gaps(self, settings: Settings) -> dict[str, float]:
         """The targets that these scores miss, and by how much."""
@@ -2373,7 +2391,8 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
     changed = [t for t, (same, _) in zip(talks, kept) if same < 1] if teacher else talks
     leaks = leaks_of(chat, changed, names, label)
     lengths = dict.fromkeys(tokens for tokens, _ in exam.talks) if teacher else ()
-    alone = [len(prompt_ids(tokenizer, [m[-1]])) for _, m, _, _ in short]
+    extra = [len(ids) - len(prompt_ids(tokenizer, m[-1:])) for (kind, m), ids in zip(exam.questions, prompts)
+             if kind == ALONE]
     return Scores(
         identity=mean([not reason for *_, reason in short]),
         by_kind={kind: share for kind, share in right.items() if kind in KINDS_OF_QUESTIONS},
@@ -2388,7 +2407,7 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
         answers=[{"question": m[-1]["content"], "kind": kind, "answer": text, "problem": reason}
                  for kind, m, text, reason in short],
         leaks=[{"question": t.question, "answer": text, "base": t.answer} for t, text in leaks],
-        extra_tokens=mean([len(ids) - n for ids, n in zip(prompts, alone)]))
+        extra_tokens=mean(extra))
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
@@ -2647,8 +2666,8 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
                       [s.by_length[i][key] if s.by_length[i:] else None for s in shown])
                   for title, key in (("identidade", "identity"), ("retenção", "retention"))]
     if "prompt" in scores:
-        table.append(row("tokens a mais por pergunta", [s.extra_tokens * (s in (scores["prompt"], scores["rows"]))
-                                                        for s in shown], lambda value: decimal(value, 0)))
+        table.append(row("tokens a mais por pergunta", [s.extra_tokens for s in shown],
+                         lambda value: decimal(value, 0)))
     return table
 
 
@@ -2991,15 +3010,12 @@ def check_job(settings: Settings) -> Job | None:
     """All checks before the model is loaded, and what they found; None if the result is there."""
     if settings.report_to != "none" and not importlib.util.find_spec(settings.report_to):
         raise InputError(f"REPORT_TO precisa de um pacote que falta: pip install {settings.report_to}")
-    try:
+    with opening(settings):
         inputs, folder = check_inputs(settings), local_folder(settings)
         weights, facts = check_base(folder), job_facts(inputs, folder)
         report = Path(settings.output_dir) / "report.json"
         finished = has_key(report, job_key(facts, settings)) and not settings.restart
         check_output(folder, settings, finished)
-    except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
-                         f"{error.strerror}).") from None
     say(f"Modelo base: {folder}")
     if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
         say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA (ou MODEL_PATH).")
@@ -3152,7 +3168,7 @@ def make_heard(job: Job, partial: Path) -> None:
 def make_healed(job: Job, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
     settings, log = exact(job.settings), []
-    native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto"))
+    native = {} if settings.rope_factor == 1 else rope_frequencies(load_weights(job.base, 1.0, dtype="auto"))
     chat = load_chat(job.base, settings, settings.rope_factor)
     renew_template(chat.tokenizer, settings, job.heard.names.old)
     if settings.rope_factor == 1:
@@ -3305,12 +3321,9 @@ def ready_folder(settings: Settings) -> Path:
     if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
         raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
                          "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
-    try:
+    with opening(settings):
         folder = local_folder(settings)
         check_base(folder)
-    except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
-                         f"{error.strerror}).") from None
     return folder
 
 
@@ -3322,9 +3335,7 @@ def examine(settings: Settings, folder: Path) -> int:
         inputs, chat = check_inputs(settings), load_chat(folder, settings)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat, settings, inputs)
-        lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
-        asked = [(kind, q) for kind, some in lists for q in of_languages(some, inputs.languages)]
-        talks = [Talk(question_and_answer(q, ""), kind) for kind, q in asked]
+        talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
         exam = make_exam(chat.tokenizer, inputs, Heard(names, [], [], talks, talks), 0, final=True)
         scores = {"alone": evaluate(chat, exam, names, None, "perguntas de prova")}
     else:
