@@ -2496,8 +2496,9 @@ def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher:
     ranked = sorted(sample, key=lambda i: (i not in leaks, kept[i]))[:settings.num_self_answers - used]
     everyday = [{"question": t.question, "answer": t.answer, "kind": "everyday", "rejected": "", "before":
                  t.messages[:-2]} for t in (heard.everyday[i] for i in ranked)]
-    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é; o passo 2 "
-        f"insiste nelas.\n  Do dia a dia, ele escolhe {percent(mean([*kept.values()]))} das palavras como o modelo "
+    insists = "; o passo 2 insiste nelas" * bool(missed)
+    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é{insists}.\n"
+        f"  Do dia a dia, ele escolhe {percent(mean([*kept.values()]))} das palavras como o modelo "
         f"base; em {len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
         f"  Vão para o passo 2: {used} respostas sobre a identidade e {len(everyday)} do dia a dia.")
     return {"answers": records + everyday, "missed": missed, "talks": ranked, "leaks": leaks}
