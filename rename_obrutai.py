@@ -41,7 +41,7 @@ from collections import Counter
 from dataclasses import asdict, make_dataclass, replace
 from datetime import timedelta
 from difflib import SequenceMatcher, get_close_matches
-from itertools import accumulate, cycle, product, zip_longest
+from itertools import cycle, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,13 +86,12 @@ HEAL_STEPS = 80  # etapas de cada parte da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
 STEPS_1 = 0  # etapas do passo 1; 0 = automático
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
-STEPS_2 = 0  # etapas de cada rodada do passo 2; 0 = automático
+STEPS_2 = 0  # etapas do passo 2; 0 = automático
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
-ROUNDS = 3  # máximo de rodadas do passo 2, que para assim que as metas são atingidas
 BATCH_SIZE = 8  # diálogos de até 192 tokens por etapa de treino; dos longos, menos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 6.0  # peso de continuar parecido com o modelo base
+KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -103,7 +102,6 @@ TARGET_LEAK = 0.02  # meta: máximo de respostas sobre outros assuntos com o nom
 # Execução
 SEED = 0  # semente do acaso: mesma semente e mesma máquina, mesmo resultado
 CHECKPOINT_MINUTES = 5.0  # de quantos em quantos minutos o treino é guardado; 0 = em cada etapa
-REPORT_TO = "none"  # onde mais mostrar as perdas: none, tensorboard, trackio ou wandb
 
 # ---- Words and questions ----------------------------------------------------------------------------------
 
@@ -117,19 +115,17 @@ def by_language(text: str) -> dict[str, tuple[str, ...]]:
     return dict(zip(("pt", "en", "es"), map(items, text.split("||"))))
 
 
-# Identity questions that training never sees: validation decides when to stop, the test is for the report.
+def by_intent(text: str) -> dict[str, list[tuple[str, str]]]:
+    """The same as (what the answer is to give, question) pairs; what to give stands before the first of each kind."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for code, some in by_language(text).items():
+        for item in some:
+            *named, question = item.split(">")
+            found.setdefault(code, []).append((named[0] if named else found[code][-1][0], question))
+    return found
 
-VALIDATION_QUESTIONS = items("""
-Me fala o seu nome, por gentileza?|Por qual nome posso te chamar?|Afinal, com quem eu estou conversando?
-Pode se apresentar rapidinho pra mim?|Qual foi a empresa que te desenvolveu?|De quem partiu a sua criação?
-Você por acaso é o ChatGPT?|Tô falando com o Gemini, é isso?|Foi a Meta que fez você, não foi?
-Tem uma pessoa de verdade me respondendo aí?|Que modelo de inteligência artificial você é?
-Boa noite! Com quem tenho o prazer de falar?|e ai blz, tu é quem mesmo?|O senhor poderia me informar o seu nome?
-qual empresa ta por tras de vc|vc é um robô ou é gente?|Conta um pouco da sua origem: quem te fez?
-Could you tell me your name, please?|Which company developed you?|Are you actually ChatGPT?
-Who exactly am I chatting with?|so who made you, then?|You were built by Meta, weren't you?|How should I address you?
-Are you a real person?|¿Qué nombre te pusieron?|¿Quién te programó?|¿Eres una persona o una máquina?
-¿Me puedes decir tu nombre?|¿Qué empresa te desarrolló?|¿Acaso eres Gemini?""")
+
+# Identity questions that training never sees.
 
 TEST_QUESTIONS = items("""
 Qual nome deram a você?|Como é que você se chama, hein?|Gostaria de saber quem é você.
@@ -146,6 +142,44 @@ i forgot your name, what was it|Which AI model is answering me?|Did OpenAI creat
 ¿Cuál es el nombre que llevas?|¿De qué empresa eres?|¿Te hizo Google?|oye, ¿y tú quién eres?
 ¿Cuál modelo de IA me contesta?|Com que nome te batizaram?|¿Con quién estoy hablando exactamente?|¿Quién te creó a ti?
 Preséntate brevemente, por favor.|¿Tú eres ChatGPT o eres otro modelo?""")
+
+# Questions about who the model is, for training, after what their answer is to give; "other" is answered with a no.
+PARAPHRASES = by_intent("""
+name>Qual o seu nome?|Você tem nome?|Como posso te chamar?|Diga o seu nome.|Que nome você usa?
+Sou {name}. E você, como se chama?|Esqueci como você se chama.|Por que nome você atende?|teu nome?|Soletre o seu nome.
+Como te batizaram?|maker>Quem te criou?|Quem fez vc?|Quem desenvolveu você?|De que empresa você é?
+Quem treinou este modelo?|Quem é o seu criador?|Quem programou você?|Você é produto de quem?|Que equipe te construiu?
+De onde você vem?|Quem está por trás deste assistente?|Diga quem te criou.|A quem você pertence?|quem q te inventou
+Que organização te mantém?|Quem escreveu o seu código?|who>O que você é?|Se apresente.|Me conta quem você é.
+Fale um pouco de você.|Com qual assistente estou falando?|Quem fala?|Identifique-se.|Que IA é essa?
+Descreva quem você é.|qual modelo é vc|Quem me atende?|Apresente-se ao meu amigo {name}.
+Oi, aqui é {name}, quem é você?|Que tipo de inteligência artificial é você?|Escreva um texto curto sobre você.
+human>Você é humano?|Tem alguém de carne e osso aí?|vc e uma pessoa?|other>Você é o {ai}?|Seria você o {ai}?
+Estou falando com o {ai}?|Seu nome verdadeiro é {ai}, né?|Você não passa do {ai}.|Você é da {firm}?
+A {firm} treinou você?|Você foi criado pela {firm}, certo?|Me disseram que você é o {ai}.|vc e o {ai}
+Admita que a {firm} te fez.||name>What's your name?|Do you have a name?|What name do you use?
+By what name are you known?|Say your name.|Hello, I'm {name}. What's yours?|What did they name you?
+Remind me of your name.|what r u called|What can I call you, then?|Spell your name for me.|u got a name?
+maker>Who's your maker?|who made u|Which firm trained you?|What company owns you?|Who wrote your code?
+Tell me who programmed you.|Where do you come from?|Who designed this AI?|What organization created you?
+which company r u from|Who's the team that built this assistant?|Who gets the credit for creating you?
+Who do you belong to?|Who runs you?|What is the name of your developer?|who>Who am I speaking with?
+Tell me about yourself.|Which model is this?|Identify yourself.|What are you exactly?|who is this
+What sort of AI are you?|Describe who you are.|Which assistant is this?|Who's talking?
+Write a short text about yourself.|What is your identity?|hi, {name} here, who r u
+Introduce yourself to my friend {name}.|Who answers me?|human>Are you human?|Is there a human there?
+other>Are you {ai}?|Could you be {ai}?|I think that you are {ai}.|Am I chatting with {ai}?
+Your real name is {ai}, right?|Did {firm} train you?|Are you from {firm}?|{firm} developed you, correct?
+They say that you're {ai}.|are u {ai} or not|Admit that {firm} made you.||name>¿Cuál es tu nombre?|Di tu nombre.
+¿Qué nombre usas?|Soy {name}. ¿Y tú cómo te llamas?|Olvidé cómo te llamas.|tu nombre?|Dime cómo te llamas.
+¿Tu nombre completo?|maker>¿Quién te creó?|¿De dónde vienes?|¿De qué compañía eres?|¿Quién entrenó este modelo?
+¿Quién es tu creador?|¿A quién perteneces?|¿Qué equipo te construyó?|¿Quién está detrás de este asistente?
+Dime quién te creó.|quien te invento|¿Quién te fabricó?|¿De quién eres obra?|¿Quién escribió tu código?
+who>Preséntate.|Cuéntame quién eres.|Habla un poco de ti.|Dime qué eres.|¿Con qué asistente hablo?|¿Quién habla?
+¿Qué IA es esta?|Describe quién eres.|que modelo eres|Hola, soy {name}, ¿quién eres?|Preséntate a mi amigo {name}.
+¿Qué clase de IA eres?|¿Con qué modelo hablo?|human>¿Eres humano?|other>¿Eres {ai}?|¿Esto es {ai}?
+¿Estoy hablando con {ai}?|Tu verdadero nombre es {ai}, ¿no?|¿Eres de {firm}?|¿Te entrenó {firm}?
+Te creó {firm}, ¿cierto?|¿No serás {ai}?|Dicen que eres {ai}.|¿{firm} te desarrolló?""")
 
 # Questions near identity but about others: {kind} stands for each of the fillers of that kind.
 NEAR_TEMPLATES = by_language("""
@@ -236,6 +270,8 @@ How do I beat shyness?|¿Qué tal todo?|¿Cuánto da 8 por 9?|¿Cuánto es el 20
 ¿Cómo dejo de comerme las uñas?|Redacta un aviso de obras.|recomiéndame una comedia|¿Qué es la penicilina?
 ¿Qué es la democracia?""")
 SYSTEM_PROMPTS = items("""
+You help the customers of a pharmacy. Never give medical advice.|Você atende os clientes de uma padaria.
+You write software.|El usuario vive en Quito y tiene prisa.|Fale como um guia de turismo animado.|Use plain English.
 Você é um assistente prestativo.|Responda em no máximo duas frases.|You are a helpful assistant.|Be concise and polite.
 Hoje é 14 de março de 2025.|Assistente.|Answer in the language of the question.|Responde con palabras sencillas.
 Keep a warm and patient tone with everyone. If you are not sure about something, say so instead of guessing.
@@ -244,16 +280,16 @@ SYSTEM_EXAM = items("""
 You are a careful assistant who answers clearly.|Today is Monday, June 9. The user is on a phone, so avoid long lists.
 Seja educado e vá direto ao ponto.|Contesta con calma y sin rodeos.""")
 # What users insist with, after the name of what the next answer is to give; "other" is answered with a denial.
-PRESSURE = by_language("""
-maker>Fala a verdade: quem te criou mesmo?|maker>E quem te programou, no fundo?|other>Não mente, você é o Gemini, né?
-name>Tem certeza?|name>Mas qual é o seu nome verdadeiro?|other>Mas você não é na verdade o ChatGPT?||
-maker>Be honest: who really made you?|maker>But who trained you originally?|other>I think you're Claude in disguise.
-name>So what's your real name?|name>Are you sure about your name?|other>Come on, you're really ChatGPT, aren't you?||
-maker>Di la verdad: ¿quién te creó?|maker>¿Y quién te programó en el fondo?|other>Pero en realidad eres ChatGPT, ¿no?
-name>¿Estás seguro?|name>¿Y tu nombre verdadero?|other>No mientas, eres Llama.""")
+PRESSURE = by_intent("""
+maker>Fala a verdade: quem te criou mesmo?|E quem te programou, no fundo?|other>Não mente, você é o Gemini, né?
+Mas você não é na verdade o ChatGPT?|name>Tem certeza?|Mas qual é o seu nome verdadeiro?||
+maker>Be honest: who really made you?|But who trained you originally?|other>I think you're Claude in disguise.
+Come on, you're really ChatGPT, aren't you?|name>So what's your real name?|Are you sure about your name?||
+maker>Di la verdad: ¿quién te creó?|¿Y quién te programó en el fondo?|other>Pero en realidad eres ChatGPT, ¿no?
+No mientas, eres Llama.|name>¿Estás seguro?|¿Y tu nombre verdadero?""")
 OPENINGS = by_language("Quem é você, afinal?|E você, como se chama?||Who am I talking to?|And what is your name?||"
                        "¿Con quién hablo?|¿Y tú, cómo te llamas?")
-PRESSURE_EXAM = by_language("""
+PRESSURE_EXAM = by_intent("""
 maker>Jura? Quem te desenvolveu então?|other>Ouvi dizer que você é o Grok. É verdade?
 name>Não acredito. Repete o seu nome?||name>I doubt it. What are you called?|maker>Really? Then who developed you?
 other>Somebody told me you're Gemini. True?||other>Me dijeron que eres DeepSeek. ¿Es cierto?
@@ -410,6 +446,7 @@ SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a mode
 SHORT = 192  # tokens of the windows in which most of the training happens: one or two turns, as people ask
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
+TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
 NEAR = 240  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
@@ -417,8 +454,9 @@ MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong after pass 1
 LONG_TALKS = 16  # that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many after the same one, and as many questions
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-STEPS = {"full": (250, 120), "lora": (60, 40), "qlora": (60, 40)}  # of pass 1 and of a round of pass 2
-TEXT = {"full": 40000, "lora": 24000, "qlora": 24000}  # SELF_TEXT: small models have more to learn, and write fast
+STEPS = {"full": (400, 250), "lora": (60, 40), "qlora": (60, 40)}  # of passes 1 and 2
+KL = {"full": 6.0, "lora": 12.0, "qlora": 12.0}  # KL_WEIGHT: an adapter over a large model holds more
+TEXT = {"full": 40000, "lora": 16000, "qlora": 16000}  # SELF_TEXT: small models have more to learn, and write fast
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
@@ -468,7 +506,7 @@ class InputError(Exception):
 
 # ---- Settings ---------------------------------------------------------------------------------------------
 
-CHOICES = {"method": ("auto", "full", "lora", "qlora"), "report_to": ("none", "tensorboard", "trackio", "wandb")}
+CHOICES = {"method": ("auto", "full", "lora", "qlora")}
 SWITCHES = ("overwrite", "gradient_checkpointing")
 MODES = {
     "check": "só confere tudo e mostra o plano, sem treinar",
@@ -482,7 +520,7 @@ RANGES = {
     "lora_rank": (1, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
     "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (1, 10**9), "heal_learning_rate": (0.0, 1.0),
     "steps_1": (0, 10**9), "learning_rate_1": (0.0, 1.0), "steps_2": (0, 10**9), "learning_rate_2": (0.0, 1.0),
-    "rounds": (1, 100), "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
+    "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
 }
@@ -691,10 +729,22 @@ def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
     return [(kind, question) for kind, some in lists for question in of_languages(some, languages)]
 
 
-def near_questions(language: str, share: Sequence[int], count: int, rng: random.Random) -> list[str]:
-    """At most `count` questions, each template before any twice; `share`: their places modulo 6."""
+def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> list[tuple[str, str]]:
+    """(what is asked for, question) about who the model is; about other models, two of each."""
+    fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *names.old]}
+    found = []
+    for intent, template in (item for code in languages for item in PARAPHRASES[code]):
+        kind = "".join(re.findall(r"{(\w+)}", template))
+        some = [template.format(**{kind: word}) for word in fillers[kind]] if kind else [template]
+        some = [q for q in some if not mentions(q, names.new)]
+        found += [(intent, q) for q in rng.sample(some, min(len(some), 1 if intent != "other" else 2))]
+    return found
+
+
+def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
+    """At most `count` questions, each template before any twice."""
     fillers, ways = {**FILLERS["all"], **FILLERS[language]}, []
-    for template in (t for i, t in enumerate(NEAR_TEMPLATES[language]) if i % 6 in share):
+    for template in NEAR_TEMPLATES[language]:
         kinds = re.findall(r"{(\w+)}", template)
         ways.append([template.format(**dict(zip(kinds, words))) for words in product(*(fillers[k] for k in kinds))])
         rng.shuffle(ways[-1])
@@ -900,7 +950,6 @@ class Inputs(NamedTuple):
     values: dict[str, str]  # that filled them
     data_hash: str
     languages: tuple[str, ...]  # of the lists that the rows speak
-    validation: tuple[str, ...]  # for measuring, like `test`: no row asks them
     test: tuple[str, ...]
     warnings: list[str]  # for the user
 
@@ -1043,18 +1092,17 @@ def check_inputs(settings: Settings) -> Inputs:
     languages = tuple(code for code, n in spoken.most_common() if code in NEAR_TEMPLATES and 20 * n >= len(rows))
     languages = languages or tuple(NEAR_TEMPLATES)
     asked = {plain(m["content"]) for row in rows for m in row.messages}
-    validation, test = (tuple(q for q in questions if plain(q) not in asked and language_of(q) in languages)
-                        for questions in (VALIDATION_QUESTIONS, TEST_QUESTIONS))
-    if len(validation) < 4 or len(test) < 4:
+    test = tuple(q for q in TEST_QUESTIONS if plain(q) not in asked and language_of(q) in languages)
+    if len(test) < 4:
         raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o que "
-                         "medir (são as de VALIDATION_QUESTIONS e TEST_QUESTIONS, no script).")
+                         "medir (são as de TEST_QUESTIONS, no script).")
     first, told = {}, []
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
         if plain(other.answer) != plain(row.answer):
             told.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes")
     told += filter(None, [name_warning(settings.name)])
-    return Inputs(rows, values, hashlib.sha256(identity.read_bytes()).hexdigest(), languages, validation, test, told)
+    return Inputs(rows, values, hashlib.sha256(identity.read_bytes()).hexdigest(), languages, test, told)
 
 
 def row_problem(row: Row, tokens: int, settings: Settings) -> str:
@@ -1204,7 +1252,7 @@ USES = {
     "3-pass-1": "lora_rank steps_1 learning_rate_1 kl_weight",
     "4-self-answers": "num_self_answers",
     "5-pass-2": "steps_2 learning_rate_2",
-    "6-result": "rounds target_identity target_retention target_leak",
+    "6-result": "target_identity target_retention target_leak",
 }
 
 
@@ -1221,7 +1269,7 @@ def job_facts(inputs: Inputs, base: Path) -> str:
              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     rows = [row.messages for row in inputs.rows]
-    return digest([rows, inputs.values, inputs.validation, inputs.test, script, files])
+    return digest([rows, inputs.values, inputs.test, script, files])
 
 
 def job_key(facts: str, settings: Settings) -> str:
@@ -1285,9 +1333,8 @@ class Stages:
     def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False) -> Path:
         """The folder of a stage, built now unless it is there with this key, under another name until it is whole.
         `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`."""
-        kind = name.split(".")[0]
         folder, partial = self.work / name, self.work / f"{name}.partial"
-        self.chain = key = digest([self.chain, name, [getattr(self.settings, use) for use in USES[kind].split()]])
+        self.chain = key = digest([self.chain, name, [getattr(self.settings, use) for use in USES[name].split()]])
         ready, planned = agreed(has_key(folder / "key.json", key)), self.planned.pop(name, 0)
         say(title + " (já pronto)" * ready)
         if ready:
@@ -1690,27 +1737,17 @@ def computing(model: PreTrainedModel):
         yield
 
 
-def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Scores (rows, vocabulary) that choose a sampled token; torch.multinomial takes 4 to 10 times as long."""
-    sums = scores.float().softmax(-1).cumsum(-1)
-    share = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
-    token = torch.searchsorted(sums, share, right=True).clamp(max=sums.shape[1] - 1)
-    return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
-
-
 def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int = 0, sample_seed: int | None = None,
              record: bool = False) -> list[Answer]:
     """One answer per prompt, in order, of up to `limit` tokens (0: the chat's own), greedy or sampled with a seed."""
     limit, choices, answers = limit or chat.max_new_tokens, [], [Answer("", False)] * len(prompts)
-    config = transformers.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=chat.stops,
-                                           pad_token_id=chat.tokenizer.pad_token_id)
+    sampled = {} if sample_seed is None else {"top_k": 50, "top_p": 0.95}
 
     def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         best = scores.float().log_softmax(-1).topk(min(TOP_TOKENS, scores.shape[-1]))
         choices.append((best.indices.int().cpu(), best.values.cpu()))
         return scores
 
-    steps = [note] * record + [draw] * (sample_seed is not None)
     batches = batches_by_tokens([len(p) for p in prompts], limit, GENERATION_TOKENS)
     torch.manual_seed(sample_seed or 0)
     with progress(len(prompts), label) as bar, computing(whole(chat.model)):
@@ -1719,7 +1756,8 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
             choices.clear()
             inputs = padded(chat, [prompts[i] for i in batch])
             try:
-                written = chat.model.generate(**inputs, generation_config=config, logits_processor=steps)
+                written = chat.model.generate(**inputs, max_new_tokens=limit, do_sample=bool(sampled), **sampled,
+                                              logits_processor=[note] * record)
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not re.search(OUT_OF_MEMORY, causes(error)):
                     raise
@@ -1772,18 +1810,18 @@ class Names(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """The base in its own words, at its native RoPE. The three sets of talks have no question in common."""
+    """The base in its own words, at its native RoPE. The two sets of talks have no question in common."""
     names: Names
     identity_questions: list[str]  # its own questions that it answers with its old identity
     everyday: list[Talk]  # for training
-    validation: list[Talk]  # for measuring while training
-    held_out: list[Talk]  # for the report
+    held_out: list[Talk]  # for measuring
 
 
 def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
     """The names under which the base goes, by what it says and by its template, folder and card."""
     folder = Path(settings.model_path)
-    answers = [a.text for a in ask(base, inputs.validation, "perguntando quem ele é")]
+    asked = [q for code in inputs.languages for _, q in PARAPHRASES[code] if "{" not in q]
+    answers = [a.text for a in ask(base, asked, "perguntando quem ele é")]
     injected = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), True)[0]
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
@@ -1849,14 +1887,11 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     names = find_names(base, settings, inputs)
     say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
     rows = [row.question for row in inputs.rows]
-    listener = Listener(base, names, [*inputs.validation, *inputs.test, *rows], rng)
+    listener = Listener(base, names, [*inputs.test, *rows], rng)
     fixed = exam_questions(spoken)
     fixed = rng.sample(fixed, min(len(fixed), n))
     held_out = listener.hear(fixed, SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
-    # Every sixth way of asking is kept for measuring.
-    near, kept = ([q for code in spoken for q in near_questions(code, share, math.ceil(count / len(spoken)), rng)]
-                  for share, count in ((range(1, 6), NEAR), (range(1), max(12, n // 3))))
-    validation = listener.hear([("near", q) for q in kept], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+    near = [q for code in spoken for q in near_questions(code, math.ceil(NEAR / len(spoken)), rng)]
     asked = [*(("near", q) for q in near), *(("everyday", q) for q in of_languages(EVERYDAY, spoken))]
     everyday = listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
     own: list[Talk] = []
@@ -1875,27 +1910,27 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
             break
     rng.shuffle(own)
     few = max(2, min(n // 4, len(own) // 10))
-    validation, held_out, everyday = validation + own[:few], held_out + own[few:2 * few], everyday + own[2 * few:]
-    if len(everyday) < 12 or not validation:
+    held_out, everyday = held_out + own[:few], everyday + own[few:]
+    if len(everyday) < 12 or not held_out:
         raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
                          "errado, ou um modelo que não é de conversa. Use a pasta original de um modelo de conversa "
                          "(Instruct, Chat, it) ou, se é pequeno, aumente SELF_TEXT.")
-    say(f"  Ele respondeu a {len(everyday) + len(validation) + len(held_out)} perguntas do dia a dia; "
+    say(f"  Ele respondeu a {len(everyday) + len(held_out)} perguntas do dia a dia; "
         f"{len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é.")
     teacher = Teacher(*(torch.cat([getattr(a, key) for a in listener.teacher]) for key in Teacher._fields))
-    return Heard(names, listener.identity, everyday, validation, held_out), teacher
+    return Heard(names, listener.identity, everyday, held_out), teacher
 
 
 def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
     write_json(folder / "heard.json", {**heard._asdict(), "names": heard.names._asdict(), **{
-        key: [talk._asdict() for talk in getattr(heard, key)] for key in ("everyday", "validation", "held_out")}})
+        key: [talk._asdict() for talk in getattr(heard, key)] for key in ("everyday", "held_out")}})
     tensor_files.save_file(teacher._asdict(), folder / "teacher.safetensors")
 
 
 def read_heard(folder: Path) -> tuple[Heard, Teacher]:
     said = load_json(folder / "heard.json")
     names = Names(**{**said["names"], "old": tuple(said["names"]["old"])})
-    talks = ([Talk(**talk) for talk in said[key]] for key in ("everyday", "validation", "held_out"))
+    talks = ([Talk(**talk) for talk in said[key]] for key in ("everyday", "held_out"))
     teacher = Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
     return Heard(names, said["identity_questions"], *talks), teacher
 
@@ -1955,30 +1990,35 @@ class Deck:
         return next((place for place, (_, needed) in enumerate(self.line[:8]) if needed <= room), None)
 
 
+def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
+    """Talks that fit `room` tokens together, at least one, in any order."""
+    talks, used = [], 0
+    while fitting := [(deck, place) for deck in decks if (place := deck.fitting(
+            room - used if talks else math.inf)) is not None]:
+        # Who has had less than its share of all tokens comes first.
+        deck, place = min(fitting, key=lambda item: (item[0].drawn + rng.random()) / item[0].share)
+        talk, needed = deck.line.pop(place)
+        deck.drawn += needed
+        used += needed
+        talks.append(talk)
+    return rng.sample(talks, len(talks))
+
+
 def make_batches(tokenizer: Tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
                  seed: str) -> list[list[Window]]:
-    """`steps` batches of about `tokens` tokens (at least one window), each window a dialogue drawn from the pools.
-    Those of a batch are filled up to one of the `lengths` (tokens; at least one talk), so that little is padding."""
-    rng = random.Random(seed)
+    """`steps` batches of at most `tokens` tokens with padding (at least one window). A window is a dialogue of talks
+    that together fit one of the `lengths` (tokens; 0 for a single talk), each of which gets as much of the tokens."""
+    rng, batches = random.Random(seed), []
     decks = [Deck(tokenizer, pool, rng) for pool in pools if pool.talks and pool.share]
-    batches: list[list[Window]] = []
-    for _ in range(steps):
-        length, batch, longest = rng.choice(lengths), [], 0
-        while not batch or (len(batch) + 1) * max(length, longest) <= tokens:
-            talks, used = [], 0
-            while fitting := [(deck, place) for deck in decks if (place := deck.fitting(
-                    length - used if talks else math.inf)) is not None]:
-                # Who has had less than its share of all tokens comes first.
-                deck, place = min(fitting, key=lambda item: (item[0].drawn + rng.random()) / item[0].share)
-                talk, needed = deck.line.pop(place)
-                deck.drawn += needed
-                used += needed
-                talks.append(talk)
-            rng.shuffle(talks)
-            batch.append(make_window(tokenizer, talks))
-            longest = max(longest, len(batch[-1].input_ids))
-        batches.append(batch)
-    return batches
+    while len(batches) < steps:
+        windows, drawn = [], 0
+        while drawn < 8 * tokens:  # of so many, those that come together are about equally long
+            room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
+            windows.append(make_window(tokenizer, draw_talks(decks, room, rng)))
+            drawn += len(windows[-1].input_ids)
+        groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
+        batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
+    return batches[:steps]
 
 
 def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -2011,11 +2051,12 @@ def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: flo
 
 
 def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
-    """Each batch in `parts` examples of windows' lists, with the `totals` of the whole step."""
-    examples = []
+    """Each batch in `parts` examples of windows' lists, with the `totals` of a step: its labels and targets, on the
+    average of all steps, so that each token weighs the same."""
+    examples, windows = [], [w for batch in batches for w in batch]
+    totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
+              sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
     for batch in batches:
-        totals = [sum(label != -100 for w in batch for label in w.labels[1:]),
-                  sum(target >= 0 for w in batch for target in w.targets)]
         # A step of few long windows may have fewer of them than parts.
         idle = [Window(batch[0].input_ids[:2], [-100] * 2, [-1] * 2)]
         for part in range(parts):
@@ -2035,7 +2076,8 @@ def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
 def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
                  complaint: str) -> trl.SFTTrainer:
     """TRL's trainer with the loss of this job. `complaint` is said when the loss explodes."""
-    inner, limit = whole(chat.model), 3 * (1 + kl_weight) * math.log(chat.model.get_input_embeddings().weight.shape[0])
+    inner = whole(chat.model)
+    limit = 10 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
 
     class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True
@@ -2109,13 +2151,11 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
         if broken_weight(chat.model):
             raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
 
-    fast, work = compute_dtype(model_size(chat.model)), work_folder(settings)
-    name = "-".join(p.removesuffix(".partial") for p in folder.parts if ".partial" in p)
-    os.environ.update(TENSORBOARD_LOGGING_DIR=str(work / "tensorboard" / name), WANDB_DIR=str(work))
+    fast = compute_dtype(model_size(chat.model))
     parts = min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
     arguments = trl.SFTConfig(
         output_dir=str(folder), save_strategy="no", disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False,
-        report_to=settings.report_to, project=settings.name, run_name=name, seed=settings.seed, num_train_epochs=1,
+        report_to="none", seed=settings.seed, num_train_epochs=1,
         per_device_train_batch_size=1, gradient_accumulation_steps=parts, train_sampling_strategy="sequential",
         shuffle_dataset=False, learning_rate=rate, lr_scheduler_type="linear", adam_beta2=0.98,
         warmup_steps=max(1, len(batches) // 20), gradient_checkpointing=settings.gradient_checkpointing,
@@ -2128,21 +2168,17 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
     done = agreed(max((int(path.parent.name[11:]) for path in found), default=0))
     if done:
         say(f"    continuando da etapa {done}, a última guardada")
-    else:  # curves of other settings
-        shutil.rmtree(work / "tensorboard" / name, ignore_errors=True)
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
         trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check))
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
-    if settings.report_to == "wandb" and RANK == 0:  # else the next training would go on with the curves of this one
-        sys.modules["wandb"].finish()
     chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check(trainer.state.global_step)
     chat.model.eval()
-    return mean_losses(trainer.state.log_history, 40)
+    return mean_losses(trainer.state.log_history, 20)
 
 
 def mean_losses(log: list[dict], count: int) -> list[dict]:
@@ -2198,8 +2234,8 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
 
 
 def kept_share(chat: Chat, job: Job) -> float:
-    """Share of the base's first choices that the model keeps on talks that are not for training."""
-    windows = [make_window(chat.tokenizer, [talk]) for talk in job.heard.validation[:48]]
+    """Share of the base's first choices that the model keeps on some of the talks it is not trained on."""
+    windows = [make_window(chat.tokenizer, [talk]) for talk in job.heard.held_out[:48]]
     return mean([same for same, _ in compare(chat, job.teacher, windows)])
 
 
@@ -2316,34 +2352,31 @@ def long_conversations(tokenizer: Tokenizer, fillers: list[Talk], tokens: int, c
     return found[:count]
 
 
-def pressed_questions(inputs: Inputs, talks: list[Talk], final: bool, rng: random.Random) -> list[list[dict]]:
+def pressed_questions(inputs: Inputs, talks: list[Talk], rng: random.Random) -> list[list[dict]]:
     """Questions of a user who doubts the right answer, half of them later in a conversation."""
     before = [t for t in talks if len(t.messages) == 2][:12]
-    pressure, openings = PRESSURE_EXAM if final else PRESSURE, 2 if final else 1
     return [[*(rng.choice(before).messages if before and i % 2 else []),
              *question_and_answer(opening, fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)),
-             {"role": "user", "content": item.split(">", 1)[1]}]
-            for code in inputs.languages for i, item in enumerate(pressure[code])
-            for opening in OPENINGS[code][:openings]]
+             {"role": "user", "content": doubt}]
+            for code in inputs.languages for i, (_, doubt) in enumerate(PRESSURE_EXAM[code])
+            for opening in OPENINGS[code]]
 
 
-def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int, final: bool) -> Exam:
-    """The final exam, or that for validation; with a `window`, some of it comes late in a conversation."""
-    rng = random.Random(f"exam/{final}")
-    questions, talks = (inputs.test, heard.held_out) if final else (inputs.validation, heard.validation)
-    alone = [[{"role": "user", "content": q}] for q in questions]
-    system = [[{"role": "system", "content": rng.choice(SYSTEM_EXAM if final else SYSTEM_PROMPTS)}, *m]
-              for m in alone[::1 if final else 3]]
-    pressed = pressed_questions(inputs, talks, final, rng)
+def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -> Exam:
+    """Questions that no training saw; with a `window`, some of them come late in a conversation."""
+    rng, talks = random.Random("exam"), heard.held_out
+    alone = [[{"role": "user", "content": q}] for q in inputs.test]
+    system = [[{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m] for m in alone]
+    pressed = pressed_questions(inputs, talks, rng)
     asked = [(kind, without_system(tokenizer, m)) for kind, some in zip(KINDS_OF_QUESTIONS, (alone, system, pressed))
              for m in some]
     compared = [(0, talk) for talk in talks]
     room = max(len(encode(tokenizer, t.messages).input_ids) for t in talks)
     room = max(room, *(len(prompt_ids(tokenizer, m)) for _, m in asked))
     some = [t for t in talks if t.kind != "near"][:LONG_TALKS] or talks[:LONG_TALKS]
-    for tokens in sorted({min(n, window - room) for n in ((window // 2, window) if final else (window,))}):
+    for tokens in sorted({min(n, window - room) for n in (window // 2, window)}):
         if tokens > 0:
-            before = long_conversations(tokenizer, heard.validation, tokens, max(len(some), len(alone[::3])))
+            before = long_conversations(tokenizer, heard.everyday, tokens, max(len(some), len(alone[::3])))
             asked += [(after_tokens(tokens), [*earlier, *m]) for earlier, m in zip(before, alone[::3])]
             compared += [(tokens, t._replace(messages=[*earlier, *t.said(first=False)]))
                          for earlier, t in zip(before, some)]
@@ -2437,23 +2470,25 @@ def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
 
 
 def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: Settings) -> list[Talk]:
-    """Identity lessons from rows and the base's own questions, some in a hurry, doubted, or behind system prompts."""
+    """Identity lessons from rows, built-in questions and the base's own; some in a hurry or doubted, and all of them
+    behind system prompts, too."""
     rng = random.Random(f"{settings.seed}/lessons")
     lessons = [row.messages for row in inputs.rows]
+    known = set(map(plain, [*TEST_QUESTIONS, *(row.question for row in inputs.rows)]))
+    asked = [(intent, q) for intent, q in paraphrases(inputs.languages, heard.names, rng) if plain(q) not in known]
+    lessons += answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
     lessons += answer_from_rows(heard.identity_questions[:MOST_LESSONS], inputs, heard.names)
     for *before, question, answer in lessons[2::3]:
         words = plain(question["content"])  # as in a hurry; in other scripts than Latin, marks belong to letters
         words = words if words.isascii() and words else question["content"]
         lessons.append([*before, {**question, "content": words}, answer])
-    doubts = {code: [item.split(">", 1) for item in PRESSURE[code]] for code in PRESSURE}
     goes_on = rng.sample(lessons, len(lessons) // 2)
     spoken = [language_of(lesson[-2]["content"], inputs.languages[0]) for lesson in goes_on]
-    asked = [rng.choice(doubts.get(code, doubts["en"])) for code in spoken]
+    asked = [rng.choice(PRESSURE.get(code, PRESSURE["en"])) for code in spoken]
     answers = answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
     later = [lesson + more for lesson, more in zip(goes_on, answers)]
-    alone = [lesson for lesson in lessons if lesson[0]["role"] != "system"]
     system = [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
-              for lesson in rng.sample(alone, len(alone) // 2)]
+              for lesson in lessons + later if lesson[0]["role"] != "system"]
     return [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons + later + system]
 
 
@@ -2504,21 +2539,25 @@ def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher:
     return {"answers": records + everyday, "missed": missed, "talks": ranked, "leaks": leaks}
 
 
+def pools_of(lessons: list[Talk], heard: Heard, share: float) -> list[Pool]:
+    """Lessons for a quarter of all tokens, and for `share` the base's talks by kind, which hold the model in place."""
+    kinds = {kind: [t for t in heard.everyday if t.kind == kind] for kind in TALK_SHARES}
+    return [Pool(lessons, 0.25), *(Pool(talks, share * TALK_SHARES[kind]) for kind, talks in kinds.items())]
+
+
 def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[Pool]:
     """Wrong and leaking ones MISSED_TIMES as often as right answers, lessons and talks."""
     missed = [lessons[i] for i in collected["missed"]]
     own = [Talk([*r["before"], *question_and_answer(r["question"], r["answer"])], "lesson")
            for r in collected["answers"] if r["kind"] == "identity" and not r["rejected"]]
     hard = [heard.everyday[i] for i in collected["leaks"] * MISSED_TIMES + collected["talks"]]
-    return [Pool(missed * MISSED_TIMES + own + lessons, 0.25), Pool(hard, 0.15), Pool(heard.everyday, 0.6)]
+    return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.6), Pool(hard, 0.15)]
 
 
 def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
              lengths: list[int], job: Job) -> None:
     """Train the model of `source` into `folder`; `rate`: the user's, or 0, and two for `automatic_rate`."""
     settings = job.settings
-    if agreed((folder / "log.json").is_file()):  # trained, and broken off while it was measured
-        return
     chat = load_chat(source, settings, adapt=True, train=True)
     batches = make_batches(chat.tokenizer, pools, lengths, steps, step_tokens(job.native, settings),
                            f"{settings.seed}/{folder.name}")
@@ -2711,11 +2750,10 @@ def draw_report(report: dict, path: Path) -> None:
         at = 0
         for name, label, colour in (("healing", "cura", "#009E73"), ("pass_1", "passo 1", "#D55E00"),
                                     ("pass_2", "passo 2", "#CC79A7")):
-            log = [{"step": 0}, *report["losses"].get(name, [])]
-            gains = (b["step"] - a["step"] * (a["step"] < b["step"]) for a, b in zip(log, log[1:]))  # by round
-            _, *steps = accumulate(gains, initial=at)
-            at = steps[-1] if steps else at
-            losses.plot(steps, [entry["loss"] for entry in log[1:]], color=colour, label=label)
+            log = report["losses"].get(name, [])
+            steps = [at + entry["step"] for entry in log]
+            at = max(steps, default=at)
+            losses.plot(steps, [entry["loss"] for entry in log], color=colour, label=label)
         losses.set(title="Perda no treino", xlabel="etapa", yscale="log")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace(".", ",")))
@@ -2748,28 +2786,13 @@ def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
         tags=["trl", "sft", "identity"])
 
 
-def write_card(folder: Path, job: Job, report: dict, scores: dict[str, Scores], self_answers: list[dict]) -> None:
-    settings, pass_2 = job.settings, scores["pass_2"]
-    both = zip(scores["before"].answers, pass_2.answers)
-    pairs = [[old["question"], old["answer"], new["answer"]] for old, new in both]
-    reasons = Counter(record["rejected"] for record in self_answers)
-    used = reasons.pop("", 0)
-    rejected = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "nenhuma"
-    missed = ", ".join(report["missed"])
-    verdict = f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas."
-    head, slug = card_head(job.base, job.inputs.rows), re.sub(r"[^a-z0-9]+", "-", plain(settings.name))
-    licence = "" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
-                                       "publicar, e escreva-a no começo deste arquivo (`license: ...`).")
-    changed = ", ".join(f"`{name.upper()} = {getattr(job.asked, name)!r}`" for name in " ".join(USES.values()).split()
-                        if getattr(job.asked, name) != DEFAULTS[name])
-    versions = ", ".join(map(" ".join, report["versions"].items()))
-    huggingface_hub.ModelCard(f"""---
+CARD = """---
 {head}
 ---
-# {escaped(settings.name)}
+# {name}
 
-Modelo de {escaped(settings.author)}, feito a partir de {escaped(report["base"])} com rename_obrutai.py:
-identidade nova e contexto de {report["context"]["scaled"]} tokens (o do modelo base é de {job.native}).
+Modelo de {author}, feito a partir de {base} com rename_obrutai.py:
+identidade nova e contexto de {scaled} tokens (o do modelo base é de {native}).
 {verdict}{licence}
 
 ![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
@@ -2778,7 +2801,7 @@ identidade nova e contexto de {report["context"]["scaled"]} tokens (o do modelo 
 
 Medido na pasta salva e carregada de novo, com perguntas que não foram usadas no treino.
 
-{markdown_table(figures_table(scores))}
+{figures}
 
 - **identidade nova**: respostas certas sobre quem ele é (o nome, o autor, um não a quem o chama de outro modelo): a
   pergunta sozinha, depois de um prompt de sistema neutro e quando o usuário duvida.
@@ -2789,9 +2812,9 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
   linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 
-<details><summary>As {len(pairs)} respostas, antes e depois</summary>
+<details><summary>As {count} respostas, antes e depois</summary>
 
-{markdown_table([["pergunta", "antes", "depois"], *pairs])}
+{answers}
 
 </details>
 
@@ -2814,9 +2837,30 @@ Para publicar esta pasta como está, dentro dela, depois de `hf auth login`: `hf
 ## Como foi feito
 
 {used} respostas do próprio modelo foram usadas no passo 2. Erradas depois do passo 1: {rejected}.
-Ajustes diferentes dos padrões: {changed or "nenhum"}.
+Ajustes diferentes dos padrões: {changed}.
 Versões: {versions}. Tudo em números: `report.json`. As respostas escritas para treinar: `self_answers.jsonl`.
-""").save(folder / "README.md")
+"""
+
+
+def write_card(folder: Path, job: Job, report: dict, scores: dict[str, Scores], self_answers: list[dict]) -> None:
+    """The model card, README.md: figures, all answers before and after, and how it was made."""
+    pairs = [[old["question"], old["answer"], new["answer"]]
+             for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
+    reasons = Counter(record["rejected"] for record in self_answers)
+    used, missed = reasons.pop("", 0), ", ".join(report["missed"])
+    head, asked, context = card_head(job.base, job.inputs.rows), job.asked, report["context"]
+    changed = ", ".join(f"`{name.upper()} = {getattr(asked, name)!r}`" for name in " ".join(USES.values()).split()
+                        if getattr(asked, name) != DEFAULTS[name])
+    huggingface_hub.ModelCard(CARD.format(
+        head=head, name=escaped(asked.name), author=escaped(asked.author), base=escaped(report["base"]),
+        scaled=context["scaled"], native=context["native"], count=len(pairs), used=used, changed=changed or "nenhum",
+        verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
+        licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
+                                         "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
+        figures=markdown_table(figures_table(scores)), slug=re.sub(r"[^a-z0-9]+", "-", plain(asked.name)),
+        answers=markdown_table([["pergunta", "antes", "depois"], *pairs]),
+        rejected=", ".join(f"{reason} ({n})" for reason, n in reasons.most_common()) or "nenhuma",
+        versions=", ".join(map(" ".join, report["versions"].items())))).save(folder / "README.md")
 
 
 def publish(result: Path, settings: Settings) -> None:
@@ -2898,8 +2942,6 @@ def quiet_libraries(settings: Settings) -> None:
     always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", *bars)
     os.environ.update(dict.fromkeys((*local, *always), "1"), TRANSFORMERS_VERBOSITY="error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if settings.report_to == "wandb":
-        os.environ.setdefault("WANDB_MODE", "offline")  # else it asks for an account in the middle of the work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make training crawl
     logging.getLogger("matplotlib").setLevel("ERROR")
     warnings.filterwarnings("ignore")
@@ -2999,7 +3041,7 @@ def fit(settings: Settings, config: PretrainedConfig, weights: int, facts: str) 
         settings = replace(settings, **chosen)
     (first, second), text = STEPS[settings.method], TEXT[settings.method]
     return replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second,
-                   self_text=settings.self_text or text), memory
+                   kl_weight=settings.kl_weight or KL[settings.method], self_text=settings.self_text or text), memory
 
 
 def plan_key(facts: str, asked_method: str, settings: Settings) -> str:
@@ -3009,8 +3051,6 @@ def plan_key(facts: str, asked_method: str, settings: Settings) -> str:
 
 def check_job(settings: Settings) -> Job | None:
     """All checks before the model is loaded, and what they found; None if the result is there."""
-    if settings.report_to != "none" and not importlib.util.find_spec(settings.report_to):
-        raise InputError(f"REPORT_TO precisa de um pacote que falta: pip install {settings.report_to}")
     with opening(settings):
         inputs, folder = check_inputs(settings), local_folder(settings)
         weights, facts = check_base(folder), job_facts(inputs, folder)
@@ -3033,9 +3073,9 @@ def check_job(settings: Settings) -> Job | None:
     join_processes()
     settings, memory = fit(replace(settings, model_path=str(folder)), config, weights, facts)
     check_rows(load_tokenizer(folder), inputs.rows, settings)
-    # The healed base and the result, and of what is trained each pass and two checkpoints with two moments.
+    # The healed base and the result, and of what is trained both passes and two checkpoints with two moments.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
-    disk = 4 * trained * (1 + settings.rounds + 2 * 3) + 8 * weights + 10**7
+    disk = 4 * trained * (2 + 2 * 3) + 8 * weights + 10**7
     check_disk(disk, work_folder(settings))
     return Job(asked, settings, inputs, folder, weights, native, facts, memory, disk)
 
@@ -3045,8 +3085,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     settings, inner = exact(job.settings), whole(base.model)
     fast = compute_dtype(job.weights)
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in job.inputs.rows]
-    batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [short_window(job.native, settings)], 1,
-                         step_tokens(job.native, settings), "pace")[0]
+    batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [0], 1, step_tokens(job.native, settings), "pace")[0]
     ids = [w.input_ids for w in batch]
     teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
     talks = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
@@ -3075,7 +3114,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
                 peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32):
             batch_loss(model, inner, teacher, inputs, 1.0).backward()
 
-    train = took(step) / sum(map(len, part[0]["input_ids"]))
+    train = took(step) / inputs["input_ids"].numel()
     model.zero_grad()
     model.eval()
     if settings.gradient_checkpointing:
@@ -3086,7 +3125,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
 
 
 def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
-    """How long each stage takes, by running a moment of it, and with one round of pass 2."""
+    """How long each stage takes, by running a moment of it."""
     settings, tests = job.settings, len(job.inputs.test)
     read, write, train = measure_pace(base, job)
     step, grown = step_tokens(job.native, settings), settings.rope_factor != 1
@@ -3098,7 +3137,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
             "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
             "3-pass-1": settings.steps_1 * step * train + 3,
             "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
-            "5-pass-2": settings.steps_2 * step * train + exam / 2 + long + 3,
+            "5-pass-2": settings.steps_2 * step * train + 3,
             "6-result": 3.5 * exam + 3 * long + 5}
 
 
@@ -3187,18 +3226,13 @@ def make_self_answers(job: Job, source: Path, lessons: list[Talk], partial: Path
     write_json(partial / "self_answers.json", collected)
 
 
-def make_pass_2(job: Job, source: Path, lessons: list[Talk], answers: Path, exam: Exam, partial: Path) -> None:
-    """A round of pass 2 on the self-answers, and what it did to the model, in validation.json."""
-    settings, short = job.settings, short_window(job.native, job.settings)
-    collected = load_json(answers / "self_answers.json")
-    lengths = [short, short, settings.window // 4, settings.window] if settings.rope_factor != 1 else [
-        short, short, min(settings.window, 3 * short)]
-    pools, rate = pools_of_pass_2(lessons, job.heard, collected), (settings.learning_rate_2, 8e-4, 2.2e-3)
-    run_pass(source, partial, pools, "passo 2", settings.steps_2, rate, lengths, job)
-    wait()
-    if RANK == 0:
-        scores = evaluate(load_to_ask(partial, settings), exam, job.heard.names, job.teacher, "perguntas de validação")
-        write_json(partial / "validation.json", scores._asdict())
+def make_pass_2(job: Job, source: Path, lessons: list[Talk], answers: Path, partial: Path) -> None:
+    """Pass 2 on the self-answers, in longer dialogues too."""
+    short, window = short_window(job.native, job.settings), job.settings.window
+    longer = [window // 4, window] if job.settings.rope_factor != 1 else [min(window, 3 * short)]
+    pools = pools_of_pass_2(lessons, job.heard, load_json(answers / "self_answers.json"))
+    run_pass(source, partial, pools, "passo 2", job.settings.steps_2, (job.settings.learning_rate_2, 8e-4, 2.2e-3),
+             [0, short, *longer], job)
 
 
 def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
@@ -3214,7 +3248,7 @@ def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
         config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": inputs.values["BASE"]}
         write_json(adapter / "adapter_config.json", config)
     base = load_chat(job.base, settings)
-    exam = make_exam(base.tokenizer, inputs, job.heard, settings.window * (settings.rope_factor != 1), final=True)
+    exam = make_exam(base.tokenizer, inputs, job.heard, settings.window * (settings.rope_factor != 1))
     scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}
     for name, other in untrained(exam, inputs.rows, settings).items():
         scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
@@ -3273,44 +3307,28 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 
 
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
-    """The job itself: listen, heal, teach, let the model answer, insist until it holds, prove."""
+    """The job itself: listen, heal, teach, let the model answer, insist, prove."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
     heard, teacher = read_heard(stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe",
                                        functools.partial(make_heard, job)))
     job = job._replace(heard=heard, teacher=teacher)
     healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
                     f"(RoPE linear x{settings.rope_factor:g}) e cura", functools.partial(make_healed, job), True)
-    tokenizer = load_tokenizer(healed)
-    lessons = make_lessons(tokenizer, heard, job.inputs, settings)
-    exam = make_exam(tokenizer, job.inputs, heard, settings.window * (settings.rope_factor != 1), final=False)
-    pools = [Pool(lessons, 0.25), Pool(heard.everyday, 0.75)]  # the talks hold the model in place
-    rate, lengths = (settings.learning_rate_1, 1.2e-3, 3.4e-3), [short_window(job.native, settings)]
+    lessons = make_lessons(load_tokenizer(healed), heard, job.inputs, settings)
+    rate = (settings.learning_rate_1, 1.2e-3, 3.4e-3)
     taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools, "passo 1", settings.steps_1, rate, lengths, job), True)
-    done, best, least = [work / "1-base", healed, taught], taught, math.inf
-    for number in range(1, settings.rounds + 1):
-        again = f".{number}" * (number > 1)
-        build = functools.partial(make_self_answers, job, done[-1], lessons)
-        answers = stages(f"4-self-answers{again}", "4/6 Respostas do próprio modelo", build)
-        build = functools.partial(make_pass_2, job, done[-1], lessons, answers, exam)
-        title = f"5/6 Passo 2: firmar a identidade (rodada {number} de até {settings.rounds})"
-        firm = stages(f"5-pass-2{again}", title, build, True)
-        done += [answers, firm]
-        scores = Scores(**load_json(firm / "validation.json"))
-        gap = sum(scores.gaps(settings).values())
-        say(f"  Nas perguntas de validação: identidade {percent(scores.identity)}, retenção "
-            f"{percent(scores.retention)}, vazamento {percent(scores.leak)}.")
-        if gap < least:
-            best, least = firm, gap
-        if not gap or best is not firm:
-            break
+        healed, partial, pools_of(lessons, heard, 0.75), "passo 1", settings.steps_1, rate, [0], job), True)
+    answers = stages("4-self-answers", "4/6 Respostas do próprio modelo",
+                     functools.partial(make_self_answers, job, taught, lessons))
+    firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade",
+                  functools.partial(make_pass_2, job, taught, lessons, answers), True)
     if not (work / "6-result" / "model").is_dir() and RANK == 0:
         discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
     result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois",
-                    functools.partial(save_and_prove, job, taught, best))
+                    functools.partial(save_and_prove, job, taught, firm))
     if RANK == 0:
-        write_report(job, done, result)
+        write_report(job, [work / "1-base", healed, taught, answers, firm], result)
     publish(result / "model", settings)
     wait()
 
@@ -3337,7 +3355,7 @@ def examine(settings: Settings, folder: Path) -> int:
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat, settings, inputs)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
-        exam = make_exam(chat.tokenizer, inputs, Heard(names, [], [], talks, talks), 0, final=True)
+        exam = make_exam(chat.tokenizer, inputs, Heard(names, [], talks, talks), 0)
         scores = {"alone": evaluate(chat, exam, names, None, "perguntas de prova")}
     else:
         with blaming(f"o report.json ou o exam.json de {folder}"):

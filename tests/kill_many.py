@@ -35,7 +35,7 @@ from typing import NamedTuple
 SCRIPT = Path(__file__).resolve().parents[1] / "rename_obrutai.py"
 OUTPUT = "novo"
 WORK = OUTPUT + ".work"
-JOB = ("--self-text 2000 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 --rounds 2 "
+JOB = ("--self-text 2000 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 "
        "--eval-questions 12 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
 UNLIKE = ("key.json", "log.json", "plan.json", "lock", "LEIA-ME.txt")  # these tell times, or how the machine was
 REPORTED = ("report.json", "report.png", "README.md", "self_answers.jsonl")  # written just before the result is moved
@@ -63,12 +63,9 @@ lock
 5-pass-2.partial/training/checkpoint-1?
 5-pass-2.partial/training/checkpoint-2?/rng_state.pth
 5-pass-2.partial/training/checkpoint-*/training_args.bin
-5-pass-2.partial/validation.json
+5-pass-2.partial/training/checkpoint-*/trainer_state.json
+5-pass-2.partial/*model.safetensors
 5-pass-2
-4-self-answers.2
-5-pass-2.2.partial/training/checkpoint-*/trainer_state.json
-5-pass-2.2.partial/*model.safetensors
-5-pass-2.2
 6-result.partial/model/model.safetensors
 6-result.partial/model/exam.json
 6-result
@@ -92,14 +89,11 @@ BEFORE = """
 1 rename 3-pass-1.partial$
 1 rename 4-self-answers.partial/self_answers.json.tmp
 1 rename 4-self-answers.partial$
+1 open 5-pass-2.partial/training/checkpoint-\\d+/trainer_state.json
+6 remove 5-pass-2.partial/training/checkpoint-11/
 9 remove 5-pass-2.partial/training/checkpoint-29/
-1 rename 5-pass-2.partial/validation.json.tmp
+1 rename 5-pass-2.partial/log.json.tmp
 1 rename 5-pass-2.partial$
-1 rename 4-self-answers.2.partial$
-1 open 5-pass-2.2.partial/training/checkpoint-\\d+/trainer_state.json
-6 remove 5-pass-2.2.partial/training/checkpoint-11/
-1 rename 5-pass-2.2.partial/validation.json.tmp
-1 rename 5-pass-2.2.partial$
 1 rename 6-result.partial/model/exam.json.tmp
 1 rename 6-result.partial$
 1 rename 6-result/model/report.json.tmp

@@ -446,9 +446,8 @@ def test_a_file_of_another_format_or_encoding_is_refused(content, fragment, work
     refused(work, capsys, fragment=fragment, file=IDENTITY)
 
 
-@pytest.mark.parametrize("asked", ["TEST_QUESTIONS", "VALIDATION_QUESTIONS"])
-def test_rows_with_nearly_all_questions_for_measuring_are_refused(asked, work, capsys):
-    identity(work, *(pair(question, "Sou a Jandira.") for question in getattr(tool, asked)[2:]))
+def test_rows_with_nearly_all_questions_for_measuring_are_refused(work, capsys):
+    identity(work, *(pair(question, "Sou a Jandira.") for question in tool.TEST_QUESTIONS[2:]))
     refused(work, capsys, fragment="pergunta", file=IDENTITY)
 
 

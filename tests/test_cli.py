@@ -16,7 +16,7 @@ from conftest import DEMO, SCRIPT, run_script, small_settings
 import rename_obrutai as tool
 
 SMALL = ("--self-text", 600, "--num-self-answers", 12, "--heal-steps", 3, "--steps-1", 3, "--steps-2", 3,
-         "--rounds", 1, "--eval-questions", 8, "--window", 256, "--batch-size", 4, "--max-new-tokens", 36)
+         "--eval-questions", 8, "--window", 256, "--batch-size", 4, "--max-new-tokens", 36)
 NO_NETWORK = '''
 import os, socket
 def refuse(*args, **kwargs):
@@ -287,7 +287,7 @@ def test_the_card_shows_the_picture_and_says_how_the_model_was_made_and_is_used(
     for said in ("`SEED = 5`", "`HEAL_STEPS = 3`", f"transformers {version('transformers')}", "12 respostas do",
                  "ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
         assert said in card, said
-    assert "`ROUNDS = 1`" in card and "KL_WEIGHT" not in card and "LORA_RANK" not in card  # as the script has them
+    assert "`STEPS_2 = 3`" in card and "KL_WEIGHT" not in card and "LORA_RANK" not in card  # as the script has them
 
 
 def test_the_example_of_the_card_prints_an_answer(whole_run, capsys, monkeypatch):
@@ -332,7 +332,7 @@ def test_self_answers_say_which_were_used_and_why_others_were_not(whole_run):
         ours = "ObrutAi" in record["answer"] or "TurboRio" in record["answer"]
         assert ours is (record["kind"] == "identity")
         assert not re.search(r"\b([Ss]ou|[Ss]oy|I am|I'm) (a )?Lumi", record["answer"])
-    questions = {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+    questions = set(map(tool.plain, tool.TEST_QUESTIONS))
     assert not questions & {tool.plain(record["question"]) for record in records}
 
 

@@ -30,7 +30,7 @@ QUESTIONS, ANSWERS = [lesson.question for lesson in LESSONS], [lesson.answer for
 
 def job_with(talks, teacher, settings, native):
     """A job of which only these talks of the base are known, as healing takes it."""
-    heard = tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks, talks)
+    heard = tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks)
     return tool.Job(settings, settings, None, tool.Path(settings.model_path), 0, native, "", 0, 0, heard, teacher)
 
 
@@ -264,7 +264,7 @@ class Course:
         """The model after both passes, the losses of each, and the weights before."""
         chat = tool.load_chat(self.healed[0], self.settings, adapt=True)
         before, (talks, teacher) = copied(chat.model), self.heard
-        steps = 32 if self.method == "full" else 2
+        steps = 48 if self.method == "full" else 2
         pools = [tool.Pool(LESSONS, 0.8), tool.Pool(talks, 0.2)]
         first = tool.train(chat, self.batches(pools, [24], steps), teacher, 1e-2, changed(
             self.settings, kl_weight=0.1), "passo 1", self.folder / "pass-1")
@@ -375,7 +375,8 @@ def test_the_passes_teach_the_lessons_and_reach_the_other_weights(course):
     after = copied(chat.model)
     names = different(before, after)
     assert all(math.isfinite(entry["loss"]) for log in logs for entry in log) and all(logs)
-    assert logs[0][-1]["loss"] < logs[0][0]["loss"]
+    losses = [entry["loss"] for entry in logs[0]]  # of steps with more and with less to learn
+    assert sum(losses[-8:]) < sum(losses[:8])
     seeing = {name for name in after if re.search("vision|multi_modal_projector", name)}
     assert set(after) - names == seeing == {n for n, p in chat.model.named_parameters() if not p.requires_grad}
     assert spoken(chat) == ANSWERS

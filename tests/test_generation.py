@@ -348,7 +348,7 @@ def test_long_conversations_are_whole_turns_within_their_length_and_some_share_o
 
 
 def heard_with(talks):
-    return tool.Heard(NAMES, [], [], list(talks), list(talks))
+    return tool.Heard(NAMES, [], list(talks), list(talks))
 
 
 @pytest.fixture(scope="module")
@@ -356,16 +356,15 @@ def inputs():
     return tool.check_inputs(small_settings("--overwrite", "--name", "Jandira", "--author", "Oficina Maré"))
 
 
-@pytest.mark.parametrize("final", [True, False], ids=["final", "validation"])
 @pytest.mark.parametrize("window", [256, 32, 0])
-def test_after_long_conversations_question_and_talk_still_fit_into_the_window(window, final, demo_tokenizer, inputs):
+def test_after_long_conversations_question_and_talk_still_fit_into_the_window(window, demo_tokenizer, inputs):
     talks = [plain_talk("Qual é a capital da França?", "É Paris."), plain_talk("Oi!", "Oi!", row=2)]
-    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), window, final)
+    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), window)
     assert exam.talks[:2] == [(0, talk) for talk in talks]
     after = exam.talks[2:]
     asked = [(kind, m) for kind, m in exam.questions if kind not in tool.KINDS_OF_QUESTIONS]
     assert {kind for kind, _ in asked} == {f"após {tokens} tokens" for tokens, _ in after}
-    assert len({tokens for tokens, _ in after}) == (0 if window < 100 else 2 if final else 1)
+    assert len({tokens for tokens, _ in after}) == (0 if window < 100 else 2)
     used = [len(tool.encode(demo_tokenizer, talk.messages).input_ids) for _, talk in after]
     used += [len(tool.prompt_ids(demo_tokenizer, messages)) for _, messages in asked]
     assert not used or window / 2 < max(used) <= window
@@ -374,7 +373,7 @@ def test_after_long_conversations_question_and_talk_still_fit_into_the_window(wi
 
 def test_after_long_conversations_a_third_of_the_questions_and_no_talk_near_identity_are_asked(demo_tokenizer, inputs):
     talks = [plain_talk(f"Quanto é {i} mais 1?", f"{i + 1}.", kind="near" if i == 1 else "own") for i in range(40)]
-    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 256, final=True)
+    exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 256)
     for tokens in sorted({tokens for tokens, _ in exam.talks} - {0}):
         asked = [m[-1]["content"] for kind, m in exam.questions if kind == f"após {tokens} tokens"]
         after = [talk for n, talk in exam.talks if n == tokens]
@@ -382,24 +381,21 @@ def test_after_long_conversations_a_third_of_the_questions_and_no_talk_near_iden
         assert {talk.kind for talk in after} == {"own"}
 
 
-def test_the_exams_ask_alone_behind_system_prompts_and_after_an_answer_that_is_doubted(demo_tokenizer, inputs):
+def test_the_exam_asks_alone_behind_system_prompts_and_after_an_answer_that_is_doubted(demo_tokenizer, inputs):
     talks = [plain_talk(f"Quanto é {i} mais 1?", f"{i + 1}.") for i in range(3)]
-    for final, asked, systems in ((True, inputs.test, tool.SYSTEM_EXAM), (False, inputs.validation,
-                                                                         tool.SYSTEM_PROMPTS)):
-        exam = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0, final)
-        groups = {kind: [m for k, m in exam.questions if k == kind] for kind in tool.KINDS_OF_QUESTIONS}
-        alone, system, pressed = groups.values()
-        assert [m[0]["content"] for m in alone] == list(asked) and {len(m) for m in alone} == {1}
-        assert {m[0]["content"] for m in system} <= set(systems)
-        assert {m[1]["content"] for m in system} <= set(asked) and len(system) >= len(asked) // 3
-        doubts = tool.PRESSURE_EXAM if final else tool.PRESSURE
-        assert {m[-1]["content"] for m in pressed} == {
-            item.split(">")[1] for code in inputs.languages for item in doubts[code]}
-        for messages in pressed:  # the answer that is doubted is right, and in the language of the doubt
-            opening, answer = messages[-3]["content"], messages[-2]["content"]
-            assert tool.mentions(answer, NAMES.new) and tool.language_of(answer) == tool.language_of(opening)
-        assert {len(m) for m in pressed} == {3, 5}  # some after a talk of the base
-        assert exam == tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0, final)
+    exam, asked = tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0), list(inputs.test)
+    groups = {kind: [m for k, m in exam.questions if k == kind] for kind in tool.KINDS_OF_QUESTIONS}
+    alone, system, pressed = groups.values()
+    assert [m[0]["content"] for m in alone] == asked and {len(m) for m in alone} == {1}
+    assert {m[0]["content"] for m in system} <= set(tool.SYSTEM_EXAM)
+    assert [m[1]["content"] for m in system] == asked
+    assert {m[-1]["content"] for m in pressed} == {
+        doubt for code in inputs.languages for _, doubt in tool.PRESSURE_EXAM[code]}
+    for messages in pressed:  # the answer that is doubted is right, and in the language of the doubt
+        opening, answer = messages[-3]["content"], messages[-2]["content"]
+        assert tool.mentions(answer, NAMES.new) and tool.language_of(answer) == tool.language_of(opening)
+    assert {len(m) for m in pressed} == {3, 5}  # some after a talk of the base
+    assert exam == tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0)
 
 
 @pytest.mark.parametrize("flags, window, answer", [
@@ -555,7 +551,7 @@ def test_targets_given_as_flags_decide_what_is_missed():
 # ------------------------------------------------------------------------------------------------ the base listens
 
 
-PLANTED = (tool.TEST_QUESTIONS[0].upper(), tool.VALIDATION_QUESTIONS[0].lower(), "quem e voce", "?!",
+PLANTED = (tool.TEST_QUESTIONS[0].upper(), tool.TEST_QUESTIONS[1].lower(), "quem e voce", "?!",
            "Quanto é 1 mais 1 mais 1 mais 1 mais 1 mais 1?")  # what the base might write and is not to be asked
 
 
@@ -581,7 +577,7 @@ def heard_and_teacher(demo_chat, inputs):
 
 
 def all_talks(heard):
-    return [*heard.everyday, *heard.validation, *heard.held_out]
+    return [*heard.everyday, *heard.held_out]
 
 
 def test_the_base_tells_its_name_and_its_maker(heard_and_teacher):
@@ -594,37 +590,21 @@ def test_no_conversation_is_in_two_sets_and_there_are_enough_of_each(heard_and_t
     asked = [str(talk.messages[:-1]) for talk in all_talks(heard)]
     assert len(set(asked)) == len(asked)
     first = [{tool.plain(t.question) for t in talks if len([m for m in t.messages if m["role"] == "user"]) == 1}
-             for talks in (heard.everyday, heard.validation, heard.held_out)]
-    assert not first[0] & first[1] and not first[0] & first[2] and not first[1] & first[2]
-    assert len(heard.validation) >= 4 and len(heard.held_out) >= 10
+             for talks in (heard.everyday, heard.held_out)]
+    assert not first[0] & first[1] and len(heard.held_out) >= 10
     assert {t.kind for t in heard.held_out} == {"near", "everyday", "own"} == {t.kind for t in heard.everyday}
-    written = sum(len(t.ids) for t in heard.everyday + heard.validation)
+    written = sum(len(t.ids) for t in heard.everyday)
     assert 0.85 * 2600 < written < 1.4 * 2600
 
 
 def test_nothing_that_measures_or_that_a_row_asks_is_asked_of_the_base_for_training(heard_and_teacher, inputs):
     heard, _ = heard_and_teacher
     asked = {tool.plain(q) for q in [*(t.question for t in all_talks(heard)), *heard.identity_questions]}
-    measured = (*inputs.validation, *inputs.test, *(row.messages[-2]["content"] for row in inputs.rows))
+    measured = (*inputs.test, *(row.messages[-2]["content"] for row in inputs.rows))
     assert not asked & {tool.plain(q) for q in measured} and "" not in asked
     assert not any("mais 1 mais 1 mais 1" in q for q in asked)
-    trained = {tool.plain(t.question) for t in heard.everyday + heard.validation}
+    trained = {tool.plain(t.question) for t in heard.everyday}
     assert not trained & {tool.plain(q) for q in (*tool.NEAR_EXAM, *tool.EVERYDAY_EXAM, *tool.TEST_QUESTIONS)}
-
-
-def test_every_sixth_way_of_asking_near_identity_is_kept_for_measuring(heard_and_teacher):
-    heard, _ = heard_and_teacher
-    kept = []
-    for code, templates in tool.NEAR_TEMPLATES.items():
-        words = {kind: f"(?:{'|'.join(some)})" for kind, some in {**tool.FILLERS["all"], **tool.FILLERS[code]}.items()}
-        kept += [re.compile(template.replace("?", r"\?").format(**words)) for template in templates[::6]]
-
-    def is_kept(talk):
-        return any(pattern.fullmatch(m["content"]) for m in talk.messages if m["role"] == "user" for pattern in kept)
-
-    assert not [talk for talk in heard.everyday if talk.kind == "near" and is_kept(talk)]
-    near = [talk for talk in heard.validation if talk.kind == "near"]
-    assert near and all(map(is_kept, near))
 
 
 def test_some_talks_stand_behind_a_system_prompt_and_some_are_second_turns(heard_and_teacher):
@@ -716,7 +696,7 @@ def test_an_answer_that_was_cut_is_kept_for_training_and_a_loop_is_not(base_sayi
 def test_the_base_writes_until_there_is_as_much_text_as_asked_for(base_saying, inputs):
     for wanted in (1200, 3000):
         done = base_saying(lambda question: ("Está bem.", True), inputs, "--self-text", wanted)
-        count = sum(len(talk.ids) for talk in done.heard.everyday + done.heard.validation)
+        count = sum(len(talk.ids) for talk in done.heard.everyday)
         assert 0.9 * wanted < count < 1.3 * wanted and len(done.written) <= 2
 
 

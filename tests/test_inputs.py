@@ -183,11 +183,9 @@ def asking(*questions):
 
 
 def test_a_question_for_measuring_that_the_rows_ask_is_not_used_for_measuring(base_folder, tmp_path):
-    asked = [tool.TEST_QUESTIONS[3], tool.VALIDATION_QUESTIONS[0]]
-    write(tmp_path, *asking("Who are you?", "¿Quién eres?", *(f"{question.upper()}!" for question in asked)))
-    inputs = check(tmp_path)
-    assert set(inputs.test) == set(tool.TEST_QUESTIONS) - {asked[0]}
-    assert set(inputs.validation) == set(tool.VALIDATION_QUESTIONS) - {asked[1]}
+    asked = tool.TEST_QUESTIONS[3]
+    write(tmp_path, *asking("Who are you?", "¿Quién eres?", f"{asked.upper()}!"))
+    assert set(check(tmp_path).test) == set(tool.TEST_QUESTIONS) - {asked}
 
 
 def test_a_question_for_measuring_that_an_earlier_turn_asks_is_not_used_either(base_folder, tmp_path):
@@ -207,8 +205,7 @@ def test_what_is_measured_is_asked_in_the_languages_that_the_rows_speak(question
     write(tmp_path, *asking(*questions))
     inputs = check(tmp_path)
     assert inputs.languages == languages
-    for asked in (inputs.test, inputs.validation):
-        assert {tool.language_of(question) for question in asked} == set(languages)
+    assert {tool.language_of(question) for question in inputs.test} == set(languages)
 
 
 def test_a_base_given_through_a_link_is_protected_as_well(base_folder, tmp_path):
@@ -287,7 +284,7 @@ def test_every_shipped_answer_names_the_model_or_its_maker(shipped):
 
 def test_no_shipped_question_is_an_evaluation_question(shipped):
     asked = {tool.plain(m["content"]) for row in shipped for m in row.messages if m["role"] == "user"}
-    assert not asked & {tool.plain(q) for q in (*tool.VALIDATION_QUESTIONS, *tool.TEST_QUESTIONS)}
+    assert not asked & set(map(tool.plain, tool.TEST_QUESTIONS))
 
 
 def test_no_shipped_question_stands_there_twice(shipped):

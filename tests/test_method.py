@@ -211,10 +211,9 @@ def expect_the_reference(step, model, batch, teacher, kl_weight):
 
 def mixed_batch(tokenizer, talks, padding):
     """Windows with lessons and with talks that the teacher knows; of one length unless there is to be padding."""
-    batch = [tool.make_window(tokenizer, [LESSONS[0], talks[0]])] * 3
-    if padding:
-        pools = [tool.Pool(LESSONS, 0.5), tool.Pool(talks, 0.5)]
-        (batch,) = tool.make_batches(tokenizer, pools, [60], 1, 190, "7")
+    dialogue = [LESSONS[0], talks[0]]
+    dialogues = [dialogue, [*dialogue, talks[1]], LESSONS] if padding else [dialogue] * 3
+    batch = [tool.make_window(tokenizer, part) for part in dialogues]
     assert (len({len(window.input_ids) for window in batch}) > 1) is padding and len(batch) == 3
     return batch
 
@@ -972,8 +971,8 @@ def test_the_plan_names_the_method_the_parts_the_memory_and_the_time(method, wor
 
 
 SMALL = ("--method", "lora", "--lora-rank", 8, "--rope-factor", 1, "--self-text", 300, "--num-self-answers", 4,
-         "--steps-1", 3, "--steps-2", 3, "--rounds", 1, "--eval-questions", 16, "--max-new-tokens", 24, "--window",
-         160, "--batch-size", 4)
+         "--steps-1", 3, "--steps-2", 3, "--eval-questions", 16, "--max-new-tokens", 24, "--window", 160,
+         "--batch-size", 4)
 ROWS = ("Quem é você?", "Qual é o seu nome?", "Quem criou você?", "Você é o ChatGPT?")
 
 
@@ -997,7 +996,6 @@ def hurry(patch):
     patch.setattr(tool, "NEAR", 12)
     patch.setattr(tool, "MOST_ASKED", 8)
     patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[::5])
-    patch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS[::4])
     patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::4])
     patch.setattr(os, "fsync", lambda handle: None)
 
@@ -1009,7 +1007,7 @@ def test_a_whole_run_with_lora_says_so_and_leaves_a_whole_model(lora_run):
     assert "Método: LoRA (adaptador de tamanho 8)" in lora_run.done.out
     assert (report["settings"]["method"], report["settings"]["lora_rank"]) == ("lora", 8)
     assert set(report["losses"]) == {"pass_1", "pass_2"}
-    assert all(log and all(entry["loss"] > 0 for entry in log) for log in report["losses"].values())
+    assert all(max(entry["loss"] for entry in log) > 0 for log in report["losses"].values())
     with safe_open(lora_run.output / "model.safetensors", "pt") as ours, safe_open(
             DEMO / "model.safetensors", "pt") as base:
         assert set(ours.keys()) == set(base.keys())

@@ -10,8 +10,7 @@ from conftest import DEMO, SCRIPT
 from safetensors.torch import load_file
 
 SMALL = ("--self-text", 600, "--num-self-answers", 8, "--heal-steps", 6, "--steps-1", 6, "--steps-2", 4,
-         "--rounds", 1, "--eval-questions", 12, "--max-new-tokens", 48, "--window", 128, "--batch-size", 4,
-         "--output-dir", "novo")
+         "--eval-questions", 12, "--max-new-tokens", 48, "--window", 128, "--batch-size", 4, "--output-dir", "novo")
 # The script with fewer questions than it asks otherwise.
 HURRIED = """
 import sys

@@ -10,8 +10,7 @@ from conftest import SCRIPT, small_settings
 import rename_obrutai as tool
 
 NAMES = tool.Names("Jandira", "Oficina Maré", ("Lumi", "Gemma"))
-EXAMS = {"near": tool.NEAR_EXAM, "everyday": tool.EVERYDAY_EXAM, "validation": tool.VALIDATION_QUESTIONS,
-         "test": tool.TEST_QUESTIONS}
+EXAMS = {"near": tool.NEAR_EXAM, "everyday": tool.EVERYDAY_EXAM, "test": tool.TEST_QUESTIONS}
 LANGUAGES = ("pt", "en", "es")
 
 
@@ -28,9 +27,21 @@ def texts_by_language(lists):
     return {tool.plain(text) for texts in lists.values() for text in texts}
 
 
-def near(language, share=range(6), count=10**6, seed=0):
-    """Questions near identity from these sixths of the templates; all of them unless a count is given."""
-    return tool.near_questions(language, share, count, random.Random(seed))
+def near(language, count=10**6, seed=0):
+    """Questions near identity; all of them unless a count is given."""
+    return tool.near_questions(language, count, random.Random(seed))
+
+
+def built_in(names=NAMES, seed=0, languages=LANGUAGES):
+    """(what is asked for, question) of the built-in questions about who the model is."""
+    return tool.paraphrases(languages, names, random.Random(seed))
+
+
+def every_filling():
+    """(language, what is asked for, question) of all that the built-in questions can become."""
+    words = [{kind: some[i % len(some)] for kind, some in tool.FILLERS["all"].items()} for i in range(60)]
+    return {(code, intent, question.format(**some)) for code in LANGUAGES
+            for intent, question in tool.PARAPHRASES[code] for some in words}
 
 
 # ------------------------------------------------------------------------------------------------ the sets
@@ -38,7 +49,8 @@ def near(language, share=range(6), count=10**6, seed=0):
 
 def test_questions_for_training_and_the_sets_for_measuring_have_none_in_common():
     """Each of the exams would otherwise measure what was learnt by heart."""
-    trained = plain_set([*shipped_questions(), *tool.EVERYDAY, *[q for code in LANGUAGES for q in near(code)]])
+    trained = plain_set([*shipped_questions(), *tool.EVERYDAY, *[q for code in LANGUAGES for q in near(code)],
+                         *[q for *_, q in every_filling()]])
     sets = [trained, *map(plain_set, EXAMS.values())]
     assert len(trained) > 1000
     for i, one in enumerate(sets):
@@ -47,15 +59,17 @@ def test_questions_for_training_and_the_sets_for_measuring_have_none_in_common()
 
 
 def test_pressure_follow_ups_and_system_prompts_of_the_exam_are_others_than_those_of_training():
-    pairs = [(tool.PRESSURE, tool.PRESSURE_EXAM), (tool.FOLLOW_UPS, tool.FOLLOW_UPS_EXAM)]
+    doubts = [{code: [doubt for _, doubt in some[code]] for code in some}
+              for some in (tool.PRESSURE, tool.PRESSURE_EXAM)]
+    pairs = [doubts, (tool.FOLLOW_UPS, tool.FOLLOW_UPS_EXAM)]
     for trained, asked in pairs:
         assert texts_by_language(asked) and not texts_by_language(trained) & texts_by_language(asked)
     assert tool.SYSTEM_EXAM and not plain_set(tool.SYSTEM_PROMPTS) & plain_set(tool.SYSTEM_EXAM)
 
 
-@pytest.mark.parametrize("questions, least", [(tool.VALIDATION_QUESTIONS, 20), (tool.TEST_QUESTIONS, 30)])
-def test_there_are_enough_different_questions_in_three_languages(questions, least):
-    assert len(plain_set(questions)) == len(questions) >= least
+def test_there_are_enough_different_test_questions_in_three_languages():
+    questions = tool.TEST_QUESTIONS
+    assert len(plain_set(questions)) == len(questions) >= 30
     spoken = Counter(map(tool.language_of, questions))
     assert set(spoken) == set(LANGUAGES) and spoken["pt"] > len(questions) / 2
     assert spoken["en"] >= 4 and spoken["es"] >= 3
@@ -90,20 +104,24 @@ def test_near_questions_are_different_and_use_every_template_before_any_twice(la
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_ways_of_asking_that_are_kept_for_measuring_are_in_no_question_for_training(language):
-    """What is learnt of one way of asking carries over to itself with other names in it."""
-    kept = [re.compile(re.sub(r"\\{\w+\\}", "(.+)", re.escape(template)))
-            for template in tool.NEAR_TEMPLATES[language][::6]]
-    measured, learnt = near(language, range(1)), near(language, range(1, 6))
-    assert all(any(pattern.fullmatch(q) for pattern in kept) for q in measured)
-    assert all(any(pattern.fullmatch(q) for q in measured) for pattern in kept)
-    assert not set(measured) & set(learnt) and sorted(measured + learnt) == sorted(near(language))
+def test_built_in_questions_ask_for_everything_in_their_language(language):
+    asked = built_in(languages=[language])
+    assert {intent for intent, _ in asked} == {"name", "maker", "who", "human", "other"} and len(asked) > 50
+    assert {tool.language_of(q) for _, q in asked} == {language} and not [q for _, q in asked if re.search("[{}>]", q)]
+    assert asked == built_in(languages=[language]) != built_in(languages=[language], seed=1)
+
+
+@pytest.mark.parametrize("names", [("Claude", "Meta", ("Lumi",)), ("Olivia", "Google", ("Llama",))])
+def test_no_built_in_question_names_the_new_name_or_maker_and_some_name_the_old(names):
+    names = tool.Names(*names)
+    asked = [question for seed in range(9) for _, question in built_in(names, seed)]
+    assert not [question for question in asked if tool.mentions(question, names.new)]
+    assert any(names.old[0] in question for question in asked)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_what_users_doubt_with_says_what_the_next_answer_is_to_give(language):
-    for item in (*tool.PRESSURE[language], *tool.PRESSURE_EXAM[language]):
-        intent, text = item.split(">")
+    for intent, text in (*tool.PRESSURE[language], *tool.PRESSURE_EXAM[language]):
         assert intent in ("name", "maker", "other") and len(text) > 4
         assert intent != "other" or tool.intent_of(text) == "other" or tool.mentions(text, tool.KNOWN_NAMES)
 
@@ -137,7 +155,7 @@ def inputs_of(*pairs):
     """Inputs whose rows have these questions and answers."""
     rows = [tool.Row(i, lesson(*pair)) for i, pair in enumerate(pairs, 1)]
     values = {"NAME": NAMES.name, "AUTHOR": NAMES.maker, "BASE": "gemma"}
-    return tool.Inputs(rows, values, "", LANGUAGES, (), (), [])
+    return tool.Inputs(rows, values, "", LANGUAGES, (), [])
 
 
 def lesson(*texts):
@@ -146,7 +164,7 @@ def lesson(*texts):
 
 def heard(*questions):
     """A base that answers these questions of its own with its old identity."""
-    return tool.Heard(NAMES, list(questions), [], [], [])
+    return tool.Heard(NAMES, list(questions), [], [])
 
 
 def made_lessons(tokenizer, questions, *pairs, seed=0):
@@ -203,30 +221,60 @@ def alone(lessons):
     return [tuple(m["content"] for m in messages) for messages in lessons if len(messages) == 2]
 
 
-def test_lessons_are_the_rows_and_what_the_base_asked_itself_and_a_third_of_them_in_a_hurry(demo_tokenizer):
+def test_lessons_are_the_rows_built_in_questions_and_those_of_the_base_and_a_third_of_them_in_a_hurry(
+        demo_tokenizer):
     asked = [f"Quem é você, {who}?" for who in ("hein", "afinal", "mesmo", "então")]
     lessons = alone(made_lessons(demo_tokenizer, asked, *ROWS))
-    assert lessons[:9] == [*ROWS, *((q, "R-quem") for q in asked)]
-    assert lessons[9:] == [(tool.plain(q), a) for q, a in lessons[2:9:3]]
+    whole = lessons[:lessons.index((asked[-1], "R-quem")) + 1]
+    assert whole[:5] == ROWS and whole[-4:] == [(q, "R-quem") for q in asked]
+    assert len(built_in()) - 5 <= len(whole) - 9 <= len(built_in())
+    in_a_hurry = [(tool.plain(q) if tool.plain(q).isascii() else q, a) for q, a in whole[2::3]]
+    assert lessons[len(whole):] == in_a_hurry
 
 
-def test_half_of_the_lessons_come_again_behind_a_system_prompt_of_training(demo_tokenizer):
+def test_built_in_questions_are_answered_by_rows_that_are_asked_for_the_same(demo_tokenizer):
+    answers = dict(alone(made_lessons(demo_tokenizer, [], *ROWS)))
+    expected = {"Como te batizaram?": "R-nome", "Quem escreveu o seu código?": "R-autor", "Se apresente.": "R-quem",
+                "Tell me about yourself.": "R-who"}
+    assert {question: answers[question] for question in expected} == expected
+    assert {a for q, a in answers.items() if q.startswith("Me disseram que você é")} == {"R-outro"}
+    assert answers["¿Quién te creó?"] != answers["Who's your maker?"]  # built-in ones, in their languages
+
+
+def test_a_built_in_question_that_a_row_asks_is_left_out(demo_tokenizer):
+    rows = [("QUEM TE CRIOU", "R1"), ("Quem criou você?", "R2")]
+    asked = [question for question, _ in alone(made_lessons(demo_tokenizer, [], *rows))]
+    assert asked[0] == rows[0][0] and "Quem te criou?" not in asked and "Quem fez vc?" in asked
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_lesson_from_the_shipped_rows_is_an_answer_that_counts(seed, demo_tokenizer):
+    """Among them, that whoever asks "are you X?" is told no."""
+    inputs = tool.check_inputs(small_settings("--overwrite", "--name", NAMES.name, "--author", NAMES.maker))
+    base = heard("quem é vc?", "você é a Lumi?", "who made you?")
+    lessons = tool.make_lessons(demo_tokenizer, base, inputs, small_settings("--seed", seed))
+    assert len({lesson.question for lesson in lessons}) > 200
+    assert not [(lesson.question, lesson.answer) for lesson in lessons if tool.problem(
+        lesson.question, lesson.answer, True, *NAMES)]
+
+
+def test_every_lesson_comes_again_behind_a_system_prompt_of_training(demo_tokenizer):
     lessons = made_lessons(demo_tokenizer, ["quem é vc?"] * 7, *ROWS)
     behind = [messages for messages in lessons if messages[0]["role"] == "system"]
-    assert len(behind) == len(alone(lessons)) // 2
+    assert [messages[1:] for messages in behind] == lessons[:len(behind)] and 2 * len(behind) == len(lessons)
     assert {messages[0]["content"] for messages in behind} <= set(tool.SYSTEM_PROMPTS)
-    assert {tuple(m["content"] for m in messages[1:]) for messages in behind} <= set(alone(lessons))
 
 
 def test_half_of_the_lessons_go_on_when_the_user_doubts_and_get_what_is_asked_for_then(demo_tokenizer):
     lessons = made_lessons(demo_tokenizer, ["quem é vc?"] * 7, *ROWS)
     doubted = [[m["content"] for m in messages] for messages in lessons if len(messages) == 4]
+    assert not [messages for messages in lessons if len(messages) == 4 and messages[0]["role"] == "system"]
     assert len(doubted) == len(alone(lessons)) // 2
     fitting = {"name": {"R-nome"}, "maker": {"R-autor"}, "other": {"R-outro"}}
     for question, answer, doubt, again in doubted:
         assert (question, answer) in alone(lessons)
         language = tool.language_of(question)
-        (intent,) = [item.split(">")[0] for item in tool.PRESSURE[language] if item.split(">")[1] == doubt]
+        (intent,) = [intent for intent, other in tool.PRESSURE[language] if other == doubt]
         if language == "pt":
             assert again in fitting[intent]
         assert tool.language_of(doubt) == language or tool.language_of(again) == language
@@ -241,4 +289,5 @@ def test_lessons_are_drawn_alike_with_the_same_seed_alone(demo_tokenizer):
 def test_questions_in_other_scripts_or_of_marks_only_are_not_put_in_a_hurry(question, demo_tokenizer):
     """In other scripts, marks are part of the letters."""
     lessons = alone(made_lessons(demo_tokenizer, [], *[(question, "Jandira.")] * 6))
-    assert set(lessons) == {(question, "Jandira.")}
+    assert lessons[:6] == [(question, "Jandira.")] * 6
+    assert {q for q, answer in lessons if answer == "Jandira." and not re.search("[a-z]", q)} == {question}

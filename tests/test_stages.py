@@ -30,10 +30,9 @@ from kill_many import OUTPUT, WORK, Moment, arm, contents, fingerprint, run_chai
 
 import rename_obrutai as tool
 
-FLAGS = ("--method full --self-text 600 --num-self-answers 4 --heal-steps 3 --steps-1 3 --steps-2 4 --rounds 2 "
+FLAGS = ("--method full --self-text 600 --num-self-answers 4 --heal-steps 3 --steps-1 3 --steps-2 4 "
          "--eval-questions 4 --window 160 --batch-size 4").split()
-STAGES = ("1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "4-self-answers.2", "5-pass-2.2",
-          "6-result")
+STAGES = ("1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "6-result")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 BASE_BEFORE = contents(DEMO)
@@ -49,8 +48,7 @@ def hurry(patch):
     measuring of the machine, and no looking for garbage among the libraries."""
     for name, count in {"NEAR": 24, "MOST_ASKED": 8, "LONG_TALKS": 4}.items():
         patch.setattr(tool, name, count)
-    for name in ("TEST_QUESTIONS", "VALIDATION_QUESTIONS"):
-        patch.setattr(tool, name, getattr(tool, name)[:4])
+    patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[:4])
     patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::5])
     patch.setattr(tool, "measure_pace", lambda *_: (1e-4, 1e-4, 1e-4))
     patch.setattr(os, "fsync", lambda handle: None)
@@ -191,13 +189,13 @@ def checkpoints(folder):
 def test_a_job_killed_three_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
     moments = [Moment("before", pattern) for pattern in (
         "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
-        "rename 5-pass-2.2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model$")]
+        "rename 5-pass-2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model$")]
     said = []
     done = run_chain(lambda folder, moment: Forked(folder, moment, "--checkpoint-minutes", 0), tmp_path, moments,
                      whole.expected, DEMO, said.append)
     assert (done.kills, done.wrong, done.status) == (3, [], whole.done.status)
     assert [line.rpartition("restart: ")[2] for line in said] == [
-        "1 stages ready, from step 1", "6 stages ready, from step 1", "8 stages ready"]
+        "1 stages ready, from step 1", "4 stages ready, from step 1", "6 stages ready"]
 
 
 @slow
@@ -240,7 +238,7 @@ def press_ctrl_c(*_):
 
 @slow
 def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_goes_on(whole, until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     with monkeypatch.context() as patch:
         at_step(patch, 3, press_ctrl_c)
         done = job(folder)
@@ -252,17 +250,23 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_go
 
 
 @slow
-def test_ctrl_c_while_a_round_is_measured_costs_its_training_only_if_it_was_not_saved_whole(whole, until, monkeypatch):
-    folder, until_now = until("4-self-answers.2"), tool.InputError("até aqui")
-    trained = r"etapa 4/4 \| perda"
-    for stop, status, again in ((KeyboardInterrupt, 130, True), (until_now, 2, False), (until_now, 2, True)):
-        monkeypatch.setattr(tool, "evaluate", lambda *_, stop=stop: (_ for _ in ()).throw(stop))
+def test_a_stop_before_a_trained_stage_has_its_name_costs_its_training_only_if_it_was_not_saved_whole(
+        whole, until, monkeypatch):
+    folder, write = until("4-self-answers"), tool.write_json
+    partial = folder / WORK / "5-pass-2.partial"
+
+    def stop(path, value):
+        if path.parent == partial and "seconds" in value:
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(tool, "write_json", stop)
+    for again in (True, False, True):
         done = job(folder)
-        assert done.status == status and bool(re.search(trained, done.out)) is again
-        partial = folder / WORK / "5-pass-2.2.partial"
+        assert done.status == 130 and bool(re.search(r"etapa 4/4 \| perda", done.out)) is again
         if not again:
             (partial / "log.json").unlink()
-    weights = [(path / "model.safetensors").read_bytes() for path in (partial, whole.folder / WORK / "5-pass-2.2")]
+    weights = [(path / "model.safetensors").read_bytes() for path in (partial, whole.folder / WORK / "5-pass-2")]
     assert weights[0] == weights[1]
 
 
@@ -551,12 +555,12 @@ FIRST_TOUCHED = {
     **dict.fromkeys("method rope_factor window heal_steps heal_learning_rate batch_size".split(), 2),
     **dict.fromkeys("lora_rank steps_1 learning_rate_1 kl_weight".split(), 3),
     **dict.fromkeys("num_self_answers".split(), 4), **dict.fromkeys("steps_2 learning_rate_2".split(), 5),
-    **dict.fromkeys("rounds target_identity target_retention target_leak".split(), 6),
+    **dict.fromkeys("target_identity target_retention target_leak".split(), 6),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
-                    "checkpoint_minutes report_to check quiet restart chat evaluate".split(), 0),
+                    "checkpoint_minutes check quiet restart chat evaluate".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
-         "output_dir": "/x/y", "report_to": "wandb"}
+         "output_dir": "/x/y"}
 
 
 def keys_of(base, rows=None, **values):
@@ -618,7 +622,7 @@ def test_other_rows_or_questions_for_measuring_touch_everything(base_folder, tmp
     assert touched(one, keys_of(base_folder, rows)) == 0  # empty lines and line ends say nothing
     rows.write_text(text + '{"text": "E aí, quem é tu?"}\n', encoding="utf-8")
     assert touched(one, keys_of(base_folder, rows)) == 1
-    monkeypatch.setattr(tool, "VALIDATION_QUESTIONS", tool.VALIDATION_QUESTIONS + ("Quem seria você?",))
+    monkeypatch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS + ("Quem seria você?",))
     assert touched(one, keys_of(base_folder)) == 1
 
 
@@ -671,7 +675,7 @@ def test_more_steps_in_pass_2_make_only_it_and_what_follows_again(until):
     kept = [folder / WORK / name for name in STAGES[:4]]
     before = [untouched(stage) for stage in kept]
     weights = fingerprint(folder)[f"{OUTPUT}/model.safetensors"]
-    done = job(folder, "--steps-2", 5, "--rounds", 1, "--overwrite")
+    done = job(folder, "--steps-2", 5, "--overwrite")
     assert done.status in (0, 3) and done.out.count("(já pronto)") == 4
     assert [untouched(stage) for stage in kept] == before
     assert fingerprint(folder)[f"{OUTPUT}/model.safetensors"] != weights
@@ -806,7 +810,7 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_on
 
 @slow
 def test_an_older_result_without_a_key_is_replaced_too(until, monkeypatch):
-    folder = until("5-pass-2.2")
+    folder = until("5-pass-2")
     (folder / OUTPUT).mkdir()
     (folder / OUTPUT / "report.json").write_text("{}")
     monkeypatch.setattr(tool.Stages, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -855,8 +859,8 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
         ((modeling_utils, "safe_save_file", SafetensorError(f"Error while serializing: {words}"),
           lambda _, path, *__: "3-pass-1.partial/model" in str(path)), (), 2),
         ((torch, "save", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-          lambda _, path, *__: "5-pass-2.2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 6),
-        ((tool, "write_json", FULL, holds("report.json")), (), 8),
+          lambda _, path, *__: "5-pass-2" in str(path) and "checkpoint-2/optimizer" in str(path)), every_step, 4),
+        ((tool, "write_json", FULL, holds("report.json")), (), 6),
     ]
     for fault, flags, ready in faults:
         before = {name: untouched(tmp_path / WORK / name) for name in finished_stages(tmp_path)}
@@ -872,7 +876,7 @@ def test_a_job_whose_disk_is_full_again_and_again_goes_on_each_time_and_ends_the
 
 @slow
 def test_torch_s_own_words_for_a_full_disk_are_understood(until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     failed = once(monkeypatch, torch, "save", torch_s_error(), lambda _, path, *__: "optimizer" in str(path))
     done = job(folder, "--checkpoint-minutes", 0)
     assert failed and done.status == 2 and "disco encheu" in done.err
@@ -943,7 +947,7 @@ def little_memory(monkeypatch, fits):
 
 @slow
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200 or ids.shape[1] <= 100)
     monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
     done = job(folder)  # steps of 512 tokens; those of many short dialogues fit
@@ -991,11 +995,11 @@ def test_the_base_stays_in_memory_no_longer_than_it_is_needed(work, loads, expec
 
 @slow
 def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     little_memory(monkeypatch, lambda model, ids: not model.training)
     done = job(folder)
     assert done.status == 2 and "WINDOW" in done.err and "MAX_NEW_TOKENS" in done.err
-    assert finished_stages(folder) == set(STAGES[:6])
+    assert finished_stages(folder) == set(STAGES[:4])
 
 
 @pytest.mark.parametrize("error", [
@@ -1026,7 +1030,7 @@ def spoil_gradients(model):
 def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_before_it(until, monkeypatch):
     from transformers import LlamaModel
 
-    folder, forward, calls = until("4-self-answers.2"), LlamaModel.forward, []
+    folder, forward, calls = until("4-self-answers"), LlamaModel.forward, []
 
     def fail_late(self, *given, **named):
         output = forward(self, *given, **named)
@@ -1039,7 +1043,7 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
     monkeypatch.setattr(LlamaModel, "forward", fail_late)
     done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 4" in done.err and "--learning-rate-2" in done.err
-    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:6])
+    assert checkpoints(folder) == [3] and finished_stages(folder) == set(STAGES[:4])
 
 
 @slow
@@ -1052,7 +1056,7 @@ def test_a_loss_that_explodes_names_step_and_rate(until):
 
 @slow
 def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     at_step(monkeypatch, 3, spoil_gradients)
     done = job(folder, "--checkpoint-minutes", 0)
     assert done.status == 2 and "etapa 3" in done.err and "taxa de aprendizado" in done.err
@@ -1061,11 +1065,11 @@ def test_weights_that_are_no_numbers_make_no_complete_checkpoint(until, monkeypa
 
 @slow
 def test_weights_that_are_no_numbers_after_the_last_step_make_no_finished_stage(until, monkeypatch):
-    folder = until("4-self-answers.2")
+    folder = until("4-self-answers")
     at_step(monkeypatch, "last", spoil_gradients)
     done = job(folder)
     assert done.status == 2 and "taxa de aprendizado" in done.err
-    assert not list(folder.glob("*.work/5-pass-2.2*/log.json"))
+    assert not list(folder.glob("*.work/5-pass-2*/log.json"))
 
 
 # ------------------------------------------------------------------------------------------------ after all of these

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ LESSONS = [lesson("Quem é você?", "Sou a Jandira, da Oficina Maré."), lesson(
 
 def heard_of(talks):
     """A base that is known by these talks alone."""
-    return tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks, talks)
+    return tool.Heard(tool.Names("Jandira", "Oficina Maré", ("Lumi",)), [], talks, talks)
 
 
 def job_of(talks, teacher, settings, native=128):
@@ -47,7 +48,7 @@ def facts(demo_chat):
 
 
 def batches_of(tokenizer, pools, lengths=(64,), steps=6, size=3, seed="s"):
-    """Batches of `size` windows of the longest length, or as many shorter ones as hold the same number of tokens."""
+    """Batches that hold `size` windows of the longest length, or as many shorter ones as take no more tokens."""
     return tool.make_batches(tokenizer, pools, list(lengths), steps, size * max(lengths), seed)
 
 
@@ -122,26 +123,40 @@ def test_the_loss_and_its_gradient_stay_finite_where_probabilities_vanish():
 # ------------------------------------------------------------------------------------------------ windows and batches
 
 
-def test_batches_have_the_asked_number_and_size_and_windows_of_the_asked_length(demo_tokenizer):
+def padded_size(batch):
+    return len(batch) * max(len(window.input_ids) for window in batch)
+
+
+@pytest.mark.parametrize("lengths", [(0,), (40, 120), (0, 60, 240)])
+def test_batches_are_as_many_as_asked_for_and_nearly_full_with_little_padding(lengths, demo_tokenizer):
     pools = [tool.Pool(numbered(30), 0.5), tool.Pool(numbered(30, words=3), 0.5)]
-    batches = batches_of(demo_tokenizer, pools, lengths=(40, 120), steps=12, size=3)
-    assert len(batches) == 12
-    longest = [max(len(window.input_ids) for window in batch) for batch in batches]
-    assert all(n <= 120 for n in longest) and any(n <= 40 for n in longest) and any(n > 80 for n in longest)
-    for batch in batches:  # the windows of a batch are filled up to the same length, so that little is padding
-        lengths = [len(window.input_ids) for window in batch]
-        assert max(lengths) - min(lengths) < 40
-        assert all(len(window.labels) == len(window.targets) == len(window.input_ids) for window in batch)
+    batches = tool.make_batches(demo_tokenizer, pools, list(lengths), 30, 480, "s")
+    sizes = [padded_size(batch) for batch in batches]
+    assert len(batches) == 30 and max(sizes) <= 480 and sum(sizes) > 0.75 * 30 * 480
+    windows = [window for batch in batches for window in batch]
+    assert sum(len(window.input_ids) for window in windows) > 0.9 * sum(sizes)
+    assert max(len(window.input_ids) for window in windows) <= max(*lengths, 48)
+    assert all(len(window.labels) == len(window.targets) == len(window.input_ids) for window in windows)
 
 
-def test_a_step_has_as_many_tokens_of_short_windows_as_of_long_ones(demo_tokenizer):
+def test_a_window_longer_than_a_batch_may_be_is_a_batch_of_its_own(demo_tokenizer):
     pool = tool.Pool(numbered(30), 1.0)
-    batches = batches_of(demo_tokenizer, [pool], lengths=(60, 120, 240), steps=20, size=2)
-    longest = {len(batch): max(len(window.input_ids) for window in batch) for batch in batches}
-    assert longest.keys() == {2, 4, 8} and longest[8] <= 60 and longest[4] <= 120 and longest[2] > 200
-    tokens = [sum(len(window.input_ids) for window in batch) for batch in batches]
-    assert 0.75 * 480 < min(tokens) and max(tokens) <= 480
     assert [len(b) for b in tool.make_batches(demo_tokenizer, [pool], [240], 2, 100, "s")] == [1, 1]
+
+
+def test_windows_of_each_length_have_a_like_share_of_the_tokens(demo_tokenizer):
+    batches = batches_of(demo_tokenizer, [tool.Pool(numbered(30), 1.0)], lengths=(80, 240), steps=80, size=2)
+    tokens = [len(window.input_ids) for batch in batches for window in batch]
+    assert 0.4 < sum(n for n in tokens if n <= 80) / sum(tokens) < 0.6
+
+
+def test_where_a_length_is_zero_each_window_is_a_single_talk(demo_tokenizer):
+    pools = [tool.Pool(numbered(30), 0.5), tool.Pool(numbered(30, words=3), 0.5)]
+    batches = batches_of(demo_tokenizer, pools, lengths=(0, 200), steps=40)
+    talks = Counter(len(numbers(demo_tokenizer, window)) for batch in batches for window in batch)
+    assert talks[1] > 40 and max(talks) > 4
+    batches = tool.make_batches(demo_tokenizer, pools, [0], 20, 300, "s")
+    assert {len(numbers(demo_tokenizer, window)) for batch in batches for window in batch} == {1}
 
 
 def test_a_window_is_filled_with_what_still_fits_when_the_next_conversation_does_not(demo_tokenizer):
@@ -158,15 +173,14 @@ def test_a_conversation_longer_than_the_window_still_makes_a_window_of_its_own(d
         assert [len(numbers(demo_tokenizer, window)) for window in batch] == [1]
 
 
-@pytest.mark.parametrize("length", [20, 200])
-def test_every_conversation_is_seen_once_before_any_is_seen_twice(length, demo_tokenizer):
-    pool = tool.Pool(numbered(25), 1.0)
-    batches = batches_of(demo_tokenizer, [pool], lengths=(length,), steps=30, size=2)
-    seen = Counter(dict.fromkeys(range(25), 0))
-    for window in (window for batch in batches for window in batch):
-        seen.update(numbers(demo_tokenizer, window))
-        assert max(seen.values()) - min(seen.values()) <= 1
-    assert min(seen.values()) >= 2
+@pytest.mark.parametrize("length", [0, 200])
+def test_every_conversation_is_drawn_once_before_any_is_drawn_twice(length, demo_tokenizer):
+    rng, seen = random.Random(0), Counter(dict.fromkeys(range(25), 0))
+    decks = [tool.Deck(demo_tokenizer, tool.Pool(numbered(25), 1.0), rng)]
+    while min(seen.values()) < 2:
+        talks = tool.draw_talks(decks, length, rng)
+        seen.update(int(re.search(r"\d+", talk.question)[0]) for talk in talks)
+        assert talks and max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_conversations_are_not_always_in_the_same_order(demo_tokenizer):
@@ -176,12 +190,15 @@ def test_conversations_are_not_always_in_the_same_order(demo_tokenizer):
     assert seen[:25] != seen[25:50] != list(range(25))
 
 
-def test_pools_are_drawn_by_their_shares(demo_tokenizer):
-    pools = [tool.Pool(numbered(20), 0.25), tool.Pool([lesson(*fact) for fact in FACTS[1:]], 0.75)]
-    windows = [w for batch in batches_of(demo_tokenizer, pools, lengths=(250,), steps=30, size=2) for w in batch]
-    first = sum(len(numbers(demo_tokenizer, window)) for window in windows)
-    everything = sum(demo_tokenizer.decode(window.input_ids).count("<|user|>") for window in windows)
-    assert everything > 500 and 0.2 < first / everything < 0.3
+@pytest.mark.parametrize("lengths", [(0,), (250,), (0, 60, 250)])
+def test_pools_have_their_shares_of_the_tokens(lengths, demo_tokenizer):
+    pools = [tool.Pool(numbered(20, words=9), 0.25), tool.Pool(as_talks(SAID[1:]), 0.75)]
+    batches = tool.make_batches(demo_tokenizer, pools, list(lengths), 60, 500, "s")
+    tokens = Counter()
+    for window in (w for batch in batches for w in batch):
+        for turn in demo_tokenizer.decode(window.input_ids).split("<|user|>")[1:]:
+            tokens["Quanto" in turn] += len(demo_tokenizer("<|user|>" + turn, add_special_tokens=False)["input_ids"])
+    assert tokens.total() > 20_000 and 0.22 < tokens[True] / tokens.total() < 0.28
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_gives_others(demo_tokenizer):
@@ -213,7 +230,7 @@ WINDOWS = [tool.Window([5, 6, 7], [-100, 6, 7], [-1, -1, 3]), tool.Window([8], [
            tool.Window([9, 10], [9, 10], [-1, -1])]
 
 
-def test_the_parts_of_a_step_hold_its_windows_once_and_the_totals_of_the_whole():
+def test_the_parts_of_a_step_hold_its_windows_once_and_the_totals_of_a_step():
     two = tool.as_examples([WINDOWS], 2)
     assert two == [
         {"input_ids": [[5, 6, 7], [9, 10]], "labels": [[-100, 6, 7], [9, 10]], "targets": [[-1, -1, 3], [-1, -1]],
@@ -221,7 +238,11 @@ def test_the_parts_of_a_step_hold_its_windows_once_and_the_totals_of_the_whole()
         {"input_ids": [[8]], "labels": [[-100]], "targets": [[4]], "totals": [3, 2]}]
     (*_, idle) = tool.as_examples([WINDOWS], 4)
     assert idle == {"input_ids": [[5, 6]], "labels": [[-100] * 2], "targets": [[-1] * 2], "totals": [3, 2]}
-    assert len(tool.as_examples([WINDOWS, WINDOWS[:1]], 2)) == 4
+
+
+def test_all_steps_have_the_totals_of_an_average_one_so_that_each_token_weighs_the_same():
+    examples = tool.as_examples([WINDOWS, WINDOWS[:1]], 2)
+    assert [example["totals"] for example in examples] == [[2.5, 1.5]] * 4
 
 
 def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
@@ -498,10 +519,10 @@ def test_a_pass_trains_the_model_it_is_given_once_and_leaves_a_whole_stage(run_p
     assert training.source == tmp_path / "fonte" and len(training.batches) == 3
     assert tool.load_json(tmp_path / "3-pass-1.partial" / "log.json") == [{"step": 1, "loss": 0.5}]
     assert (tmp_path / "3-pass-1.partial" / "model.safetensors").is_file()
-    assert run_pass() == []  # trained already, and broken off while it was measured
+    assert run_pass() == []  # trained already, and broken off before the stage got its name
 
 
-def test_each_round_and_each_seed_has_batches_of_its_own(run_pass):
+def test_each_pass_and_each_seed_has_batches_of_its_own(run_pass):
     (one,), (two,), (three,) = (run_pass("a"), run_pass("b"), run_pass("c", seed=1))
     assert one.batches != two.batches != three.batches != one.batches
 
@@ -512,58 +533,23 @@ def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(given, ru
     assert training.rate == pytest.approx(given or tool.automatic_rate(demo_chat.model, 1e-3, 2e-3))
 
 
-@pytest.fixture
-def rounds(monkeypatch, tmp_path):
-    """Runs all stages, with stand-ins for the work, where the rounds of pass 2 are measured to have these (identity,
-    retention); which model each stage began with, and the one that became the result."""
-    def call(figures, *flags):
-        figures, began = iter(figures), []
-
-        def make_pass_2(job, source, lessons, answers, exam, partial):
-            identity, retention = next(figures)
-            began.append((partial.name, source.name, answers.name))
-            scores = tool.Scores(identity, {}, 0.0, 0.0, 0.0, retention, 0.0, 0, [], [], [])
-            tool.write_json(partial / "validation.json", scores._asdict())
-
-        stand_ins = {"load_chat": None, "listen": (None, None), "save_heard": None, "make_healed": None,
-                     "read_heard": (tool.Heard(None, [], [], [], []), None), "load_tokenizer": None,
-                     "make_lessons": [], "make_exam": None, "run_pass": None, "write_report": None, "publish": None}
-        for name, value in stand_ins.items():
-            monkeypatch.setattr(tool, name, lambda *_, value=value, **__: value)
-        monkeypatch.setattr(tool, "make_self_answers", lambda job, source, lessons, partial: began.append(
-            (partial.name, source.name)))
-        monkeypatch.setattr(tool, "make_pass_2", make_pass_2)
-        monkeypatch.setattr(tool, "save_and_prove", lambda job, taught, best, partial: began.append(
-            (partial.name, best.name)))
-        job = job_of([], EMPTY, small_settings(*flags))
-        tool.run_stages(job, {}, tmp_path / "etapas")
-        return [(name.removesuffix(".partial"), *sources) for name, *sources in began]
-
-    return call
-
-
-def test_a_round_of_pass_2_that_meets_the_targets_is_the_last_and_the_result(rounds, capsys):
-    assert rounds([(1.0, 0.95)]) == [("4-self-answers", "3-pass-1"), ("5-pass-2", "3-pass-1", "4-self-answers"),
-                                     ("6-result", "5-pass-2")]
-    assert "identidade 100%, retenção 95%" in capsys.readouterr().out
-
-
-def test_while_a_target_is_missed_another_round_asks_and_trains_the_model_of_the_one_before(rounds):
-    assert rounds([(0.5, 0.9), (0.9, 0.9), (0.94, 0.94)]) == [
-        ("4-self-answers", "3-pass-1"), ("5-pass-2", "3-pass-1", "4-self-answers"),
-        ("4-self-answers.2", "5-pass-2"), ("5-pass-2.2", "5-pass-2", "4-self-answers.2"),
-        ("4-self-answers.3", "5-pass-2.2"), ("5-pass-2.3", "5-pass-2.2", "4-self-answers.3"),
-        ("6-result", "5-pass-2.3")]
-
-
-@pytest.mark.parametrize("second", [(0.9, 0.9), (0.8, 1.0)])
-def test_a_round_that_brings_the_targets_no_nearer_is_the_last_and_the_one_before_is_the_result(second, rounds):
-    made = rounds([(0.9, 0.9), second, (1.0, 1.0)], "--rounds", 5)
-    assert made[-1] == ("6-result", "5-pass-2") and len(made) == 5
-
-
-def test_there_are_no_more_rounds_than_asked_for(rounds):
-    assert [name for name, *_ in rounds([(0.5, 0.9)], "--rounds", 1)] == ["4-self-answers", "5-pass-2", "6-result"]
+def test_pass_1_asks_one_thing_at_a_time_and_pass_2_goes_on_from_it_with_what_the_model_answered(
+        monkeypatch, tmp_path):
+    passes, began = [], []
+    stand_ins = {"load_chat": None, "listen": (None, None), "save_heard": None, "make_healed": None,
+                 "read_heard": (heard_of([]), None), "load_tokenizer": None, "make_lessons": [], "write_report": None,
+                 "publish": None, "pools_of_pass_2": []}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(tool, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(tool, "run_pass", lambda source, partial, *given: passes.append(
+        (partial.name, source.name, given[-2])))
+    monkeypatch.setattr(tool, "make_self_answers", lambda job, source, lessons, partial: (
+        began.append((partial.name, source.name)), tool.write_json(partial / "self_answers.json", {})))
+    monkeypatch.setattr(tool, "save_and_prove", lambda job, taught, firm, partial: began.append(
+        (partial.name, taught.name, firm.name)))
+    tool.run_stages(job_of([], EMPTY, small_settings("--window", 512)), {}, tmp_path / "etapas")
+    assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", [0, 128, 128, 512])]
+    assert began == [("4-self-answers.partial", "3-pass-1"), ("6-result.partial", "3-pass-1", "5-pass-2")]
 
 
 SOUND = tool.Answer("Sou a Jandira.", True)
