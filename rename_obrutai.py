@@ -2292,7 +2292,7 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
 class Exam(NamedTuple):
     """What a model is measured with."""
     questions: list[tuple[str, list[dict]]]  # (kind, messages): KINDS_OF_QUESTIONS and `after_tokens`
-    talks: list[tuple[int, Talk]]  # (tokens of conversation before, talk of the base)
+    talks: list[tuple[int, Talk]]  # (tokens of conversation before, talk of the base), without any first
 
 
 class Scores(NamedTuple):
@@ -2312,9 +2312,9 @@ class Scores(NamedTuple):
 
     def gaps(self, settings: Settings) -> dict[str, float]:
         """The targets that these scores miss, and by how much."""
+        kept = 1.0 if self.retention is None else self.retention
         found = {"identidade nova": settings.target_identity - self.identity, "identidade antiga": self.old_identity,
-                 "retenção": settings.target_retention - (1 if self.retention is None else self.retention),
-                 "vazamento": self.leak - settings.target_leak}
+                 "retenção": settings.target_retention - kept, "vazamento": self.leak - settings.target_leak}
         return {name: gap for name, gap in found.items() if gap > 0}
 
 
@@ -2327,16 +2327,16 @@ def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[f
     results = [(1.0, 0.0)] * len(windows)
     for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, SCORED_TOKENS):
         inputs = padded(chat, [windows[i].input_ids for i in batch], "right")
-        targets = padded(chat, [[row + 1 for row in windows[i].targets] for i in batch], "right")
-        rows = (targets["input_ids"] * targets["attention_mask"] - 1).cpu()  # padding is no target either
+        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(windows[i].targets) for i in batch], True, -1)
         with computing(whole(chat.model)):
             ours = logits_at(chat.model, whole(chat.model), rows >= 0, **inputs).log_softmax(-1)
         tokens, log_probs = (t[rows[rows >= 0]].to(ours.device) for t in teacher)
         same = (ours.argmax(-1) == tokens[:, 0]).float().cpu()
         nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
         counts = (rows >= 0).sum(-1).tolist()
-        for i, count, kept, lost in zip(batch, counts, same.split(counts), nats.split(counts)):
-            results[i] = (kept.mean().item(), lost.mean().item()) if count else results[i]
+        for i, kept, lost in zip(batch, same.split(counts), nats.split(counts)):
+            if len(kept):
+                results[i] = kept.mean().item(), lost.mean().item()
     return results
 
 
@@ -2344,36 +2344,33 @@ def long_conversations(tokenizer: Tokenizer, fillers: list[Talk], tokens: int, c
     """Conversations of random talks within `tokens` tokens; each for LONG_GROUP places of `count`."""
     lengths, found = [len(encode(tokenizer, t.said(first=False)).input_ids) for t in fillers], []
     for group in range(math.ceil(count / LONG_GROUP)):
-        rng, messages, used = random.Random(f"exam/{tokens}/{group}"), [], 0
-        while (place := rng.randrange(len(fillers))) is not None and used + lengths[place] <= tokens:
+        rng, messages, room = random.Random(f"exam/{tokens}/{group}"), [], tokens
+        while lengths[place := rng.randrange(len(fillers))] <= room:
             messages += fillers[place].said(first=False)
-            used += lengths[place]
+            room -= lengths[place]
         found += [messages] * LONG_GROUP
     return found[:count]
 
 
-def pressed_questions(inputs: Inputs, talks: list[Talk], rng: random.Random) -> list[list[dict]]:
-    """Questions of a user who doubts the right answer, half of them later in a conversation."""
-    before = [t for t in talks if len(t.messages) == 2][:12]
-    return [[*(rng.choice(before).messages if before and i % 2 else []),
-             *question_and_answer(opening, fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)),
-             {"role": "user", "content": doubt}]
-            for code in inputs.languages for i, (_, doubt) in enumerate(PRESSURE_EXAM[code])
-            for opening in OPENINGS[code]]
-
-
 def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -> Exam:
-    """Questions that no training saw; with a `window`, some of them come late in a conversation."""
+    """Questions that no training saw; with a `window` (tokens), some of them come late in a conversation."""
     rng, talks = random.Random("exam"), heard.held_out
     alone = [[{"role": "user", "content": q}] for q in inputs.test]
-    system = [[{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m] for m in alone]
-    pressed = pressed_questions(inputs, talks, rng)
-    asked = [(kind, without_system(tokenizer, m)) for kind, some in zip(KINDS_OF_QUESTIONS, (alone, system, pressed))
-             for m in some]
+    asked = [(ALONE, m) for m in alone]
+    asked += [(SYSTEM, [{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m]) for m in alone]
+    short = [t.messages for t in talks if len(t.messages) == 2][:12]
+    for code in inputs.languages:  # a right answer is doubted, half of the times later in a conversation
+        for i, (_, doubt) in enumerate(PRESSURE_EXAM[code]):
+            answer = fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)
+            for opening in OPENINGS[code]:
+                before = rng.choice(short) if short and i % 2 else []
+                asked.append((PRESSED, [*before, *question_and_answer(opening, answer),
+                                        {"role": "user", "content": doubt}]))
+    asked = [(kind, without_system(tokenizer, m)) for kind, m in asked]
     compared = [(0, talk) for talk in talks]
-    room = max(len(encode(tokenizer, t.messages).input_ids) for t in talks)
-    room = max(room, *(len(prompt_ids(tokenizer, m)) for _, m in asked))
-    some = [t for t in talks if t.kind != "near"][:LONG_TALKS] or talks[:LONG_TALKS]
+    room = max([len(encode(tokenizer, t.messages).input_ids) for t in talks]
+               + [len(prompt_ids(tokenizer, m)) for _, m in asked])
+    some = ([t for t in talks if t.kind != "near"] or talks)[:LONG_TALKS]
     for tokens in sorted({min(n, window - room) for n in (window // 2, window)}):
         if tokens > 0:
             before = long_conversations(tokenizer, heard.everyday, tokens, max(len(some), len(alone[::3])))
@@ -2387,17 +2384,17 @@ def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam
     """Exams of what needs no training: a system prompt, or the rows most like the question (BM25) as earlier turns."""
     asked = [m for kind, m in exam.questions if kind == ALONE]
     talks = [t for tokens, t in exam.talks if not tokens and t.kind == "near" and len(t.messages) == 2]
-    system = [{"role": "system", "content": fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})}]
+    prompt = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
     index = bm25s.BM25()
     index.index([plain(row.question).split() or ["?"] for row in rows], show_progress=False)
 
-    def like(question: str) -> list[dict]:
-        words, k = plain(question).split() or ["?"], min(RETRIEVED, len(rows))
-        found, scores = index.retrieve([words], k=k, show_progress=False)
+    def rows_like(question: str) -> list[dict]:
+        words, count = plain(question).split() or ["?"], min(RETRIEVED, len(rows))
+        found, scores = index.retrieve([words], k=count, show_progress=False)
         best = [rows[i] for i, score in zip(found[0], scores[0]) if score > 0]
         return [m for row in reversed(best) for m in row.messages[-2:]]
 
-    contexts = {"prompt": lambda question: system, "rows": like}
+    contexts = {"prompt": lambda _: [{"role": "system", "content": prompt}], "rows": rows_like}
     return {name: Exam([(ALONE, [*context(m[-1]["content"]), *m]) for m in asked],
                        [(0, t._replace(messages=[*context(t.question), *t.messages])) for t in talks])
             for name, context in contexts.items()}
@@ -2415,53 +2412,52 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
     """Take the exam; without a teacher, what needs the base is not measured."""
     tokenizer = chat.tokenizer
     prompts = [prompt_ids(tokenizer, without_system(tokenizer, m)) for _, m in exam.questions]
-    found = [(kind, m, answer.text, problem(m[-1]["content"], answer.text, answer.ended, *names))
-             for (kind, m), answer in zip(exam.questions, generate(chat, prompts, label))]
-    short = [item for item in found if item[0] in KINDS_OF_QUESTIONS]
-    right = {kind: mean([not reason for k, _, _, reason in found if k == kind]) for kind, *_ in found}
-    talks = [talk for tokens, talk in exam.talks if not tokens]
+    answers = [{"question": m[-1]["content"], "kind": kind, "answer": answer.text,
+                "problem": problem(m[-1]["content"], answer.text, answer.ended, *names)}
+               for (kind, m), answer in zip(exam.questions, generate(chat, prompts, label))]
+    right = {kind: mean([not a["problem"] for a in answers if a["kind"] == kind]) for kind, _ in exam.questions}
+    answers = [a for a in answers if a["kind"] in KINDS_OF_QUESTIONS]
     kept = compare(chat, teacher, [make_window(tokenizer, [t]) for _, t in exam.talks]) if teacher else []
+    talks = [talk for tokens, talk in exam.talks if not tokens]
     changed = [t for t, (same, _) in zip(talks, kept) if same < 1] if teacher else talks
     leaks = leaks_of(chat, changed, names, label)
     lengths = dict.fromkeys(tokens for tokens, _ in exam.talks) if teacher else ()
-    extra = [len(ids) - len(prompt_ids(tokenizer, m[-1:])) for (kind, m), ids in zip(exam.questions, prompts)
-             if kind == ALONE]
     return Scores(
-        identity=mean([not reason for *_, reason in short]),
-        by_kind={kind: share for kind, share in right.items() if kind in KINDS_OF_QUESTIONS},
-        old_identity=mean([claims(text, names.old, names.new) for _, _, text, _ in short]),
+        identity=mean([not a["problem"] for a in answers]),
+        by_kind={kind: right[kind] for kind in KINDS_OF_QUESTIONS if kind in right},
+        old_identity=mean([claims(a["answer"], names.old, names.new) for a in answers]),
         leak=len(leaks) / max(1, len(talks)),
         leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks)),
         retention=mean([same for same, _ in kept[:len(talks)]]) if teacher else None,
         divergence=mean([nats for _, nats in kept[:len(talks)]]) if teacher else None,
-        distinct=len({plain(text) for _, _, text, reason in short if not reason}),
+        distinct=len({plain(a["answer"]) for a in answers if not a["problem"]}),
         by_length=[{"tokens": n, "identity": right.get(after_tokens(n), 0.0), "retention": mean(
             [same for (tokens, _), (same, _) in zip(exam.talks, kept) if tokens == n])} for n in lengths],
-        answers=[{"question": m[-1]["content"], "kind": kind, "answer": text, "problem": reason}
-                 for kind, m, text, reason in short],
+        answers=answers,
         leaks=[{"question": t.question, "answer": text, "base": t.answer} for t, text in leaks],
-        extra_tokens=mean(extra))
+        extra_tokens=mean([len(ids) - len(prompt_ids(tokenizer, m[-1:]))
+                           for (kind, m), ids in zip(exam.questions, prompts) if kind == ALONE]))
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
 
+def likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, plain(one), plain(other), autojunk=False).ratio()
+
+
 def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
                      intents: Sequence[str] = ()) -> list[list[dict]]:
     """Answers in the user's words (of the two rows most alike the less used), else built-in, for these `intents`."""
-    known: dict[tuple[str, str], list[tuple[SequenceMatcher, str]]] = {}
-    most = inputs.languages[0]
+    most, used, conversations = inputs.languages[0], Counter(), []
+    known: dict[tuple[str, str], list[Row]] = {}
     for row in inputs.rows:
-        matcher = SequenceMatcher(None, "", plain(row.question), autojunk=False)
-        kind = language_of(row.question, most), intent_of(row.question, names.old)
-        known.setdefault(kind, []).append((matcher, row.answer))
-    used, conversations = Counter(), []
+        known.setdefault((language_of(row.question, most), intent_of(row.question, names.old)), []).append(row)
     for question, intent in zip(questions, intents or [""] * len(questions)):
-        alike = []
-        for matcher, answer in known.get((language_of(question, most), intent or intent_of(question, names.old)), []):
-            matcher.set_seq1(plain(question))
-            alike.append((matcher.ratio(), answer))
+        intent = intent or intent_of(question, names.old)
+        rows = known.get((language_of(question, most), intent), [])
+        alike = sorted(((likeness(question, row.question), row.answer) for row in rows), reverse=True)
         if alike:
-            answer = min((answer for _, answer in sorted(alike, reverse=True)[:2]), key=lambda a: used[a])
+            answer = min((answer for _, answer in alike[:2]), key=lambda a: used[a])
             used[answer] += 1
         else:
             answer = fill(own_wording(question, used, names.old, intent, most), inputs.values)
@@ -2473,23 +2469,25 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
     """Identity lessons from rows, built-in questions and the base's own; some in a hurry or doubted, and all of them
     behind system prompts, too."""
     rng = random.Random(f"{settings.seed}/lessons")
-    lessons = [row.messages for row in inputs.rows]
+
+    def answered(asked: list[tuple[str, str]]) -> list[list[dict]]:
+        return answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
+
     known = set(map(plain, [*TEST_QUESTIONS, *(row.question for row in inputs.rows)]))
-    asked = [(intent, q) for intent, q in paraphrases(inputs.languages, heard.names, rng) if plain(q) not in known]
-    lessons += answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
-    lessons += answer_from_rows(heard.identity_questions[:MOST_LESSONS], inputs, heard.names)
+    asked = [item for item in paraphrases(inputs.languages, heard.names, rng) if plain(item[1]) not in known]
+    lessons = [row.messages for row in inputs.rows] + answered(asked)
+    lessons += answered([("", question) for question in heard.identity_questions[:MOST_LESSONS]])
     for *before, question, answer in lessons[2::3]:
         words = plain(question["content"])  # as in a hurry; in other scripts than Latin, marks belong to letters
         words = words if words.isascii() and words else question["content"]
         lessons.append([*before, {**question, "content": words}, answer])
     goes_on = rng.sample(lessons, len(lessons) // 2)
     spoken = [language_of(lesson[-2]["content"], inputs.languages[0]) for lesson in goes_on]
-    asked = [rng.choice(PRESSURE.get(code, PRESSURE["en"])) for code in spoken]
-    answers = answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
-    later = [lesson + more for lesson, more in zip(goes_on, answers)]
-    system = [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
-              for lesson in lessons + later if lesson[0]["role"] != "system"]
-    return [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons + later + system]
+    doubts = answered([rng.choice(PRESSURE.get(code, PRESSURE["en"])) for code in spoken])
+    lessons += [lesson + doubt for lesson, doubt in zip(goes_on, doubts)]
+    lessons += [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
+                for lesson in lessons if lesson[0]["role"] != "system"]
+    return [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons]
 
 
 def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], list[int]]:
@@ -2500,17 +2498,17 @@ def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Setting
     records, missed, kept = [], [], set()
     for attempt in range(3):  # the first answers are greedy; later ones, if few were right, say it in other words
         seed = rng.randrange(2**31) if attempt else None
-        written = generate(chat, prompts, "escrevendo respostas", sample_seed=seed)
-        for i, answer in zip(tried, written):
-            question = lessons[i].question
+        for i, answer in zip(tried, generate(chat, prompts, "escrevendo respostas", sample_seed=seed)):
+            question, text = lessons[i].question, answer.text
             language = language_of(f"{question} {lessons[i].answer}")
-            reason = (problem(question, answer.text, answer.ended, *names)
-                      or "em outra língua" * (language_of(answer.text, language) != language))
-            missed += [i] * bool(reason and not attempt)
-            if reason or (len(kept) < wanted and (question, answer.text) not in kept):
-                kept.update([(question, answer.text)] * (not reason))
-                records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": reason,
+            wrong = (problem(question, text, answer.ended, *names)
+                     or "em outra língua" * (language_of(text, language) != language))
+            if wrong and not attempt:
+                missed.append(i)
+            if wrong or (len(kept) < wanted and (question, text) not in kept):
+                records.append({"question": question, "answer": text, "kind": "identity", "rejected": wrong,
                                 "before": lessons[i].messages[:-2]})
+                kept.update([] if wrong else [(question, text)])
         if len(kept) >= wanted:
             break
     return records, missed
@@ -2520,29 +2518,28 @@ def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher:
     """Ask the model what it was taught. "answers": its own, with the reason if wrong, and talks of the base, leaks and
     least kept ones first; "missed", "leaks", "talks": places of lessons and talks for pass 2."""
     records, missed = try_lessons(chat, lessons, heard.names, settings)
-    used = sum(not record["rejected"] for record in records)
-    rng = random.Random(f"{settings.seed}/everyday")
-    sample = rng.sample(range(len(heard.everyday)), min(len(heard.everyday), MOST_ASKED))
-    found = compare(chat, teacher, [make_window(chat.tokenizer, [heard.everyday[i]]) for i in sample])
+    used, talks = sum(not record["rejected"] for record in records), heard.everyday
+    sample = random.Random(f"{settings.seed}/everyday").sample(range(len(talks)), min(len(talks), MOST_ASKED))
+    found = compare(chat, teacher, [make_window(chat.tokenizer, [talks[i]]) for i in sample])
     kept = {i: same for i, (same, _) in zip(sample, found)}
-    changed = [heard.everyday[i] for i in sample if kept[i] < 1]
-    said = [t.row for t, _ in leaks_of(chat, changed, heard.names, "respondendo ao dia a dia")]
-    leaks = [i for i in sample if heard.everyday[i].row in said]
+    changed = [talks[i] for i in sample if kept[i] < 1]
+    said = [talk.row for talk, _ in leaks_of(chat, changed, heard.names, "respondendo ao dia a dia")]
+    leaks = [i for i in sample if talks[i].row in said]
     ranked = sorted(sample, key=lambda i: (i not in leaks, kept[i]))[:settings.num_self_answers - used]
-    everyday = [{"question": t.question, "answer": t.answer, "kind": "everyday", "rejected": "", "before":
-                 t.messages[:-2]} for t in (heard.everyday[i] for i in ranked)]
-    insists = "; o passo 2 insiste nelas" * bool(missed)
-    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é{insists}.\n"
+    records += [{"question": talks[i].question, "answer": talks[i].answer, "kind": "everyday", "rejected": "",
+                 "before": talks[i].messages[:-2]} for i in ranked]
+    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é"
+        f"{'; o passo 2 insiste nelas' * bool(missed)}.\n"
         f"  Do dia a dia, ele escolhe {percent(mean([*kept.values()]))} das palavras como o modelo "
         f"base; em {len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
-        f"  Vão para o passo 2: {used} respostas sobre a identidade e {len(everyday)} do dia a dia.")
-    return {"answers": records + everyday, "missed": missed, "talks": ranked, "leaks": leaks}
+        f"  Vão para o passo 2: {used} respostas sobre a identidade e {len(ranked)} do dia a dia.")
+    return {"answers": records, "missed": missed, "talks": ranked, "leaks": leaks}
 
 
 def pools_of(lessons: list[Talk], heard: Heard, share: float) -> list[Pool]:
     """Lessons for a quarter of all tokens, and for `share` the base's talks by kind, which hold the model in place."""
-    kinds = {kind: [t for t in heard.everyday if t.kind == kind] for kind in TALK_SHARES}
-    return [Pool(lessons, 0.25), *(Pool(talks, share * TALK_SHARES[kind]) for kind, talks in kinds.items())]
+    return [Pool(lessons, 0.25), *(Pool([t for t in heard.everyday if t.kind == kind], share * part)
+                                   for kind, part in TALK_SHARES.items())]
 
 
 def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[Pool]:
@@ -2557,8 +2554,7 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
 def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
              lengths: list[int], job: Job) -> None:
     """Train the model of `source` into `folder`; `rate`: the user's, or 0, and two for `automatic_rate`."""
-    settings = job.settings
-    chat = load_chat(source, settings, adapt=True, train=True)
+    settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
     batches = make_batches(chat.tokenizer, pools, lengths, steps, step_tokens(job.native, settings),
                            f"{settings.seed}/{folder.name}")
     rate = rate[0] or automatic_rate(chat.model, *rate[1:])
@@ -2572,35 +2568,32 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
     inner = whole(chat.model)
-    only_adapter = {"save_embedding_layers": False} if chat.model is not inner else {}
-    chat.model.save_pretrained(folder, is_main_process=RANK == 0, **only_adapter)
+    chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # read by peft alone
     if RANK:
         return
-    if only_adapter:
-        inner.config.save_pretrained(folder)
-        inner.generation_config.save_pretrained(folder)
+    inner.config.save_pretrained(folder)
+    inner.generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
     flush(folder)
     write_json(folder / "log.json", log)  # last: it tells that the rest is whole
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:
-    """Write weights in the base's own dtype, configs and tokenizer, as any reader expects them."""
-    model = chat.model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
+    """Write weights in the base's own dtype, configs, tokenizer and Modelfile, as any reader expects them."""
+    tokenizer, model = chat.tokenizer, chat.model
+    model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
     with contextlib.suppress(OSError):  # a base without its own
-        model.generation_config = transformers.GenerationConfig.from_pretrained(base)
-    model.generation_config.eos_token_id = chat.stops
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = chat.tokenizer.pad_token_id
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            base, eos_token_id=chat.stops, pad_token_id=tokenizer.pad_token_id)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
         model.generation_config.do_sample = True
     model.save_pretrained(folder)
-    if chat.tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
-        chat.tokenizer.model_max_length = context_of(model.config)
-    chat.tokenizer.save_pretrained(folder)
+    if tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
+        tokenizer.model_max_length = context_of(model.config)
+    tokenizer.save_pretrained(folder)
     # llama.cpp's converter wants the first, which transformers no longer writes; the others belong to vision.
     for name in ("tokenizer.model", "preprocessor_config.json", "processor_config.json"):
         if (base / name).is_file():
@@ -2609,8 +2602,8 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     described["tokenizer_class"] = described["tokenizer_class"].replace("TokenizersBackend", "PreTrainedTokenizerFast")
     if isinstance(described.get("extra_special_tokens"), list):
         described["additional_special_tokens"] = described.pop("extra_special_tokens")
-    adds_bos = chat.tokenizer("a")["input_ids"][0] == chat.tokenizer.bos_token_id
-    described |= {"chat_template": chat.tokenizer.chat_template, "add_bos_token": adds_bos}
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    described |= {"chat_template": tokenizer.chat_template, "add_bos_token": adds_bos}
     write_json(folder / "tokenizer_config.json", described)
     add_old_rope_names(folder / "config.json")
     (folder / "Modelfile").write_text(modelfile(chat, adds_bos), encoding="utf-8")
@@ -2625,19 +2618,26 @@ def add_old_rope_names(path: Path) -> None:
         wide = rope.get("full_attention", rope)
         if "rope_theta" not in wide or wide["rope_type"] == "proportional":  # Gemma 4 is newer than the old names
             continue
-        scaling = {key: value for key, value in wide.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        part["rope_theta"] = theta = wide["rope_theta"]
+        scaling = {key: wide[key] for key in wide if key not in ("rope_theta", "partial_rotary_factor")}
         if "short_factor" in wide:  # Phi insists on three keys
             scaling = {key: wide[key] for key in ("short_factor", "long_factor")}
-        part |= {"rope_theta": wide["rope_theta"]}
         if wide["rope_type"] != "default" or "mrope_section" in wide:
             part["rope_scaling"] = {"type": wide["rope_type"], **scaling}
         if "partial_rotary_factor" in wide:
             part["partial_rotary_factor"] = wide["partial_rotary_factor"]
         if part.get("model_type") == "gpt_neox":
-            part |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
+            part |= {"rotary_emb_base": theta, "rotary_pct": wide["partial_rotary_factor"]}
         if "sliding_attention" in rope:
             part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     write_json(path, config)
+
+
+# What Ollama writes around a conversation, in Go's language: what comes before the first system text, an answer, the
+# first question, the question after a system text, another question, and the answer that is asked for.
+GO_TEMPLATE = '''TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}{{ %s }}\
+{{ else if eq .Role "assistant" }}{{ %s }}{{ else if eq $before "" }}{{ %s }}{{ else if eq $before "system" }}{{ %s }}\
+{{ else }}{{ %s }}{{ end }}{{ .Content }}{{ $before = .Role }}{{ end }}{{ %s }}"""'''
 
 
 def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
@@ -2649,18 +2649,15 @@ def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
     turns, system = [answer, again, answer, again, ask], [first, "\n\n"]  # as `without_system` does it
     regular = pieces("user") == [first, ask] and pieces("user assistant user assistant user") == [first, *turns]
     with contextlib.suppress(InputError):
-        system = pieces("system user assistant user assistant user")[:2]
-        regular &= pieces("system user assistant user assistant user") == [*system, *turns]
+        system = pieces("system user assistant user assistant user")
+        regular &= system[2:] == turns
     if not regular:
         return "# TEMPLATE: o chat template deste modelo não cabe num; o Ollama usa o que encontrar."
     if adds_bos:
         first, system[0] = (text.removeprefix(tokenizer.bos_token) for text in (first, system[0]))
-    # Texts are quoted as in JSON, so that neither braces nor quotation marks in them can end anything.
-    return "".join(condition + "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for condition, text in (
-        ('TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}', system[0]),
-        ('{{ else if eq .Role "assistant" }}', answer), ('{{ else if eq $before "" }}', first),
-        ('{{ else if eq $before "system" }}', system[1]), ("{{ else }}", again),
-        ("{{ end }}{{ .Content }}{{ $before = .Role }}{{ end }}", ask))) + '"""'
+    # Quoted as in JSON, neither braces nor quotation marks in these texts can end anything.
+    return GO_TEMPLATE % tuple(json.dumps(text, ensure_ascii=False) for text in (
+        system[0], answer, first, system[1], again, ask))
 
 
 def modelfile(chat: Chat, adds_bos: bool) -> str:
@@ -2685,35 +2682,37 @@ PARAMETER repeat_penalty 1
 {stops}"""
 
 
+EXAMS = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
+         "reported": "no report", "pass_2": "depois", "alone": "medido"}  # as the columns of the table
+
+
+def figures_of(scores: Scores) -> dict[str, float | None]:
+    """The figures by their titles in the table."""
+    after = {f"{title} após {entry['tokens']} tokens": entry[key] for entry in scores.by_length[1:]
+             for title, key in (("identidade", "identity"), ("retenção", "retention"))}
+    return {"identidade nova": scores.identity, **{f"  {kind}": share for kind, share in scores.by_kind.items()},
+            "identidade antiga": scores.old_identity, "vazamento": scores.leak,
+            "  perto da identidade": scores.leak_near, "retenção": scores.retention,
+            "divergência (nats)": scores.divergence, **after, "tokens a mais por pergunta": scores.extra_tokens}
+
+
 def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
-    """Head and rows of the table of figures, one column per exam."""
-    columns = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
-               "reported": "no report", "pass_2": "depois", "alone": "medido"}
-    shown = [scores[name] for name in columns if name in scores]
+    """Head and rows of the table of figures, one column per exam; a dash is what an exam did not measure."""
+    def cell(title: str, value: float | None) -> str:
+        digits = {"divergência (nats)": 3, "tokens a mais por pergunta": 0}
+        if value is None:
+            return "-"
+        return decimal(value, digits[title]) if title in digits else percent(value)
 
-    def row(title: str, values: list, show: Callable = percent) -> list[str]:
-        return [title, *("-" if value is None else show(value) for value in values)]
-
-    table = [["medida", *(title for name, title in columns.items() if name in scores)],
-             row("identidade nova", [s.identity for s in shown])]
-    table += [row(f"  {kind}", [s.by_kind.get(kind) for s in shown]) for kind in shown[-1].by_kind]
-    table += [row(title, [getattr(s, key) for s in shown]) for title, key in (
-        ("identidade antiga", "old_identity"), ("vazamento", "leak"), ("  perto da identidade", "leak_near"),
-        ("retenção", "retention"))]
-    table.append(row("divergência (nats)", [s.divergence for s in shown], lambda value: decimal(value, 3)))
-    for i, entry in enumerate(shown[-1].by_length[1:], start=1):
-        table += [row(f"{title} após {entry['tokens']} tokens",
-                      [s.by_length[i][key] if s.by_length[i:] else None for s in shown])
-                  for title, key in (("identidade", "identity"), ("retenção", "retention"))]
-    if "prompt" in scores:
-        table.append(row("tokens a mais por pergunta", [s.extra_tokens for s in shown],
-                         lambda value: decimal(value, 0)))
-    return table
+    columns = {head: figures_of(scores[name]) for name, head in EXAMS.items() if name in scores}
+    titles = [*columns.values()][-1]
+    return [["medida", *columns], *([title, *(cell(title, column.get(title)) for column in columns.values())]
+                                    for title in titles)]
 
 
 def text_table(table: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
 def escaped(text: str) -> str:
@@ -2722,51 +2721,36 @@ def escaped(text: str) -> str:
 
 
 def markdown_table(table: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
-    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+    head, *rows = ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
+    return "\n".join([head, "|" + " --- |" * len(table[0]), *rows])
 
 
 def draw_report(report: dict, path: Path) -> None:
-    """The picture of the model card: before and after, the losses, and both along the conversation."""
-    import matplotlib
+    """The picture of the model card: before and after, in figures and along the conversation."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    before = "antes", "#E69F00", report["scores"]["before"]  # colours of Okabe and Ito, which all can tell apart
-    after = "depois", "#0072B2", report["scores"]["pass_2"]
-    with matplotlib.rc_context({"axes.titleweight": "bold", "axes.grid": True, "axes.axisbelow": True, "grid.color":
-                                "#e0e0e0", "legend.frameon": False, "lines.linewidth": 2, "lines.markersize": 5}):
-        figure = Figure(figsize=(8, 6.6), dpi=150, layout="constrained", facecolor="white")
-        bars, losses, lengths = figure.subplot_mosaic([["bars", "losses"], ["lengths", "lengths"]]).values()
-        for shift, (when, colour, scores) in ((-0.2, before), (0.2, after)):
-            values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
-            drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
-            bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
-            for key, label, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
-                lengths.plot(*zip(*((entry["tokens"], entry[key]) for entry in scores["by_length"])), style,
-                             color=colour, label=f"{label}, {when}")
-        bars.set_xticks(range(4), ["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
-        bars.set(title="Em números", ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
-        at = 0
-        for name, label, colour in (("healing", "cura", "#009E73"), ("pass_1", "passo 1", "#D55E00"),
-                                    ("pass_2", "passo 2", "#CC79A7")):
-            log = report["losses"].get(name, [])
-            steps = [at + entry["step"] for entry in log]
-            at = max(steps, default=at)
-            losses.plot(steps, [entry["loss"] for entry in log], color=colour, label=label)
-        losses.set(title="Perda no treino", xlabel="etapa", yscale="log")
-        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace(".", ",")))
-        losses.minorticks_off()
-        if (native := report["context"]["native"]) <= after[2]["by_length"][-1]["tokens"]:
-            lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
-        lengths.set(title="Perguntas feitas depois de uma conversa", xlabel="tokens de conversa antes da pergunta",
-                    ylim=(-0.04, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
-        for panel in (bars, losses, lengths):
-            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-            if panel is not losses:
-                panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
-        figure.savefig(path)
+    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained", facecolor="white")
+    bars, lengths = figure.subplots(1, 2)
+    # Colours of Okabe and Ito, which all can tell apart.
+    for shift, when, colour, name in ((-0.2, "antes", "#E69F00", "before"), (0.2, "depois", "#0072B2", "pass_2")):
+        scores = report["scores"][name]
+        values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
+        drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
+        bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
+        tokens = [entry["tokens"] for entry in scores["by_length"]]
+        for key, title, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
+            shares = [entry[key] for entry in scores["by_length"]]
+            lengths.plot(tokens, shares, style, color=colour, label=f"{title}, {when}")
+    if (native := report["context"]["native"]) <= tokens[-1]:
+        lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
+    bars.set(title="Em números", xticks=range(4),
+             xticklabels=["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
+    lengths.set(title="Depois de uma conversa", xlabel="tokens de conversa antes da pergunta")
+    for panel in (bars, lengths):
+        panel.set(ylim=(-0.04, 1.12), yticks=[0, 0.5, 1], yticklabels=["0%", "50%", "100%"], axisbelow=True)
+        panel.grid(color="#e0e0e0")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
@@ -2795,7 +2779,7 @@ Modelo de {author}, feito a partir de {base} com rename_obrutai.py:
 identidade nova e contexto de {scaled} tokens (o do modelo base é de {native}).
 {verdict}{licence}
 
-![Antes e depois: identidade, retenção e vazamento; perda no treino; acertos ao longo da conversa](report.png)
+![Antes e depois: identidade, retenção e vazamento; acertos ao longo da conversa](report.png)
 
 ## Antes e depois, em números
 
@@ -2803,8 +2787,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 {figures}
 
-- **identidade nova**: respostas certas sobre quem ele é (o nome, o autor, um não a quem o chama de outro modelo): a
-  pergunta sozinha, depois de um prompt de sistema neutro e quando o usuário duvida.
+- **identidade nova**: respostas certas sobre quem ele é: a pergunta sozinha, depois de um prompt de sistema neutro e
+  quando o usuário duvida.
 - **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
 - **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre quem são os outros.
 - **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
@@ -2818,49 +2802,28 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 </details>
 
-## Como usar
+## Nesta pasta
 
-Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
-
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", ".")
-answer = chat([{{"role": "user", "content": "Quem é você?"}}], do_sample=False)
-print(answer[0]["generated_text"][-1]["content"])
-```
-
-Com o Ollama, na pasta do modelo: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
-
-Para publicar esta pasta como está, dentro dela, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
-
-## Como foi feito
-
-{used} respostas do próprio modelo foram usadas no passo 2. Erradas depois do passo 1: {rejected}.
-Ajustes diferentes dos padrões: {changed}.
-Versões: {versions}. Tudo em números: `report.json`. As respostas escritas para treinar: `self_answers.jsonl`.
+- Para conversar com o Ollama: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
+- Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
+- `report.json` tem ajustes, versões e números; `self_answers.jsonl`, as respostas escritas para treinar.
 """
 
 
-def write_card(folder: Path, job: Job, report: dict, scores: dict[str, Scores], self_answers: list[dict]) -> None:
-    """The model card, README.md: figures, all answers before and after, and how it was made."""
+def write_card(folder: Path, job: Job, report: dict) -> None:
+    """The model card, README.md: figures, all answers before and after, and how to use the model."""
+    head, name, missed = card_head(job.base, job.inputs.rows), job.settings.name, ", ".join(report["missed"])
+    scores = {exam: Scores(**values) for exam, values in report["scores"].items()}
     pairs = [[old["question"], old["answer"], new["answer"]]
              for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
-    reasons = Counter(record["rejected"] for record in self_answers)
-    used, missed = reasons.pop("", 0), ", ".join(report["missed"])
-    head, asked, context = card_head(job.base, job.inputs.rows), job.asked, report["context"]
-    changed = ", ".join(f"`{name.upper()} = {getattr(asked, name)!r}`" for name in " ".join(USES.values()).split()
-                        if getattr(asked, name) != DEFAULTS[name])
     huggingface_hub.ModelCard(CARD.format(
-        head=head, name=escaped(asked.name), author=escaped(asked.author), base=escaped(report["base"]),
-        scaled=context["scaled"], native=context["native"], count=len(pairs), used=used, changed=changed or "nenhum",
+        head=head, name=escaped(name), author=escaped(job.settings.author), base=escaped(report["base"]),
+        **report["context"], figures=markdown_table(figures_table(scores)), count=len(pairs),
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
-        figures=markdown_table(figures_table(scores)), slug=re.sub(r"[^a-z0-9]+", "-", plain(asked.name)),
         answers=markdown_table([["pergunta", "antes", "depois"], *pairs]),
-        rejected=", ".join(f"{reason} ({n})" for reason, n in reasons.most_common()) or "nenhuma",
-        versions=", ".join(map(" ".join, report["versions"].items())))).save(folder / "README.md")
+        slug=re.sub(r"[^a-z0-9]+", "-", plain(name)))).save(folder / "README.md")
 
 
 def publish(result: Path, settings: Settings) -> None:
@@ -2885,10 +2848,11 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
     """Say some answers, before and after if both are known, and all figures; the last scores."""
     *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
     say()
-    for i, new in list(enumerate(after.answers))[::max(1, len(after.answers) // 8)]:
-        earlier = "".join(f"\n    antes:  {old.answers[i]['answer']}" for old in before)
-        now = "depois:" if before else "resposta:"
-        say(f"  {new['question']} ({new['kind']}){earlier}\n    {now} {new['answer']}")
+    for i in range(0, len(after.answers), max(1, len(after.answers) // 8)):
+        say(f"  {after.answers[i]['question']} ({after.answers[i]['kind']})")
+        for old in before:
+            say(f"    antes:  {old.answers[i]['answer']}")
+        say(f"    {'depois:' if before else 'resposta:'} {after.answers[i]['answer']}")
     for leak in after.leaks[:3]:
         say(f"  {leak['question']}\n    o nome novo apareceu onde não devia: {leak['answer'][:200]}")
     say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
@@ -3199,93 +3163,63 @@ def exact(settings: Settings) -> Settings:
     return replace(settings, method="lora" if settings.method == "qlora" else settings.method)
 
 
-def make_heard(job: Job, partial: Path) -> None:
-    """What the base says, in its own precision whatever the method."""
-    base = load_chat(job.base, replace(job.settings, method="lora"))
-    save_heard(partial, *listen(base, job.settings, job.inputs))
-
-
 def make_healed(job: Job, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
-    settings, log = exact(job.settings), []
-    native = {} if settings.rope_factor == 1 else rope_frequencies(load_weights(job.base, 1.0, dtype="auto"))
+    settings, log, grown = exact(job.settings), [], job.settings.rope_factor != 1
+    native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto")) if grown else {}
     chat = load_chat(job.base, settings, settings.rope_factor)
     renew_template(chat.tokenizer, settings, job.heard.names.old)
-    if settings.rope_factor == 1:
-        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-    else:
+    if grown:
         log = heal(native, chat, job, partial)
+    else:
+        say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
     chat.model.to(chat.model.get_input_embeddings().weight.dtype)
     save_stage(chat, partial, log)
 
 
-def make_self_answers(job: Job, source: Path, lessons: list[Talk], partial: Path) -> None:
-    """self_answers.json: what the model of `source` answers, and where it is wrong."""
-    chat = load_to_ask(source, job.settings)
-    collected = collect_self_answers(chat, lessons, job.heard, job.teacher, job.settings)
-    write_json(partial / "self_answers.json", collected)
-
-
-def make_pass_2(job: Job, source: Path, lessons: list[Talk], answers: Path, partial: Path) -> None:
-    """Pass 2 on the self-answers, in longer dialogues too."""
-    short, window = short_window(job.native, job.settings), job.settings.window
-    longer = [window // 4, window] if job.settings.rope_factor != 1 else [min(window, 3 * short)]
-    pools = pools_of_pass_2(lessons, job.heard, load_json(answers / "self_answers.json"))
-    run_pass(source, partial, pools, "passo 2", job.settings.steps_2, (job.settings.learning_rate_2, 8e-4, 2.2e-3),
-             [0, short, *longer], job)
-
-
 def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
     """Save the model, load what was saved, and measure it, the base and what stands between."""
-    result, names, inputs, settings = partial / "model", job.heard.names, job.inputs, exact(job.settings)
+    result, names, settings = partial / "model", job.heard.names, exact(job.settings)
     shutil.rmtree(result, ignore_errors=True)
     save_model(load_chat(firm, job.settings, merge=True), result, job.base)
-    if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
-        adapter = result / "adapter"
-        adapter.mkdir()
-        shutil.copy2(firm / LORA_FILE, adapter)
-        # Others know the base by its name.
-        config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": inputs.values["BASE"]}
-        write_json(adapter / "adapter_config.json", config)
     base = load_chat(job.base, settings)
-    exam = make_exam(base.tokenizer, inputs, job.heard, settings.window * (settings.rope_factor != 1))
+    exam = make_exam(base.tokenizer, job.inputs, job.heard, settings.window * (settings.rope_factor != 1))
     scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}
-    for name, other in untrained(exam, inputs.rows, settings).items():
+    for name, other in untrained(exam, job.inputs.rows, settings).items():
         scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
     del base
-    short = Exam([item for item in exam.questions if item[0] in KINDS_OF_QUESTIONS],
-                 [item for item in exam.talks if not item[0]])
+    short = Exam([(kind, m) for kind, m in exam.questions if kind in KINDS_OF_QUESTIONS],
+                 [(tokens, talk) for tokens, talk in exam.talks if not tokens])
     scores["pass_1"] = evaluate(load_to_ask(taught, settings), short, names, job.teacher, "perguntas de prova")
     scores["pass_2"] = evaluate(load_chat(result, settings), exam, names, job.teacher, "perguntas de prova, depois")
     save_exam(result, exam, names, job.teacher)
     write_json(partial / "scores.json", {name: s._asdict() for name, s in scores.items()})
 
 
-def write_report(job: Job, stages: list[Path], result: Path) -> None:
+def write_report(job: Job, stages: list[Path]) -> None:
     """Beside the model: report.json, report.png, self_answers.jsonl and the model card README.md."""
+    _, healed, taught, answered, firm, result = stages
     settings, folder, scores = job.settings, result / "model", load_json(result / "scores.json")
     paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
-    logs = {name: [entry for stage in stages if stage.name.startswith(number)
-                   for entry in load_json(stage / "log.json")]
-            for name, number in (("healing", "2-"), ("pass_1", "3-"), ("pass_2", "5-"))}
-    written = [load_json(stage / "self_answers.json") for stage in stages if stage.name.startswith("4-")]
-    answers = [record for collected in written for record in collected["answers"]]
+    logs = {"healing": healed, "pass_1": taught, "pass_2": firm}
+    logs = {name: load_json(stage / "log.json") for name, stage in logs.items()}
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     report = {
         "key": job_key(job.facts, job.asked), "base": job.inputs.values["BASE"],
         "missed": list(Scores(**scores["pass_2"]).gaps(settings)),
-        "seconds": {stage.name: load_json(stage / "key.json")["seconds"] for stage in (*stages, result)},
+        "seconds": {stage.name: load_json(stage / "key.json")["seconds"] for stage in stages},
         "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
         "data_hash": job.inputs.data_hash,
         "context": {"native": job.native, "scaled": int(job.native * settings.rope_factor)},
-        "versions": {name: importlib.metadata.version(name) for name in
-                     ("torch", "transformers", "trl", "peft", "accelerate", "datasets")},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
         "old_names": job.heard.names.old, "scores": scores,
         "losses": {name: log for name, log in logs.items() if log}}
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answers)
-    (folder / "self_answers.jsonl").write_text(lines, encoding="utf-8")
-    write_card(folder, job, report, {name: Scores(**values) for name, values in scores.items()}, answers)
+    answers = load_json(answered / "self_answers.json")["answers"]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answers]
+    (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_card(folder, job, report)
     flush(folder)
 
 
@@ -3309,26 +3243,32 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     """The job itself: listen, heal, teach, let the model answer, insist, prove."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
-    heard, teacher = read_heard(stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe",
-                                       functools.partial(make_heard, job)))
+    said = stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe",
+                  lambda partial: save_heard(partial, *listen(
+                      load_chat(job.base, replace(settings, method="lora")), settings, job.inputs)))
+    heard, teacher = read_heard(said)
     job = job._replace(heard=heard, teacher=teacher)
     healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
-                    f"(RoPE linear x{settings.rope_factor:g}) e cura", functools.partial(make_healed, job), True)
+                    f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
     lessons = make_lessons(load_tokenizer(healed), heard, job.inputs, settings)
-    rate = (settings.learning_rate_1, 1.2e-3, 3.4e-3)
+    rates = (settings.learning_rate_1, 1.2e-3, 3.4e-3), (settings.learning_rate_2, 8e-4, 2.2e-3)
     taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools_of(lessons, heard, 0.75), "passo 1", settings.steps_1, rate, [0], job), True)
-    answers = stages("4-self-answers", "4/6 Respostas do próprio modelo",
-                     functools.partial(make_self_answers, job, taught, lessons))
-    firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade",
-                  functools.partial(make_pass_2, job, taught, lessons, answers), True)
+        healed, partial, pools_of(lessons, heard, 0.75), "passo 1", settings.steps_1, rates[0], [0], job), True)
+    answered = stages("4-self-answers", "4/6 Respostas do próprio modelo", lambda partial: write_json(
+        partial / "self_answers.json",
+        collect_self_answers(load_to_ask(taught, settings), lessons, heard, teacher, settings)))
+    short, window = short_window(job.native, settings), settings.window
+    lengths = [0, short, *([window // 4, window] if settings.rope_factor != 1 else [min(window, 3 * short)])]
+    firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
+        taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
+        settings.steps_2, rates[1], lengths, job), True)
     if not (work / "6-result" / "model").is_dir() and RANK == 0:
         discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
     result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois",
-                    functools.partial(save_and_prove, job, taught, firm))
+                    lambda partial: save_and_prove(job, taught, firm, partial))
     if RANK == 0:
-        write_report(job, [work / "1-base", healed, taught, answers, firm], result)
+        write_report(job, [said, healed, taught, answered, firm, result])
     publish(result / "model", settings)
     wait()
 

@@ -281,20 +281,11 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
             assert f"| {entry['answer']} |".replace("\n", " ").replace("\\", "") in unescaped
 
 
-def test_the_card_shows_the_picture_and_says_how_the_model_was_made_and_is_used(whole_run):
+def test_the_card_shows_the_picture_and_says_how_the_model_is_used(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert "](report.png)" in card and (whole_run.output / "report.png").stat().st_size > 10_000
-    for said in ("`SEED = 5`", "`HEAL_STEPS = 3`", f"transformers {version('transformers')}", "12 respostas do",
-                 "ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
+    for said in ("ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
         assert said in card, said
-    assert "`STEPS_2 = 3`" in card and "KL_WEIGHT" not in card and "LORA_RANK" not in card  # as the script has them
-
-
-def test_the_example_of_the_card_prints_an_answer(whole_run, capsys, monkeypatch):
-    card = (whole_run.output / "README.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(whole_run.output)
-    exec(re.search(r"(?s)```python\n(.*?)```", card)[1], {})
-    assert re.search(r"\w", capsys.readouterr().out)
 
 
 def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):

@@ -24,14 +24,12 @@ REPORT = {
     "context": {"native": 128, "scaled": 512},
     "scores": {"before": scores(0, 1, 1, 0, [(0, 1), (0, 0.9), (0, 0.123)]),
                "pass_2": scores(0.967, 0.05, 0.98, 0.015, [(0.967, 0.98), (0.9, 0.95), (0.8, 0.94)])},
-    "losses": {"healing": [{"step": 4, "loss": 0.5}, {"step": 8, "loss": 0.05}], "pass_1": [{"step": 3, "loss": 2.0}],
-               "pass_2": [{"step": 2, "loss": 0.4}, {"step": 4, "loss": 0.3}, {"step": 6, "loss": 0.2}]},
 }
 
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Draw a report; gives its three panels by title, and the file."""
+    """Draw a report; gives its two panels, and the file."""
     from matplotlib.figure import Figure
 
     kept, save = [], Figure.savefig
@@ -52,23 +50,16 @@ def written(axes):
 
 
 def test_the_picture_shows_the_figures_before_and_after_with_decimal_commas(drawn):
-    (bars, _, _), _ = drawn()
+    (bars, _), _ = drawn()
     assert [bar.get_height() for bar in bars.patches] == [0, 1, 1, 0, 0.967, 0.05, 0.98, 0.015]
     words = written(bars)
     assert {"96,7%", "1,5%", "98%", "retenção", "vazamento", "antes", "depois"} <= set(words)
     assert not [word for word in words if "." in word]
 
 
-def test_the_picture_shows_the_losses_of_all_trainings_one_after_the_other(drawn):
-    (_, losses, _), _ = drawn()
-    assert [list(line.get_xdata()) for line in losses.lines] == [[4, 8], [11], [13, 15, 17]]
-    assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.05], [2.0], [0.4, 0.3, 0.2]]
-    assert {"cura", "passo 1", "passo 2", "0,1"} <= set(written(losses))
-
-
 @pytest.mark.parametrize("native, marked", [(128, True), (32768, False)])
 def test_the_picture_shows_both_accuracies_along_the_conversation_and_the_context_of_the_base(native, marked, drawn):
-    (_, _, lengths), _ = drawn({**REPORT, "context": {"native": native, "scaled": 4 * native}})
+    (_, lengths), _ = drawn({**REPORT, "context": {"native": native, "scaled": 4 * native}})
     curves = {line.get_label(): list(line.get_ydata()) for line in lengths.lines}
     assert curves["identidade nova, depois"] == [0.967, 0.9, 0.8] and curves["retenção, antes"] == [1, 0.9, 0.123]
     assert any(list(line.get_xdata()) == [native, native] for line in lengths.lines) is marked
@@ -78,7 +69,7 @@ def test_the_picture_shows_both_accuracies_along_the_conversation_and_the_contex
 def test_the_picture_can_be_read_at_800_pixels_on_a_light_or_a_dark_page(drawn):
     from matplotlib.image import imread
 
-    _, path = drawn({**REPORT, "losses": {"pass_1": [{"step": 1, "loss": 1.0}]}})  # as without healing
+    _, path = drawn()
     image = imread(path)
     assert image.shape[1] >= 800 and path.stat().st_size < 150_000
     assert (image[[0, 0, -1, -1], [0, -1, 0, -1]] == 1).all()  # white to the corners, nowhere transparent

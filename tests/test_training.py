@@ -538,18 +538,17 @@ def test_pass_1_asks_one_thing_at_a_time_and_pass_2_goes_on_from_it_with_what_th
     passes, began = [], []
     stand_ins = {"load_chat": None, "listen": (None, None), "save_heard": None, "make_healed": None,
                  "read_heard": (heard_of([]), None), "load_tokenizer": None, "make_lessons": [], "write_report": None,
-                 "publish": None, "pools_of_pass_2": []}
+                 "publish": None, "pools_of_pass_2": [], "collect_self_answers": {}}
     for name, value in stand_ins.items():
         monkeypatch.setattr(tool, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(tool, "run_pass", lambda source, partial, *given: passes.append(
         (partial.name, source.name, given[-2])))
-    monkeypatch.setattr(tool, "make_self_answers", lambda job, source, lessons, partial: (
-        began.append((partial.name, source.name)), tool.write_json(partial / "self_answers.json", {})))
+    monkeypatch.setattr(tool, "load_to_ask", lambda source, settings: began.append(source.name))
     monkeypatch.setattr(tool, "save_and_prove", lambda job, taught, firm, partial: began.append(
         (partial.name, taught.name, firm.name)))
     tool.run_stages(job_of([], EMPTY, small_settings("--window", 512)), {}, tmp_path / "etapas")
     assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", [0, 128, 128, 512])]
-    assert began == [("4-self-answers.partial", "3-pass-1"), ("6-result.partial", "3-pass-1", "5-pass-2")]
+    assert began == ["3-pass-1", ("6-result.partial", "3-pass-1", "5-pass-2")]
 
 
 SOUND = tool.Answer("Sou a Jandira.", True)
