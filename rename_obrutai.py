@@ -2368,8 +2368,8 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
                                         {"role": "user", "content": doubt}]))
     asked = [(kind, without_system(tokenizer, m)) for kind, m in asked]
     compared = [(0, talk) for talk in talks]
-    room = max([len(encode(tokenizer, t.messages).input_ids) for t in talks]
-               + [len(prompt_ids(tokenizer, m)) for _, m in asked])
+    room = max(*(len(encode(tokenizer, t.messages).input_ids) for t in talks),
+               *(len(prompt_ids(tokenizer, m)) for _, m in asked))
     some = ([t for t in talks if t.kind != "near"] or talks)[:LONG_TALKS]
     for tokens in sorted({min(n, window - room) for n in (window // 2, window)}):
         if tokens > 0:
@@ -2441,10 +2441,6 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
 
 # ---- The two passes ---------------------------------------------------------------------------------------
 
-def likeness(one: str, other: str) -> float:
-    return SequenceMatcher(None, plain(one), plain(other), autojunk=False).ratio()
-
-
 def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
                      intents: Sequence[str] = ()) -> list[list[dict]]:
     """Answers in the user's words (of the two rows most alike the less used), else built-in, for these `intents`."""
@@ -2455,7 +2451,8 @@ def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
     for question, intent in zip(questions, intents or [""] * len(questions)):
         intent = intent or intent_of(question, names.old)
         rows = known.get((language_of(question, most), intent), [])
-        alike = sorted(((likeness(question, row.question), row.answer) for row in rows), reverse=True)
+        likeness = [SequenceMatcher(None, plain(question), plain(row.question), False).ratio() for row in rows]
+        alike = sorted(zip(likeness, [row.answer for row in rows]), reverse=True)
         if alike:
             answer = min((answer for _, answer in alike[:2]), key=lambda a: used[a])
             used[answer] += 1
@@ -2508,7 +2505,8 @@ def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Setting
             if wrong or (len(kept) < wanted and (question, text) not in kept):
                 records.append({"question": question, "answer": text, "kind": "identity", "rejected": wrong,
                                 "before": lessons[i].messages[:-2]})
-                kept.update([] if wrong else [(question, text)])
+                if not wrong:
+                    kept.add((question, text))
         if len(kept) >= wanted:
             break
     return records, missed
@@ -2618,18 +2616,17 @@ def add_old_rope_names(path: Path) -> None:
         wide = rope.get("full_attention", rope)
         if "rope_theta" not in wide or wide["rope_type"] == "proportional":  # Gemma 4 is newer than the old names
             continue
-        part["rope_theta"] = theta = wide["rope_theta"]
-        scaling = {key: wide[key] for key in wide if key not in ("rope_theta", "partial_rotary_factor")}
+        own = {key: wide[key] for key in ("rope_theta", "partial_rotary_factor") if key in wide}
+        scaling = {key: value for key, value in wide.items() if key not in own}
         if "short_factor" in wide:  # Phi insists on three keys
             scaling = {key: wide[key] for key in ("short_factor", "long_factor")}
         if wide["rope_type"] != "default" or "mrope_section" in wide:
-            part["rope_scaling"] = {"type": wide["rope_type"], **scaling}
-        if "partial_rotary_factor" in wide:
-            part["partial_rotary_factor"] = wide["partial_rotary_factor"]
+            own["rope_scaling"] = {"type": wide["rope_type"], **scaling}
         if part.get("model_type") == "gpt_neox":
-            part |= {"rotary_emb_base": theta, "rotary_pct": wide["partial_rotary_factor"]}
+            own |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
         if "sliding_attention" in rope:
-            part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            own["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        part |= own
     write_json(path, config)
 
 
@@ -2758,8 +2755,8 @@ def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
     facts = read_json(base / "config.json")
     with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
         facts |= huggingface_hub.metadata_load(base / "README.md") or {}
-    cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots", str(base))
-    names = ("/".join(cached.groups()) if cached else "", facts.get("_name_or_path"), facts.get("base_model"))
+    cached = re.sub(r".*models--(.+?)--(.+?)[/\\]snapshots.*", r"\1/\2", str(base))
+    names = cached, facts.get("_name_or_path"), facts.get("base_model")
     origin = next((n for n in names if isinstance(n, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", n)), None)
     licence = {key: facts.get(key) for key in ("license", "license_name", "license_link") if facts.get("license")}
     if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
