@@ -2534,10 +2534,10 @@ def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher:
     return {"answers": records, "missed": missed, "talks": ranked, "leaks": leaks}
 
 
-def pools_of(lessons: list[Talk], heard: Heard, share: float) -> list[Pool]:
-    """Lessons for a quarter of all tokens, and for `share` the base's talks by kind, which hold the model in place."""
-    return [Pool(lessons, 0.25), *(Pool([t for t in heard.everyday if t.kind == kind], share * part)
-                                   for kind, part in TALK_SHARES.items())]
+def pools_of(lessons: list[Talk], heard: Heard, learnt: float, held: float) -> list[Pool]:
+    """Lessons for a share `learnt` of all tokens, and for `held` the base's talks by kind, which hold it in place."""
+    return [Pool(lessons, learnt), *(Pool([t for t in heard.everyday if t.kind == kind], held * part)
+                                     for kind, part in TALK_SHARES.items())]
 
 
 def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[Pool]:
@@ -2546,7 +2546,7 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     own = [Talk([*r["before"], *question_and_answer(r["question"], r["answer"])], "lesson")
            for r in collected["answers"] if r["kind"] == "identity" and not r["rejected"]]
     hard = [heard.everyday[i] for i in collected["leaks"] * MISSED_TIMES + collected["talks"]]
-    return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.6), Pool(hard, 0.15)]
+    return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
 def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
@@ -2799,7 +2799,19 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 </details>
 
-## Nesta pasta
+## Como usar
+
+Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+answer = chat([{{"role": "user", "content": "Quem é você?"}}], do_sample=False)
+print(answer[0]["generated_text"][-1]["content"])
+```
+
+Nesta pasta:
 
 - Para conversar com o Ollama: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
 - Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
@@ -3248,14 +3260,14 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
                     f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
     lessons = make_lessons(load_tokenizer(healed), heard, job.inputs, settings)
-    rates = (settings.learning_rate_1, 1.2e-3, 3.4e-3), (settings.learning_rate_2, 8e-4, 2.2e-3)
+    rates = (settings.learning_rate_1, 1.2e-3, 3.4e-3), (settings.learning_rate_2, 8e-4, 1.1e-3)
     taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools_of(lessons, heard, 0.75), "passo 1", settings.steps_1, rates[0], [0], job), True)
+        healed, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1, rates[0], [0], job), True)
     answered = stages("4-self-answers", "4/6 Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
         collect_self_answers(load_to_ask(taught, settings), lessons, heard, teacher, settings)))
-    short, window = short_window(job.native, settings), settings.window
-    lengths = [0, short, *([window // 4, window] if settings.rope_factor != 1 else [min(window, 3 * short)])]
+    # With the context grown, half of the tokens come in long dialogues; else the base knows long ones.
+    lengths = [0, 0, settings.window // 4, settings.window] if settings.rope_factor != 1 else [0]
     firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
         taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
         settings.steps_2, rates[1], lengths, job), True)

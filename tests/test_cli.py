@@ -288,6 +288,13 @@ def test_the_card_shows_the_picture_and_says_how_the_model_is_used(whole_run):
         assert said in card, said
 
 
+def test_the_example_of_the_card_prints_an_answer(whole_run, capsys, monkeypatch):
+    card = (whole_run.output / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(whole_run.output)
+    exec(re.search(r"(?s)```python\n(.*?)```", card)[1], {})
+    assert re.search(r"\w", capsys.readouterr().out)
+
+
 def test_what_may_be_published_tells_no_path_of_this_machine(whole_run):
     for name in ("README.md", "report.json", "self_answers.jsonl"):
         said = (whole_run.output / name).read_text(encoding="utf-8")
