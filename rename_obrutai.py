@@ -458,7 +458,6 @@ STEPS = {"full": (400, 250), "lora": (60, 40), "qlora": (60, 40)}  # of passes 1
 KL = {"full": 6.0, "lora": 12.0, "qlora": 12.0}  # KL_WEIGHT: an adapter over a large model holds more
 TEXT = {"full": 40000, "lora": 16000, "qlora": 16000}  # SELF_TEXT: small models have more to learn, and write fast
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
-MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
@@ -959,106 +958,78 @@ def digest(value: object) -> str:
 
 
 def did_you_mean(path: Path) -> str:
-    """Advice on a path that does not exist, from the names beside it."""
-    if not path.parent.is_dir():
-        return f"A pasta {path.parent} também não existe."
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
+    """Advice on a path that does not exist, from the names beside it; "" if none is like it."""
+    names = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"Você quis dizer {near[0]}? " if near else ""
 
 
 def question_and_answer(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read_pairs(record: object) -> list[tuple[object, object]]:
-    """The (role, content) pairs of a row in any accepted shape; `InputError` for another."""
-    if not isinstance(record, dict):
-        raise InputError("a linha precisa ser um objeto {...}")
-    if "messages" in record or "conversations" in record:
-        turns = record.get("messages", record.get("conversations"))
-        if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-            raise InputError("'messages' (ou 'conversations') precisa ser uma lista de objetos {...}")
-        return [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
-    if "prompt" in record and "completion" in record:
-        return [("user", record["prompt"]), ("assistant", record["completion"])]
-    if "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input", "")]
-        question = "\n".join(parts).strip() if all(isinstance(part, str) for part in parts) else None
-        return [("user", question), ("assistant", record["output"])]
-    if isinstance(record.get("text"), str):
-        return list(zip(("user", "assistant"), record["text"].strip().split("\n", 1)))
-    raise InputError('não reconheço o formato; use "text", "prompt" e "completion", "instruction" e "output", ou '
-                     '"messages" (exemplos no README)')
-
-
 def read_messages(record: object) -> list[dict]:
     """A row as messages, maybe without an answer; `InputError` says what is wrong, not where."""
+    match {"input": "", **record} if isinstance(record, dict) else record:
+        case {"messages": list(turns)} | {"conversations": list(turns)} if all(isinstance(t, dict) for t in turns):
+            pairs = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
+        case {"prompt": question, "completion": answer}:
+            pairs = [("user", question), ("assistant", answer)]
+        case {"instruction": str(task), "input": str(text), "output": answer}:
+            pairs = [("user", f"{task}\n{text}"), ("assistant", answer)]
+        case {"text": str(text)}:
+            pairs = list(zip(("user", "assistant"), text.strip().split("\n", 1)))
+        case _:
+            raise InputError('não reconheço o formato; use um objeto {...} com "text", "prompt" e "completion", '
+                             '"instruction" e "output", ou "messages" (exemplos no README)')
     known = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-    messages = []
-    for role, content in read_pairs(record):
-        role = known.get(str(role), role)
-        if role not in ("user", "assistant", "system"):
-            raise InputError(f"não conheço o papel '{role}'; use user, assistant ou system")
+    roles = [known.get(str(role), role) for role, _ in pairs]
+    spoken = roles[roles[:1] == ["system"]:]
+    if not spoken or spoken != (["user", "assistant"] * len(spoken))[:len(spoken)]:
+        raise InputError(f"os papéis {str(roles)[:200]} não servem: a conversa precisa começar com user (antes, só "
+                         "um system) e alternar com assistant")
+    for _, content in pairs:
         if not isinstance(content, str) or not content.strip():
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", content):
             raise InputError("há um caractere de controle ou inválido no texto; apague-o e escreva de novo")
-        messages.append({"role": role, "content": content.strip()})
-    spoken = [m["role"] for m in messages[bool(messages) and messages[0]["role"] == "system":]]
-    if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise InputError("a conversa precisa começar com o usuário e alternar com o assistente (mensagem de sistema "
-                         "só no começo)")
-    return messages
+    return [{"role": role, "content": content.strip()} for role, (_, content) in zip(roles, pairs)]
 
 
 def fill(text: str, values: dict[str, str]) -> str:
     """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; any other double brace raises `InputError`."""
-    known = {f"{{{{{name}}}}}": value for name, value in values.items()}
-    parts = re.split(r"(\{\{.*?\}\})", text)
-    for i, part in enumerate(parts):
-        name = re.sub(r"\s", "", part).upper()
-        if name not in known and ("{{" in part or "}}" in part):
-            raise InputError(f"marcador desconhecido ou mal fechado em '{part.strip()[:60]}'; use {', '.join(known)}")
-        parts[i] = known.get(name, part) if part.startswith("{{") else part
-    return "".join(parts)
+    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: "{{" + match[1].upper() + "}}", text)
+    for name, value in values.items():
+        text = text.replace("{{" + name + "}}", value)
+    if left := re.search(r"\{\{.*|\S*\}\}", text):
+        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; use {', '.join(values)} entre "
+                         "{{ e }}")
+    return text
 
 
-def read_text(path: Path) -> str:
-    """The identity file as text; `InputError` says why it cannot be one."""
-    if not path.exists():
-        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)} "
-                         "Confira IDENTITY_FILE (--identity-file).")
-    if not path.is_file():
-        raise InputError(f"{path} não é um arquivo de texto; IDENTITY_FILE precisa ser um arquivo .jsonl.")
-    if path.stat().st_size > MAX_FILE:
-        raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
-    try:
-        data = path.read_bytes()
-    except OSError as error:  # of a reading, unlike an opening, the system does not say which file
-        raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
-        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
-                         "Salve-o de novo escolhendo UTF-8.") from None
-
-
-def listed(head: str, mistakes: list[str]) -> InputError:
-    """One error for many lines of the file, of which ten are shown."""
-    more = [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
-    return InputError("\n  ".join([head, *mistakes[:10], *more]))
+def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
+    """One `InputError` for all lines of the file with a mistake, if any, of which ten are shown."""
+    if mistakes:
+        more = [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
+        raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *mistakes[:10], *more]))
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
-    text, rows, mistakes, used = read_text(path), [], [], Counter()
+    if not path.is_file():
+        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)}Confira IDENTITY_FILE "
+                         "(--identity-file), que precisa ser um arquivo .jsonl.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:  # of a reading, unlike an opening, the system does not say which file
+        raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252 ou UTF-16). "
+                         "Salve-o de novo escolhendo UTF-8.") from None
+    rows, mistakes, used = [], [], Counter()
     for line, raw in enumerate(text.split("\n"), start=1):
         try:
-            if len(raw) > MAX_LINE:
-                raise InputError(f"a linha tem {len(raw)} letras; o máximo é {MAX_LINE}")
             if raw.strip():
                 messages = read_messages(json.loads(raw))
                 if messages[-1]["role"] == "user":
@@ -1067,23 +1038,18 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
         except (ValueError, RecursionError) as error:
-            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; "
-                            "confira aspas, chaves e vírgulas")
-    if mistakes:
-        with contextlib.suppress(ValueError, RecursionError):
-            if json.loads(text) and len(rows) + len(mistakes) > 1:
-                raise InputError(f"{path}, linha 1: o arquivo é um JSON só, em várias linhas. Escreva um objeto "
-                                 "{...} inteiro em cada linha, sem lista em volta nem vírgula no fim.")
-        raise listed(f"{path} tem {len(mistakes)} linha(s) com problema:", mistakes)
+            mistakes.append(f"linha {line}: não é um objeto JSON inteiro em uma linha só (veja a coluna "
+                            f"{getattr(error, 'colno', 1)}); confira aspas, chaves e vírgulas")
+    refuse_lines(path, mistakes)
     if not rows:
-        raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
+        raise InputError(f'{path} está vazio: escreva pelo menos uma linha como {{"text": "Quem é você?"}}.')
     return rows
 
 
 def check_inputs(settings: Settings) -> Inputs:
     """The identity rows and the questions for measuring; `InputError` if something is wrong with the file."""
-    identity, output = Path(settings.identity_file), Path(settings.output_dir)
-    if os.path.realpath(output) in map(str, Path(os.path.realpath(identity)).parents):
+    identity, output = Path(settings.identity_file), settings.output_dir
+    if Path(os.path.realpath(identity)).is_relative_to(os.path.realpath(output)):
         raise InputError(f"{identity} está dentro de OUTPUT_DIR ({output}), que será substituída. Mude um dos dois.")
     values = {"NAME": settings.name, "AUTHOR": settings.author,
               "BASE": settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)}
@@ -1094,44 +1060,34 @@ def check_inputs(settings: Settings) -> Inputs:
     asked = {plain(m["content"]) for row in rows for m in row.messages}
     test = tuple(q for q in TEST_QUESTIONS if plain(q) not in asked and language_of(q) in languages)
     if len(test) < 4:
-        raise InputError(f"{identity} contém quase todas as perguntas de prova; tire algumas, para que sobre o que "
-                         "medir (são as de TEST_QUESTIONS, no script).")
-    first, told = {}, []
+        raise InputError(f"{identity} contém quase todas as perguntas de prova (TEST_QUESTIONS, no script); tire "
+                         "algumas, para que sobre o que medir.")
+    first, told = {}, [name_warning(settings.name)] * bool(name_warning(settings.name))
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
         if plain(other.answer) != plain(row.answer):
             told.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes")
-    told += filter(None, [name_warning(settings.name)])
     return Inputs(rows, values, hashlib.sha256(identity.read_bytes()).hexdigest(), languages, test, told)
-
-
-def row_problem(row: Row, tokens: int, settings: Settings) -> str:
-    """Why a row's own answer of so many tokens could never count as right, in Portuguese; "" if it could."""
-    if not mentions(row.answer, (settings.name, settings.author)):
-        return "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})"
-    if is_loop(row.answer):
-        return "a resposta se repete, e contaria como repetitiva"
-    too_long = f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}"
-    return too_long * (tokens >= settings.max_new_tokens)
 
 
 def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> None:
     """`InputError` naming lines with a thought, an answer that cannot be right, or more than WINDOW."""
-    path = settings.identity_file
-    thoughts = [f"linha {row.line}" for row in rows if "</think>" in tokenizer.chat_template
-                and any("</think>" in m["content"] for m in row.messages)]
-    if thoughts:
-        raise listed(f"{path}: o chat template deste modelo jogaria fora o raciocínio (<think>); tire-o:", thoughts)
-    answers = tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
-    unfit = [f"linha {row.line}: {reason}" for row, ids in zip(rows, answers)
-             if (reason := row_problem(row, len(ids), settings))]
-    if unfit:
-        raise listed(f"{path}: {len(unfit)} linha(s) ensinariam o que a prova não aceita:", unfit)
-    lengths = [len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids) for row in rows]
-    long = [f"linha {row.line} ({n} tokens)" for row, n in zip(rows, lengths) if n > settings.window]
-    if long:
-        raise listed(f"{path}: não cabe em WINDOW ({settings.window} tokens). Encurte o texto, ou aumente WINDOW "
-                     "(--window) ou, se ela já é o contexto inteiro do modelo, ROPE_FACTOR (--rope-factor):", long)
+    drops_thoughts, mistakes = "</think>" in tokenizer.chat_template, []
+    for row in rows:
+        tokens = len(tokenizer(row.answer, add_special_tokens=False)["input_ids"])
+        length = len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids)
+        reasons = {
+            "o chat template deste modelo jogaria fora o raciocínio (<think>); tire-o":
+                drops_thoughts and any("</think>" in m["content"] for m in row.messages),
+            "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})":
+                not mentions(row.answer, (settings.name, settings.author)),
+            "a resposta se repete, e a prova não aceitaria isso": is_loop(row.answer),
+            f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}":
+                tokens >= settings.max_new_tokens,
+            f"a conversa tem {length} tokens, e WINDOW é {settings.window}; encurte-a, ou aumente WINDOW (ou, se ela "
+            "já é o contexto inteiro do modelo, ROPE_FACTOR)": length > settings.window}
+        mistakes += [f"linha {row.line}: {reason}" for reason, found in reasons.items() if found][:1]
+    refuse_lines(settings.identity_file, mistakes)
 
 
 # ---- The base's folder and the output ---------------------------------------------------------------------
@@ -1149,85 +1105,67 @@ def read_json(path: Path) -> dict:
     raise InputError(f"o arquivo {path} está estragado; baixe o modelo de novo.")
 
 
-def check_shard(path: Path) -> int:
-    """Number of weights in a safetensors file; its header must fit the file's size."""
-    if not path.is_file():
-        raise InputError(f"falta o arquivo de pesos {path}; baixe o modelo de novo.")
-    with path.open("rb") as file:
-        if file.read(8) == b"version ":
-            raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
-    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
-        if count := sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):  # noqa: SIM118
-            return count
-    raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
-
-
 def weight_count(folder: Path) -> int:
     """Number of weights of the model in a folder, as the headers of its safetensors files tell; 0 without any."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single, total = folder / "model.safetensors.index.json", folder / "model.safetensors", 0
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if index.is_file():
         named = read_json(index).get("weight_map")
-        if not named or not isinstance(named, dict):
-            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
-        return sum(check_shard(folder / str(name)) for name in sorted(set(named.values())))
-    return sum(map(check_shard, [single] if single.is_file() else sorted(folder.glob("*.safetensors"))))
+        files = [folder / str(name) for name in sorted(set(named.values()))] if isinstance(named, dict) else [index]
+    for path in files:
+        count = 0
+        with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
+            count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        if not count:
+            raise InputError(f"o arquivo de pesos {path} falta, está estragado ou incompleto, ou é só um ponteiro do "
+                             "Git LFS. Baixe o modelo de novo (com git: rode 'git lfs pull' na pasta dele).")
+        total += count
+    return total
 
 
 def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
-    wanted = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Veja MODEL_PATH (--model-path).")
-    if base.suffix.lower() == ".gguf" or (any(base.glob("*.gguf")) and not any(base.glob("*.safetensors"))):
-        raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {wanted}")
-    if not base.is_dir():
-        raise InputError(f"{base} é um arquivo. {wanted}")
-    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
-        raise InputError(f"{base} é um adaptador LoRA. Junte-o ao modelo dele (peft: merge_and_unload) e use o todo.")
-    if not (base / "config.json").is_file():
-        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)}Veja MODEL_PATH (--model-path).")
+    wanted = {"config.json": ["config.json"], "pesos em safetensors": ["*.safetensors"],
+              "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"]}
+    missing = [what for what, names in wanted.items() if not any(any(base.glob(name)) for name in names)]
+    if missing:
+        raise InputError(f"{base} não tem {' nem '.join(missing)}. MODEL_PATH precisa ser a pasta inteira do modelo "
+                         "original. GGUF e adaptadores LoRA não servem para treinar; pesos em .bin ou .pt, que podem "
+                         "esconder programas, converta antes para safetensors (no transformers: save_pretrained).")
     config = read_json(base / "config.json")
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
         raise InputError(f"{base} é um modelo {kind}, que não é de conversa; escolha um Llama, Gemma, Qwen...")
-    if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
-        raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
-                         "e não dá para treiná-los. Baixe uma versão em bf16, fp16 ou fp32.")
-    weights = weight_count(base)
-    if not weights and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
-        raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), que não abro, porque pode esconder "
-                         "programas. Se confia neles, converta-os para safetensors:\n  python -c \"import sys; from "
-                         "transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_pretrained("
-                         "sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL PASTA_NOVA\n"
-                         "Depois rode com --model-path PASTA_NOVA.")
-    if not weights:
-        raise InputError(f"a pasta {base} não tem pesos em safetensors: baixe de novo, ou escolha outra versão.")
-    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
-    return weights
+    if config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
+        raise InputError(f"os pesos de {base} estão quantizados, e não dá para treiná-los. Baixe uma versão em bf16, "
+                         "fp16 ou fp32.")
+    return weight_count(base)
 
 
 def check_output(base: Path, settings: Settings, finished: bool) -> None:
     """Refuse an output that would damage something: the base, another folder of the user, an older result."""
     output, work = Path(settings.output_dir), work_folder(settings)
     parent = next(p for p in output.parents if p.exists())
+    result = (output / "report.json").is_file()
 
     def within(inner: Path, outer: Path) -> bool:
         inner = inner.resolve()  # samefile tells through other spellings and mounts, too
         return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
 
-    if any(within(path, base) or within(base, path) for path in (output, work)):
-        raise InputError(f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela.")
-    if os.path.lexists(output) and not output.is_dir():
-        raise InputError(f"{output} não é uma pasta; escolha outro nome para a pasta de saída (--output-dir).")
-    if output.exists() and not (output / "report.json").is_file():
-        raise InputError(f"{output} já existe e não é resultado meu: não vou apagá-la. Escolha outra (--output-dir).")
-    if output.exists() and not settings.overwrite and not finished:
-        raise InputError(f"a pasta de saída {output} já existe. Escolha outra (--output-dir) ou use --overwrite.")
-    if work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())):
-        raise InputError(f"a pasta {work} já existe e não é minha. Renomeie-a ou escolha outra saída (--output-dir).")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"não posso escrever em {parent}. Escolha outra pasta em OUTPUT_DIR (--output-dir).")
+    problems = {
+        f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela":
+            any(within(path, base) or within(base, path) for path in (output, work)),
+        f"{output} já existe e não é resultado meu: não vou apagá-la": os.path.lexists(output) and not result,
+        f"a pasta de saída {output} já existe (para trocá-la: --overwrite)":
+            result and not settings.overwrite and not finished,
+        f"a pasta {work} já existe e não é minha":
+            work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())),
+        f"não posso escrever em {parent}": not parent.is_dir() or not os.access(parent, os.W_OK)}
+    for problem, found in problems.items():
+        if found:
+            raise InputError(f"{problem}. Escolha outra saída em OUTPUT_DIR (--output-dir).")
 
 
 def folder_size(folder: Path) -> int:
