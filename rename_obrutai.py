@@ -3011,7 +3011,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
 
     read = took(lambda: compare(base, teacher, talks[:2])) / sum(map(len, ids[:2]))
     began = time.monotonic()
-    write = sum(len(a.ids) for a in generate(base, [row[:32] for row in ids] * 16, limit=6, sample_seed=1))
+    write = sum(len(a.ids) for a in generate(base, [row[:32] for row in ids] * 6, limit=16, sample_seed=1))
     write = (time.monotonic() - began) / write
     model = with_adapter(inner, settings) if settings.method != "full" else inner
     part = as_examples([talks], PROCESSES * settings.gradient_accumulation)[:1]  # as much at a time as in training
