@@ -505,8 +505,6 @@ class InputError(Exception):
 
 # ---- Settings ---------------------------------------------------------------------------------------------
 
-CHOICES = {"method": ("auto", "full", "lora", "qlora")}
-SWITCHES = ("overwrite", "gradient_checkpointing")
 MODES = {
     "check": "só confere tudo e mostra o plano, sem treinar",
     "quiet": "só mostra o veredito e os erros",
@@ -525,93 +523,78 @@ RANGES = {
 }
 ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$",  # each constant with what the user reads of it
                         re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))[1]))
-DEFAULTS = {name.lower(): globals()[name] for name in ABOUT} | dict.fromkeys(MODES, False)
-
-
-def kind_of(name: str) -> type:
-    return bool if name in (*MODES, *SWITCHES) else type(RANGES[name][0]) if name in RANGES else str
-
-
+ABOUT = {name.lower(): text for name, text in ABOUT.items()} | MODES
+DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
+SWITCHES = {"overwrite", "gradient_checkpointing", *MODES}
+KINDS = {name: bool if name in SWITCHES else type(RANGES.get(name, ("",))[0]) for name in ABOUT}
 # Every constant of the user, in small letters; paths are absolute, but for a `model_path` of the Hub.
-Settings = make_dataclass("Settings", [(name, kind_of(name)) for name in DEFAULTS], frozen=True,
+Settings = make_dataclass("Settings", KINDS.items(), frozen=True,
                           namespace={"__module__": __name__})  # where other processes find it
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in Portuguese; a mistake is an `InputError`."""
-
-    def format_help(self) -> str:
-        return super().format_help().replace("usage:", "uso:", 1)
+    """argparse whose mistakes are an `InputError`, in Portuguese."""
 
     def error(self, message: str):
-        if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-            if not unknown[1].startswith("-"):
-                raise InputError(f"não sei o que fazer com '{unknown[1]}'. Um caminho ou nome com espaços precisa de "
-                                 'aspas: --model-path "C:/Meus Modelos/gemma".')
-            near = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)[0]
-            raise InputError(f"não conheço a opção {unknown[1]}. Você quis dizer {near}? Veja todas com --help.")
-        if missing := re.search(r"argument (\S+): expected", message):
-            raise InputError(f"faltou o valor da opção {missing[1]}. Exemplo: {missing[1]} VALOR.")
-        if extra := re.search(r"argument (\S+?)[/:,].*ignored explicit argument", message):
-            raise InputError(f"a opção {extra[1]} não leva valor: escreva só {extra[1]} ou --no-{extra[1][2:]}.")
-        raise InputError(message.replace("argument ", "opção ", 1))
+        flag = re.search(r"(?<=arguments: )\S+|(?<=argument )[^\s/:,]+", message)[0]
+        if "unrecognized" in message and flag.startswith("-"):
+            near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0)[0]
+            raise InputError(f"não conheço a opção {flag}. Você quis dizer {near}? Veja todas com --help.")
+        if "unrecognized" in message:
+            raise InputError(f"não sei o que fazer com '{flag}'. Um caminho ou nome com espaços precisa de aspas: "
+                             '--model-path "C:/Meus Modelos/gemma".')
+        if "expected" in message:
+            raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag} VALOR.")
+        raise InputError(f"a opção {flag} não leva valor: escreva só {flag} ou --no-{flag[2:]}.")
 
 
-def number(kind: type, text: str) -> float:
-    """`text` as a finite int or float (a decimal comma counts); the complaint that argparse shows otherwise."""
-    with contextlib.suppress(ValueError, OverflowError):
-        value = kind(text.replace(",", ".") if kind is float else text)
-        if math.isfinite(value):
-            return value
-    raise argparse.ArgumentTypeError(f"esperava um número{' inteiro' * (kind is int)}, recebi '{text}'.")
-
-
-def read_flags(argv: list[str] | None) -> dict:
-    """The flags that were given, by the name of their setting; None for the others."""
-    parser = Parser(prog="rename_obrutai.py", description=__doc__, allow_abbrev=False, add_help=False,
-                    usage="python rename_obrutai.py [opções]", formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_flags(argv: list[str] | None) -> dict[str, str | bool | None]:
+    """The flags that were given, as text, by the name of their setting; None for the others."""
+    parser = Parser(description=__doc__, allow_abbrev=False, add_help=False, usage=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
     for name, default in DEFAULTS.items():
-        kind, shown = kind_of(name), "vazio" if default == "" else default
-        how = {"metavar": "VALOR", "type": kind if kind is str else functools.partial(number, kind)}
-        if kind is bool:
-            how, shown = {"action": argparse.BooleanOptionalAction}, "sim" if default else "não"
-        text = f"{MODES.get(name) or ABOUT[name.upper()]} (padrão: {shown})".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if KINDS[name] is bool else {"metavar": "VALOR"}
+        shown = {"": "vazio", "False": "não", "True": "sim"}.get(str(default), default)
+        text = f"{ABOUT[name]} (padrão: {shown})".replace("%", "%%")
         options.add_argument("--" + name.replace("_", "-"), default=None, help=text, **how)
     return vars(parser.parse_args(argv))
 
 
-def check_value(name: str, value: object) -> None:
-    """`InputError` unless the value is of the setting's kind, in its range and, of a text, printable."""
-    kind, (low, high) = kind_of(name), RANGES.get(name, (0, 0))
-    accepted = (int, float) if kind is float else kind
-    if (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)
-            or (name in RANGES and not low <= value <= high)):
-        expected = {str: "um texto entre aspas", bool: "True ou False"}.get(
-            kind, f"um número{' inteiro' * (kind is int)} entre {low:g} e {high:g}")
-        raise InputError(f"{name.upper()} vale {value!r}, mas precisa ser {expected}.")
-    if kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise InputError(f"{name.upper()} tem quebra de linha ou caractere inválido: {value!r}.")
-    if value not in CHOICES.get(name, [value]):
-        raise InputError(f"{name.upper()} vale '{value}', mas precisa ser um destes: {', '.join(CHOICES[name])}.")
+def read_value(name: str, given: object, is_flag: bool) -> object:
+    """A flag's text (a decimal comma counts) or a constant as the value of a setting. Raises `InputError` where it is
+    of another kind, out of its range or not printable."""
+    kind, value, label = KINDS[name], given, name.upper()
+    if name in RANGES:
+        (low, high), whole_number = RANGES[name], " inteiro" * (kind is int)
+        with contextlib.suppress(ValueError):
+            value = kind(given.replace(",", ".")) if is_flag else given
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+            raise InputError(f"{label}: esperava um número{whole_number}, recebi {given!r}; precisa estar entre "
+                             f"{low:g} e {high:g}.")
+    elif not isinstance(value, kind):
+        expected = "True ou False" if kind is bool else "um texto entre aspas"
+        raise InputError(f"{label} vale {value!r}, mas precisa ser {expected}.")
+    elif kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        raise InputError(f"{label} tem quebra de linha ou caractere inválido: {value!r}.")
+    elif name == "method" and value != "auto" and value not in STEPS:
+        raise InputError(f"METHOD vale '{value}', mas precisa ser um destes: auto, {', '.join(STEPS)}.")
+    return value
 
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
-    given = read_flags(argv)
-    values = {name: default if given[name] is None else given[name] for name, default in DEFAULTS.items()}
-    for name, value in values.items():
-        check_value(name, value)
+    given = {name: value for name, value in read_flags(argv).items() if value is not None}
+    values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
     for name in ("output_dir", "identity_file", "model_path"):
-        start = Path(__file__).resolve().parent if given[name] is None else Path.cwd()
-        path = start / os.path.expanduser(values[name])
-        on_hub = (name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
-                  and not path.parent.exists())
-        values[name] = values[name] if on_hub else str(path)
+        path = (Path.cwd() if name in given else Path(__file__).resolve().parent) / os.path.expanduser(values[name])
+        on_hub = name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
+        if not on_hub or path.parent.exists():
+            values[name] = str(path)
     if values["chat"] + values["evaluate"] + values["check"] > 1:
         raise InputError("use uma destas opções por vez: --chat, --evaluate, --check.")
-    if (values["chat"] or values["evaluate"]) and given["model_path"] is None:
+    if (values["chat"] or values["evaluate"]) and "model_path" not in given:
         values["model_path"] = values["output_dir"]  # the result, not the base of the constant
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
@@ -628,11 +611,11 @@ def parse_settings(argv: list[str] | None) -> Settings:
 
 def size_text(count: float) -> str:
     """Bytes as a person reads them: "12 MB", "3,4 GB"."""
-    return f"{count / 1e9:.1f} GB".replace(".", ",") if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+    return f"{decimal(count / 1e9)} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person reads them: "45 s", "3 min 20 s"."""
+    """Seconds as a person reads them: "45 s", "3 min 20 s", "2 h 05 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -1297,8 +1280,9 @@ class Stages:
             partial.rename(folder)
         wait()
         self.spent, self.expected = self.spent + seconds, self.expected + planned
-        if self.planned:  # the plan, stretched as what is done was
-            rest = sum(self.planned.values()) * self.spent / (self.expected or self.spent or 1)
+        if self.planned:  # the plan, stretched as what is done was, the more the more is done
+            rest = sum(self.planned.values())
+            rest *= (self.spent + rest) / (self.expected + rest or 1)
             say(f"  Pronto em {clock(seconds)}; para o modelo ficar pronto faltam uns {clock(rest)}.")
         return folder
 

@@ -922,7 +922,8 @@ def test_the_step_that_is_measured_takes_no_more_memory_than_those_of_the_traini
         lambda module, given, output: heads.append(output.shape[0]) if torch.is_grad_enabled() else None)
     job = tool.Job(settings, settings, inputs, DEMO, 1_508_992, 128, "", 0, 0)
     assert min(tool.measure_pace(chat, job)) > 0
-    assert {rows for rows, _ in steps} == {2} and len(layers) == 2 * len(steps)
+    assert len(layers) == 2 * len(steps)
+    assert max(shape.numel() for shape in steps) < tool.step_tokens(128, settings) / 2
     assert max(heads) < 0.75 * steps[0].numel()  # the logits of all tokens would take more than is counted
     assert not chat.model.training and all(p.grad is None for p in chat.model.parameters())
     assert not [name for name, _ in chat.model.named_parameters() if "lora_" in name]
