@@ -1999,7 +1999,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
                  complaint: str) -> trl.SFTTrainer:
     """TRL's trainer with the loss of this job. `complaint` is said when the loss explodes."""
     inner = whole(chat.model)
-    limit = 10 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
+    limit = 3 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
 
     class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True

@@ -250,8 +250,7 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_from_which_the_same_command_go
 
 
 @slow
-def test_a_stop_before_a_trained_stage_has_its_name_costs_its_training_only_if_it_was_not_saved_whole(
-        whole, until, monkeypatch):
+def test_a_stop_before_a_trained_stage_has_its_name_repeats_its_training(whole, until, monkeypatch):
     folder, write = until("4-self-answers"), tool.write_json
     partial = folder / WORK / "5-pass-2.partial"
 
@@ -261,11 +260,9 @@ def test_a_stop_before_a_trained_stage_has_its_name_costs_its_training_only_if_i
         write(path, value)
 
     monkeypatch.setattr(tool, "write_json", stop)
-    for again in (True, False, True):
+    for _ in range(2):
         done = job(folder)
-        assert done.status == 130 and bool(re.search(r"etapa 4/4 \| perda", done.out)) is again
-        if not again:
-            (partial / "log.json").unlink()
+        assert done.status == 130 and re.search(r"etapa 4/4 \| perda", done.out)
     weights = [(path / "model.safetensors").read_bytes() for path in (partial, whole.folder / WORK / "5-pass-2")]
     assert weights[0] == weights[1]
 
@@ -948,7 +945,7 @@ def little_memory(monkeypatch, fits):
 @slow
 def test_a_step_that_does_not_fit_into_memory_is_done_in_more_and_more_parts(until, monkeypatch):
     folder = until("4-self-answers")
-    little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 200 or ids.shape[1] <= 100)
+    little_memory(monkeypatch, lambda model, ids: not model.training or ids.numel() <= 180 or ids.shape[1] <= 40)
     monkeypatch.setattr(tool, "evaluate", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
     done = job(folder)  # steps of 512 tokens; those of many short dialogues fit
     assert "até aqui" in done.err
