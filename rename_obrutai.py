@@ -466,6 +466,7 @@ DISK_FULL = "no space left|quota exceeded|os error 112|inline_container|failed w
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 LORA_FILE = "adapter_model.safetensors"
+MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 
 
 class Lazy:
@@ -941,10 +942,11 @@ def digest(value: object) -> str:
 
 
 def did_you_mean(path: Path) -> str:
-    """Advice on a path that does not exist, from the names beside it; "" if none is like it."""
-    names = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"Você quis dizer {near[0]}? " if near else ""
+    """Advice on a path that does not exist, from the names beside it."""
+    if not path.parent.is_dir():
+        return f"A pasta {path.parent} também não existe."
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
 
 def question_and_answer(question: str, answer: str) -> list[dict]:
@@ -997,22 +999,36 @@ def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
         raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *mistakes[:10], *more]))
 
 
-def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
-    """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
+def read_text(path: Path) -> str:
+    """The identity file as text; `InputError` says why it cannot be one."""
+    if not path.exists():
+        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)} "
+                         "Confira IDENTITY_FILE (--identity-file).")
     if not path.is_file():
-        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)}Confira IDENTITY_FILE "
-                         "(--identity-file), que precisa ser um arquivo .jsonl.")
+        raise InputError(f"{path} não é um arquivo de texto; IDENTITY_FILE precisa ser um arquivo .jsonl.")
+    if path.stat().st_size > MAX_FILE:
+        raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
     except OSError as error:  # of a reading, unlike an opening, the system does not say which file
         raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
+        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252 ou UTF-16). "
+        line = data[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
                          "Salve-o de novo escolhendo UTF-8.") from None
-    rows, mistakes, used = [], [], Counter()
+
+
+def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
+    """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
+    text, rows, mistakes, used = read_text(path), [], [], Counter()
     for line, raw in enumerate(text.split("\n"), start=1):
         try:
+            if len(raw) > MAX_LINE:
+                raise InputError(f"a linha tem {len(raw)} letras; o máximo é {MAX_LINE}")
             if raw.strip():
                 messages = read_messages(json.loads(raw))
                 if messages[-1]["role"] == "user":
@@ -1021,11 +1037,16 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
         except (ValueError, RecursionError) as error:
-            mistakes.append(f"linha {line}: não é um objeto JSON inteiro em uma linha só (veja a coluna "
-                            f"{getattr(error, 'colno', 1)}); confira aspas, chaves e vírgulas")
-    refuse_lines(path, mistakes)
+            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; "
+                            "confira aspas, chaves e vírgulas")
+    if mistakes:
+        with contextlib.suppress(ValueError, RecursionError):
+            if json.loads(text) and len(rows) + len(mistakes) > 1:
+                raise InputError(f"{path}, linha 1: o arquivo é um JSON só, em várias linhas. Escreva um objeto "
+                                 "{...} inteiro em cada linha, sem lista em volta nem vírgula no fim.")
+        refuse_lines(path, mistakes)
     if not rows:
-        raise InputError(f'{path} está vazio: escreva pelo menos uma linha como {{"text": "Quem é você?"}}.')
+        raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
     return rows
 
 
@@ -1088,43 +1109,62 @@ def read_json(path: Path) -> dict:
     raise InputError(f"o arquivo {path} está estragado; baixe o modelo de novo.")
 
 
+def check_shard(path: Path) -> int:
+    """Number of weights in a safetensors file; its header must fit the file's size."""
+    if not path.is_file():
+        raise InputError(f"falta o arquivo de pesos {path}; baixe o modelo de novo.")
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
+    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
+        if count := sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):  # noqa: SIM118
+            return count
+    raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
+
+
 def weight_count(folder: Path) -> int:
     """Number of weights of the model in a folder, as the headers of its safetensors files tell; 0 without any."""
-    index, single, total = folder / "model.safetensors.index.json", folder / "model.safetensors", 0
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         named = read_json(index).get("weight_map")
-        files = [folder / str(name) for name in sorted(set(named.values()))] if isinstance(named, dict) else [index]
-    for path in files:
-        count = 0
-        with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
-            count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        if not count:
-            raise InputError(f"o arquivo de pesos {path} falta, está estragado ou incompleto, ou é só um ponteiro do "
-                             "Git LFS. Baixe o modelo de novo (com git: rode 'git lfs pull' na pasta dele).")
-        total += count
-    return total
+        if not named or not isinstance(named, dict):
+            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
+        return sum(check_shard(folder / str(name)) for name in sorted(set(named.values())))
+    return sum(map(check_shard, [single] if single.is_file() else sorted(folder.glob("*.safetensors"))))
 
 
 def check_base(base: Path) -> int:
     """Number of weights of the base, or an `InputError` for all that can be seen without importing torch."""
+    wanted = "MODEL_PATH precisa ser a pasta do modelo original, com config.json, tokenizer e pesos em safetensors."
     if not base.exists():
-        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)}Veja MODEL_PATH (--model-path).")
-    wanted = {"config.json": ["config.json"], "pesos em safetensors": ["*.safetensors"],
-              "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"]}
-    missing = [what for what, names in wanted.items() if not any(any(base.glob(name)) for name in names)]
-    if missing:
-        raise InputError(f"{base} não tem {' nem '.join(missing)}. MODEL_PATH precisa ser a pasta inteira do modelo "
-                         "original. GGUF e adaptadores LoRA não servem para treinar; pesos em .bin ou .pt, que podem "
-                         "esconder programas, converta antes para safetensors (no transformers: save_pretrained).")
+        raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Veja MODEL_PATH (--model-path).")
+    if base.suffix.lower() == ".gguf" or (any(base.glob("*.gguf")) and not any(base.glob("*.safetensors"))):
+        raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {wanted}")
+    if not base.is_dir():
+        raise InputError(f"{base} é um arquivo. {wanted}")
+    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
+        raise InputError(f"{base} é um adaptador LoRA. Junte-o ao modelo dele (peft: merge_and_unload) e use o todo.")
+    if not (base / "config.json").is_file():
+        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
     config = read_json(base / "config.json")
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
         raise InputError(f"{base} é um modelo {kind}, que não é de conversa; escolha um Llama, Gemma, Qwen...")
-    if config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
-        raise InputError(f"os pesos de {base} estão quantizados, e não dá para treiná-los. Baixe uma versão em bf16, "
-                         "fp16 ou fp32.")
-    return weight_count(base)
+    if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
+        raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
+                         "e não dá para treiná-los. Baixe uma versão em bf16, fp16 ou fp32.")
+    weights = weight_count(base)
+    if not weights and any(p.suffix in (".bin", ".pt", ".pth") for p in base.iterdir()):
+        raise InputError(f"os pesos de {base} estão em pickle (.bin ou .pt), que não abro, porque pode esconder "
+                         "programas. Se confia neles, converta-os para safetensors:\n  python -c \"import sys; from "
+                         "transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [k.from_pretrained("
+                         "sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL PASTA_NOVA\n"
+                         "Depois rode com --model-path PASTA_NOVA.")
+    if not weights:
+        raise InputError(f"a pasta {base} não tem pesos em safetensors: baixe de novo, ou escolha outra versão.")
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
+    return weights
 
 
 def check_output(base: Path, settings: Settings, finished: bool) -> None:

@@ -325,6 +325,17 @@ def test_a_bad_line_among_good_ones_is_refused_with_its_number(line, place, frag
     refused(work, capsys, fragment=fragment, line=number, file=IDENTITY)
 
 
+def test_a_line_of_millions_of_letters_is_refused_with_its_number(work, capsys):
+    identity(work, GOOD, b'{"prompt": "Quem?", "completion": "' + b"Eu sou. " * 500_000 + b'"}', GOOD)
+    refused(work, capsys, fragment="long|grande|tamanho|compri|caracter|letras|m[aá]xim|MB", line=2, file=IDENTITY)
+
+
+def test_a_file_too_large_to_be_an_identity_file_is_refused_unread(work, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "MAX_FILE", 10**6)
+    identity(work, *[GOOD] * 20_000)
+    refused(work, capsys, fragment=r"1 MB", file=IDENTITY)
+
+
 def test_of_many_bad_lines_the_first_ten_and_the_number_of_all_are_shown(work, capsys):
     identity(work, GOOD, *['{"text": ""}', "{", "[]"] * 9, GOOD, "Oi?")
     before = listing(work)
@@ -968,6 +979,14 @@ def test_a_row_longer_than_the_window_is_refused_with_its_line(work, capsys):
     question = "Eu queria muito saber, sem pressa nenhuma e com todos os detalhes, quem é que está falando comigo "
     identity(work, pair("Quem é você?", "{{NAME}}."), pair(question * 4, "{{NAME}}."), pair("E aí?", "{{NAME}}."))
     refused(work, capsys, "--window", 64, "--max-new-tokens", 16, fragment="window|token|long", line=2)
+
+
+def test_the_same_question_with_two_answers_is_a_warning_that_names_both_lines(work, capsys):
+    identity(work, GOOD, pair("Quem te fez?", "Foi a {{AUTHOR}}."), b"", GOOD.replace(b"Quem", b"Mas quem"),
+             pair("quem te fez??", "O Zeca, da {{AUTHOR}}."))
+    with pytest.raises(Accepted):
+        call(work, capsys, "--check")
+    assert re.search(r"linhas? (2\b.*\b5|5\b.*\b2)\b", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------------------------ as a user runs it
