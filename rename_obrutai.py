@@ -82,13 +82,13 @@ SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = au
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
-HEAL_STEPS = 80  # etapas de cada parte da cura depois de mexer no RoPE
+HEAL_STEPS = 80  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
 STEPS_1 = 0  # etapas do passo 1; 0 = automático
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = automático
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
-BATCH_SIZE = 8  # diálogos de até 192 tokens por etapa de treino; dos longos, menos
+BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
 KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático
@@ -443,14 +443,14 @@ TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest 
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
-SHORT = 192  # tokens of the windows in which most of the training happens: one or two turns, as people ask
+SHORT = 192  # tokens that a dialogue of BATCH_SIZE counts for, and of most windows of the healing
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
 NEAR = 240  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
-MISSED_TIMES = 4  # how often pass 2 asks what the model gets wrong after pass 1, for once the rest
+MISSED_TIMES = 4  # how often pass 2 has what was wrong after pass 1 where it has the rest once
 LONG_TALKS = 16  # that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many after the same one, and as many questions
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
@@ -534,7 +534,10 @@ Settings = make_dataclass("Settings", KINDS.items(), frozen=True,
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are an `InputError`, in Portuguese."""
+    """argparse in Portuguese; a mistake is an `InputError`."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace("usage:", "uso:", 1)
 
     def error(self, message: str):
         flag = re.search(r"(?<=arguments: )\S+|(?<=argument )[^\s/:,]+", message)[0]
@@ -551,7 +554,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_flags(argv: list[str] | None) -> dict[str, str | bool | None]:
     """The flags that were given, as text, by the name of their setting; None for the others."""
-    parser = Parser(description=__doc__, allow_abbrev=False, add_help=False, usage=argparse.SUPPRESS,
+    parser = Parser(usage="python rename_obrutai.py [opções]", description=__doc__, allow_abbrev=False, add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
@@ -600,7 +603,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
-        if plain(values[name]) in map(plain, values["old_names"].split(",")):
+        if plain(values[name]) in map(plain, split_names(values["old_names"])):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
     for small, large, most in (("num_self_answers", "self_text", values["self_text"] or min(TEXT.values())),
                                ("max_new_tokens", "window", values["window"])):
@@ -1900,7 +1903,7 @@ def read_heard(folder: Path) -> tuple[Heard, Teacher]:
 # ---- Training ---------------------------------------------------------------------------------------------
 
 def short_window(native: int, settings: Settings) -> int:
-    """Tokens of most training windows: the native context, or SHORT where it is longer."""
+    """Tokens that each dialogue of BATCH_SIZE counts for: the native context, or SHORT where it is longer."""
     return min(native, settings.window, SHORT)
 
 
@@ -2544,8 +2547,9 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
     with contextlib.suppress(OSError):  # a base without its own
-        model.generation_config = transformers.GenerationConfig.from_pretrained(
-            base, eos_token_id=chat.stops, pad_token_id=tokenizer.pad_token_id)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(base, eos_token_id=chat.stops)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
@@ -2665,6 +2669,8 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
 
     columns = {head: figures_of(scores[name]) for name, head in EXAMS.items() if name in scores}
     titles = [*columns.values()][-1]
+    if "prompt" not in scores:  # a model alone is measured without a context
+        titles.pop("tokens a mais por pergunta")
     return [["medida", *columns], *([title, *(cell(title, column.get(title)) for column in columns.values())]
                                     for title in titles)]
 
@@ -3153,6 +3159,13 @@ def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
     result, names, settings = partial / "model", job.heard.names, exact(job.settings)
     shutil.rmtree(result, ignore_errors=True)
     save_model(load_chat(firm, job.settings, merge=True), result, job.base)
+    if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
+        adapter = result / "adapter"
+        adapter.mkdir()
+        shutil.copy2(firm / LORA_FILE, adapter)
+        # Others know the base by its name.
+        config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": job.inputs.values["BASE"]}
+        write_json(adapter / "adapter_config.json", config)
     base = load_chat(job.base, settings)
     exam = make_exam(base.tokenizer, job.inputs, job.heard, settings.window * (settings.rope_factor != 1))
     scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}

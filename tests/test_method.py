@@ -1026,6 +1026,23 @@ def test_the_passes_of_a_run_with_lora_hold_adapters_and_no_weights_of_the_base(
     assert not list(lora_run.work.rglob("*.bin"))
 
 
+@pytest.mark.slow
+def test_the_adapter_lies_beside_the_result_and_fits_the_base_itself(lora_run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = lora_run.output / "adapter"
+    assert {path.name for path in adapter.iterdir()} == {tool.LORA_FILE, "adapter_config.json"}
+    assert str(lora_run.folder) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    both = PeftModel.from_pretrained(base, adapter).eval()
+    saved = AutoModelForCausalLM.from_pretrained(lora_run.output, dtype=torch.float32).eval()
+    again, plain = logits(both).log_softmax(-1), logits(saved).log_softmax(-1)
+    difference = (again - plain).abs().max()  # the saved one is rounded to bfloat16
+    with both.disable_adapter():
+        assert (logits(both).log_softmax(-1) - plain).abs().max() > 2 * difference
+
+
 class Reached(Exception):
     """Ends a run."""
 
