@@ -78,20 +78,20 @@ WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o context
 
 # Textos que o próprio modelo escreve
 NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
-SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático
+SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático (16000; com full, 40000)
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
 HEAL_STEPS = 80  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
-STEPS_1 = 0  # etapas do passo 1; 0 = automático
+STEPS_1 = 0  # etapas do passo 1; 0 = automático (60; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
-STEPS_2 = 0  # etapas do passo 2; 0 = automático
+STEPS_2 = 0  # etapas do passo 2; 0 = automático (40; com full, 250)
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
 BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático
+KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (12; com full, 6)
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
