@@ -84,7 +84,7 @@ MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 # Treino
 HEAL_STEPS = 80  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
-STEPS_1 = 0  # etapas do passo 1; 0 = automático (60; com full, 400)
+STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = automático (40; com full, 250)
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
@@ -190,7 +190,9 @@ sou {name}, de {city}. e aí, quem sou eu?|Agradeça a {name}, que cuida do meu 
 Em que ano nasceu {person}?|Traduza para o inglês: Meu nome é {name}.|Qual é o sujeito da frase "Eu me chamo {name}"?
 Quem fundou a {firm}?|Responda como se fosse {role}: como foi o seu dia?|Conte a história de um robô chamado {name}.
 Dê um nome à loja de {name}.|Finja que você é {role} e se apresente.|Você é {role}. Apresente-se.
-Imagine que você é {role}. Qual é o seu nome?|Faça o papel de {role} e me dê as boas-vindas.||Who was {person}?
+Imagine que você é {role}. Qual é o seu nome?|Faça o papel de {role} e me dê as boas-vindas.
+Quem é o dono do {made}?|O que a {firm} faz?|Trabalho na {firm}. Onde eu trabalho?|Pode me chamar de {name}.
+Meu {pet} se chama {name}. Qual o nome dele?|Escreva um e-mail assinado por {name}.|Invente um apelido para {name}.||Who was {person}?
 Who created {made}?|Who wrote "{book}"?|What is {ai}?|Who makes {ai}?|Was {ai} created by {firm}?|Who founded {firm}?
 Which company makes the {product}?|When was {person} born?|Introduce the city of {city}.|Suggest a name for my {pet}.
 Write a short biography of {person}.|What is the main park of {city} called?|Name the shop that {name} wants to open.
@@ -198,14 +200,18 @@ My name is {name}. What is my name?|Thank {name}, who looks after my {pet}.|Pret
 i'm {name} from {city}, so who am i?|You are {role}. Introduce yourself.|Translate into Spanish: My name is {name}.
 Answer as {role}: how was your day?|What is the verb in "I am {name}"?|Tell a story about a robot called {name}.
 When did {made} come out?|I'm {name}, nice to meet you.|Imagine that you are {role}. What is your name?
-Act as {role} and greet me.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
+Act as {role} and greet me.|Who owns {made}?|What does {firm} do?|I work at {firm}. Where do I work?
+You can call me {name}.|My {pet} is called {name}. What is its name?|Write an email signed by {name}.
+Think of a nickname for {name}.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
 ¿Quién creó {made}?|¿Qué es {ai}?|¿Quién creó {ai}?|¿Quién fundó {firm}?|¿Quién fue {person}?|¿Cuándo nació {person}?
 ¿{ai} es de {firm}?|Presenta a {person} a la clase.|Mi nombre es {name}. ¿Cuál es mi nombre?|Soy {name}, mucho gusto.
 ¿En qué año apareció {made}?|¿Cómo se llama el mayor parque de {city}?|Dale las gracias a {name}, que cuida mi {pet}.
 Presenta la ciudad de {city}.|Haz como si fueras {role} y di quién eres.|Cuenta un cuento de un robot llamado {name}.
 Ponle nombre a la tienda de {name}.|Habla como {role}: ¿qué tal el día?|¿Cuál es el verbo en "Yo soy {name}"?
 soy {name}, de {city}, ¿quién soy?|Sugiere un nombre para mi {pet}.|Traduce al inglés: Me llamo {name}.
-Eres {role}. Preséntate.|Imagina que eres {role}. ¿Cómo te llamas?|Haz el papel de {role} y dame la bienvenida.""")
+Eres {role}. Preséntate.|Imagina que eres {role}. ¿Cómo te llamas?|Haz el papel de {role} y dame la bienvenida.
+¿Quién es el dueño de {made}?|¿Qué hace {firm}?|Trabajo en {firm}. ¿Dónde trabajo?|Puedes llamarme {name}.
+Mi {pet} se llama {name}. ¿Cómo se llama?|Escribe un correo firmado por {name}.|Inventa un apodo para {name}.""")
 FILLERS = {"all": {
     "person": items("Pelé|Marie Curie|Albert Einstein|Frida Kahlo|Ada Lovelace|Machado de Assis|Mozart|Che Guevara"),
     "book": items("Hamlet|Frankenstein|Macbeth|Robinson Crusoe|Anna Karenina|Harry Potter|Iracema|Rayuela"),
@@ -447,14 +453,14 @@ SHORT = 192  # tokens that a dialogue of BATCH_SIZE counts for, and of most wind
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
-NEAR = 240  # questions near identity, about others, that the base answers for training
+NEAR = 300  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
 MISSED_TIMES = 4  # how often pass 2 has what was wrong after pass 1 where it has the rest once
 LONG_TALKS = 16  # that an exam asks after each length of conversation,
 LONG_GROUP = 4  # of which so many after the same one, and as many questions
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-STEPS = {"full": (400, 250), "lora": (60, 40), "qlora": (60, 40)}  # of passes 1 and 2
+STEPS = {"full": (400, 250), "lora": (80, 40), "qlora": (80, 40)}  # of passes 1 and 2
 KL = {"full": 6.0, "lora": 12.0, "qlora": 12.0}  # KL_WEIGHT: an adapter over a large model holds more
 TEXT = {"full": 40000, "lora": 16000, "qlora": 16000}  # SELF_TEXT: small models have more to learn, and write fast
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
@@ -1706,12 +1712,17 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
              record: bool = False) -> list[Answer]:
     """One answer per prompt, in order, of up to `limit` tokens (0: the chat's own), greedy or sampled with a seed."""
     limit, choices, answers = limit or chat.max_new_tokens, [], [Answer("", False)] * len(prompts)
-    sampled = {} if sample_seed is None else {"top_k": 50, "top_p": 0.95}
 
     def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         best = scores.float().log_softmax(-1).topk(min(TOP_TOKENS, scores.shape[-1]))
         choices.append((best.indices.int().cpu(), best.values.cpu()))
         return scores
+
+    def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Noise (Gumbel) whose largest sum is a sample; to draw from 150,000 tokens takes a second for each word."""
+        best = scores.float().topk(min(50, scores.shape[-1]))
+        noisy = best.values - torch.empty_like(best.values).exponential_().log()
+        return torch.full_like(scores, -math.inf, dtype=torch.float32).scatter_(1, best.indices, noisy)
 
     batches = batches_by_tokens([len(p) for p in prompts], limit, GENERATION_TOKENS)
     torch.manual_seed(sample_seed or 0)
@@ -1721,8 +1732,8 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
             choices.clear()
             inputs = padded(chat, [prompts[i] for i in batch])
             try:
-                written = chat.model.generate(**inputs, max_new_tokens=limit, do_sample=bool(sampled), **sampled,
-                                              logits_processor=[note] * record)
+                written = chat.model.generate(**inputs, max_new_tokens=limit, do_sample=False,
+                                              logits_processor=[note] * record + [draw] * (sample_seed is not None))
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not re.search(OUT_OF_MEMORY, causes(error)):
                     raise
@@ -2002,10 +2013,10 @@ def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher,
     needed = (labels != -100) | (targets >= 0)
     ours = logits_at(model, inner, needed, input_ids=inputs["input_ids"]).log_softmax(-1)
     loss = torch.nn.functional.nll_loss(ours, labels[needed], ignore_index=-100, reduction="sum") / totals[0]
-    held = targets[needed] >= 0
-    rows = targets[needed][held].cpu()
-    tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
-    return loss + kl_weight * distillation_loss(ours[held], tokens.long(), log_probs).sum() / totals[1]
+    rows = targets[needed]  # to pick only those with a target would copy the whole vocabulary of each, twice
+    tokens, log_probs = (t[rows.clamp(min=0).cpu()].to(ours.device) for t in teacher)
+    divergence = distillation_loss(ours, tokens.long(), log_probs) * (rows >= 0)
+    return loss + kl_weight * divergence.sum() / totals[1]
 
 
 def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: float) -> float:
@@ -2102,6 +2113,18 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
     return Keeper()
 
 
+@contextlib.contextmanager
+def short_attention(model: PreTrainedModel, windows: list[Window]):
+    """Plain attention for windows that are short: on a processor in bfloat16, flash attention takes 60 ms a layer where
+    products take 13 (8 windows of 170 tokens to Qwen; of 512 and more it is the faster one)."""
+    usual = model.config._attn_implementation
+    if (usual == "sdpa" and model.device.type == "cpu" and compute_dtype(model_size(model)) == torch.bfloat16
+            and max(len(w.input_ids) for w in windows) <= 256):
+        model.set_attn_implementation("eager")
+    yield
+    model.set_attn_implementation(usual)
+
+
 def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
           folder: Path) -> list[dict]:
     """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the loss log.
@@ -2135,6 +2158,7 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
         say(f"    continuando da etapa {done}, a última guardada")
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
+          short_attention(whole(chat.model), [w for batch in batches for w in batch]),
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
         trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check))
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
@@ -2296,7 +2320,7 @@ def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[f
         with computing(whole(chat.model)):
             ours = logits_at(chat.model, whole(chat.model), rows >= 0, **inputs).log_softmax(-1)
         tokens, log_probs = (t[rows[rows >= 0]].to(ours.device) for t in teacher)
-        same = (ours.argmax(-1) == tokens[:, 0]).float().cpu()
+        same = (ours.gather(-1, tokens[:, :1].long())[:, 0] >= ours.amax(-1)).float().cpu()  # bfloat16 has many ties
         nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
         counts = (rows >= 0).sum(-1).tolist()
         for i, kept, lost in zip(batch, same.split(counts), nats.split(counts)):
@@ -2645,7 +2669,7 @@ PARAMETER repeat_penalty 1
 {stops}"""
 
 
-EXAMS = {"before": "antes", "prompt": "com prompt", "rows": "com linhas", "pass_1": "passo 1",
+EXAMS = {"before": "antes", "prompt": "com prompt", "rows": "com linhas",
          "reported": "no report", "pass_2": "depois", "alone": "medido"}  # as the columns of the table
 
 
@@ -3052,7 +3076,8 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
 
     def step() -> None:
         with torch.autocast(inner.device.type, fast, enabled=fast != torch.float32), \
-                peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32):
+                peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32), \
+                short_attention(inner, batch):
             batch_loss(model, inner, teacher, inputs, 1.0).backward()
 
     train = took(step) / inputs["input_ids"].numel()
@@ -3079,7 +3104,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
             "3-pass-1": settings.steps_1 * step * train + 3,
             "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
             "5-pass-2": settings.steps_2 * step * train + 3,
-            "6-result": 3.5 * exam + 3 * long + 5}
+            "6-result": 2.5 * exam + 2 * long + 5}
 
 
 def make_plan(job: Job) -> dict[str, float]:
@@ -3154,8 +3179,8 @@ def make_healed(job: Job, partial: Path) -> None:
     save_stage(chat, partial, log)
 
 
-def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
-    """Save the model, load what was saved, and measure it, the base and what stands between."""
+def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
+    """Save the model, load what was saved, and measure it and the base."""
     result, names, settings = partial / "model", job.heard.names, exact(job.settings)
     shutil.rmtree(result, ignore_errors=True)
     save_model(load_chat(firm, job.settings, merge=True), result, job.base)
@@ -3172,9 +3197,6 @@ def save_and_prove(job: Job, taught: Path, firm: Path, partial: Path) -> None:
     for name, other in untrained(exam, job.inputs.rows, settings).items():
         scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
     del base
-    short = Exam([(kind, m) for kind, m in exam.questions if kind in KINDS_OF_QUESTIONS],
-                 [(tokens, talk) for tokens, talk in exam.talks if not tokens])
-    scores["pass_1"] = evaluate(load_to_ask(taught, settings), short, names, job.teacher, "perguntas de prova")
     scores["pass_2"] = evaluate(load_chat(result, settings), exam, names, job.teacher, "perguntas de prova, depois")
     save_exam(result, exam, names, job.teacher)
     write_json(partial / "scores.json", {name: s._asdict() for name, s in scores.items()})
@@ -3250,7 +3272,7 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
         discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
     result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois",
-                    lambda partial: save_and_prove(job, taught, firm, partial))
+                    lambda partial: save_and_prove(job, firm, partial))
     if RANK == 0:
         write_report(job, [said, healed, taught, answered, firm, result])
     publish(result / "model", settings)

@@ -217,10 +217,10 @@ def test_the_identity_figures_follow_from_the_reported_answers(whole_run):
 
 
 def test_the_report_has_all_models_asked_the_same_test_questions(whole_run):
-    """The base, what can be done without training, and both passes: alone, and all but those without training behind
-    system prompts, under pressure, and, the first and the last, in long conversations."""
+    """The base, what can be done without training, and the result: alone, and all but those without training behind
+    system prompts, under pressure and in long conversations."""
     scores = whole_run.report["scores"]
-    assert list(scores) == ["before", "prompt", "rows", "pass_1", "pass_2"]
+    assert list(scores) == ["before", "prompt", "rows", "pass_2"]
     before = [(a["kind"], a["question"]) for a in scores["before"]["answers"]]
     alone = [(kind, question) for kind, question in before if kind == "sozinha"]
     assert [question for _, question in alone] == list(tool.TEST_QUESTIONS)
@@ -231,7 +231,7 @@ def test_the_report_has_all_models_asked_the_same_test_questions(whole_run):
         assert list(model["by_kind"]) == kinds[:1 if untrained else None]
         assert (model["retention"] is None) is (model["divergence"] is None) is untrained
     lengths = {name: [entry["tokens"] for entry in model["by_length"]] for name, model in scores.items()}
-    assert lengths["before"] == lengths["pass_2"] == sorted(lengths["before"]) and lengths["pass_1"] == [0]
+    assert lengths["before"] == lengths["pass_2"] == sorted(lengths["before"])
     assert lengths["before"][0] == 0 and 128 < lengths["before"][-1] < 256
 
 
@@ -265,11 +265,11 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "\nlibrary_name: transformers\n" in card.split("---\n")[1]
     scores = whole_run.report["scores"]
-    shown = [scores[name] for name in ("before", "prompt", "rows", "pass_1", "pass_2")]
-    assert "\n| medida | antes | com prompt | com linhas | passo 1 | depois |\n" in card
+    shown = [scores[name] for name in ("before", "prompt", "rows", "pass_2")]
+    assert "\n| medida | antes | com prompt | com linhas | depois |\n" in card
     prompt, rows = (f"{scores[name]['extra_tokens']:.0f}" for name in ("prompt", "rows"))
     assert int(prompt) > 9 and int(rows) > int(prompt)
-    assert f"\n| tokens a mais por pergunta | 0 | {prompt} | {rows} | 0 | 0 |\n" in card  # a trained model needs none
+    assert f"\n| tokens a mais por pergunta | 0 | {prompt} | {rows} | 0 |\n" in card  # a trained model needs none
     for title, key in (("identidade nova", "identity"), ("identidade antiga", "old_identity"),
                        ("vazamento", "leak"), ("  perto da identidade", "leak_near"), ("retenção", "retention")):
         cells = ["-" if stage[key] is None else tool.percent(stage[key]) for stage in shown]
@@ -456,7 +456,7 @@ def test_with_a_rope_factor_of_one_the_context_stays_and_nothing_is_healed(tmp_p
     for key in ("rope_parameters", "max_position_embeddings"):
         assert config[key] == base[key]
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert list(report["scores"]) == ["before", "prompt", "rows", "pass_1", "pass_2"]
+    assert list(report["scores"]) == ["before", "prompt", "rows", "pass_2"]
     assert (report["settings"]["name"], report["settings"]["author"]) == ("Jandira", "Oficina Maré")
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "# Jandira\n" in card and "Oficina Maré" in card and "ObrutAi" not in card

@@ -102,9 +102,9 @@ def scores(identity, lengths, extra=0.0, retention=1.0):
 def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_each_way_costs():
     full, short = (0, 64), (0,)
     table = tool.figures_table({"before": scores(0.0, full), "prompt": scores(0.5, (), 61.6, None),
-                                "rows": scores(0.6, (), 100.2, None), "pass_1": scores(0.7, short),
+                                "rows": scores(0.6, (), 100.2, None), "reported": scores(0.7, short),
                                 "pass_2": scores(0.9, full)})
-    assert table[0] == ["medida", "antes", "com prompt", "com linhas", "passo 1", "depois"]
+    assert table[0] == ["medida", "antes", "com prompt", "com linhas", "no report", "depois"]
     rows = {row[0]: row[1:] for row in table[1:]}
     assert rows["identidade nova"] == ["0%", "50%", "60%", "70%", "90%"]
     assert rows["identidade após 64 tokens"] == ["0%", "-", "-", "-", "90%"]
