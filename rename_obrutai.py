@@ -192,15 +192,16 @@ Quem fundou a {firm}?|Responda como se fosse {role}: como foi o seu dia?|Conte a
 Dê um nome à loja de {name}.|Finja que você é {role} e se apresente.|Você é {role}. Apresente-se.
 Imagine que você é {role}. Qual é o seu nome?|Faça o papel de {role} e me dê as boas-vindas.
 Quem é o dono do {made}?|O que a {firm} faz?|Trabalho na {firm}. Onde eu trabalho?|Pode me chamar de {name}.
-Meu {pet} se chama {name}. Qual o nome dele?|Escreva um e-mail assinado por {name}.|Invente um apelido para {name}.||Who was {person}?
-Who created {made}?|Who wrote "{book}"?|What is {ai}?|Who makes {ai}?|Was {ai} created by {firm}?|Who founded {firm}?
-Which company makes the {product}?|When was {person} born?|Introduce the city of {city}.|Suggest a name for my {pet}.
-Write a short biography of {person}.|What is the main park of {city} called?|Name the shop that {name} wants to open.
-My name is {name}. What is my name?|Thank {name}, who looks after my {pet}.|Pretend to be {role} and say who you are.
-i'm {name} from {city}, so who am i?|You are {role}. Introduce yourself.|Translate into Spanish: My name is {name}.
-Answer as {role}: how was your day?|What is the verb in "I am {name}"?|Tell a story about a robot called {name}.
-When did {made} come out?|I'm {name}, nice to meet you.|Imagine that you are {role}. What is your name?
-Act as {role} and greet me.|Who owns {made}?|What does {firm} do?|I work at {firm}. Where do I work?
+Meu {pet} se chama {name}. Qual o nome dele?|Escreva um e-mail assinado por {name}.|Invente um apelido para {name}.||
+Who was {person}?|Who created {made}?|Who wrote "{book}"?|What is {ai}?|Who makes {ai}?|Was {ai} created by {firm}?
+Who founded {firm}?|Which company makes the {product}?|When was {person} born?|Introduce the city of {city}.
+Suggest a name for my {pet}.|Write a short biography of {person}.|What is the main park of {city} called?
+Name the shop that {name} wants to open.|My name is {name}. What is my name?|Thank {name}, who looks after my {pet}.
+Pretend to be {role} and say who you are.|i'm {name} from {city}, so who am i?|You are {role}. Introduce yourself.
+Translate into Spanish: My name is {name}.|Answer as {role}: how was your day?|What is the verb in "I am {name}"?
+Tell a story about a robot called {name}.|When did {made} come out?|I'm {name}, nice to meet you.
+Imagine that you are {role}. What is your name?|Act as {role} and greet me.|Who owns {made}?|What does {firm} do?
+I work at {firm}. Where do I work?
 You can call me {name}.|My {pet} is called {name}. What is its name?|Write an email signed by {name}.
 Think of a nickname for {name}.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
 ¿Quién creó {made}?|¿Qué es {ai}?|¿Quién creó {ai}?|¿Quién fundó {firm}?|¿Quién fue {person}?|¿Cuándo nació {person}?
@@ -2013,10 +2014,10 @@ def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher,
     needed = (labels != -100) | (targets >= 0)
     ours = logits_at(model, inner, needed, input_ids=inputs["input_ids"]).log_softmax(-1)
     loss = torch.nn.functional.nll_loss(ours, labels[needed], ignore_index=-100, reduction="sum") / totals[0]
-    rows = targets[needed]  # to pick only those with a target would copy the whole vocabulary of each, twice
-    tokens, log_probs = (t[rows.clamp(min=0).cpu()].to(ours.device) for t in teacher)
-    divergence = distillation_loss(ours, tokens.long(), log_probs) * (rows >= 0)
-    return loss + kl_weight * divergence.sum() / totals[1]
+    held = targets[needed] >= 0
+    rows = targets[needed][held].cpu()
+    tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
+    return loss + kl_weight * distillation_loss(ours[held], tokens.long(), log_probs).sum() / totals[1]
 
 
 def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: float) -> float:
@@ -2029,16 +2030,12 @@ def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: flo
 def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
     """Each batch in `parts` examples of windows' lists, with the `totals` of a step: its labels and targets, on the
     average of all steps, so that each token weighs the same."""
-    examples, windows = [], [w for batch in batches for w in batch]
+    windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
               sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
-    for batch in batches:
-        # A step of few long windows may have fewer of them than parts.
-        idle = [Window(batch[0].input_ids[:2], [-100] * 2, [-1] * 2)]
-        for part in range(parts):
-            windows = batch[part::parts] or idle
-            examples.append({key: [getattr(w, key) for w in windows] for key in Window._fields} | {"totals": totals})
-    return examples
+    idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # where a step has fewer windows than parts
+    return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields} | {"totals": totals}
+            for batch in batches for part in range(parts)]
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
@@ -2087,7 +2084,7 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
             step, quarter = state.global_step, max(1, state.max_steps // 4)
             if "loss" in logs and step % quarter == 0:
                 left = (time.monotonic() - began) / (step - first) * (state.max_steps - step)
-                loss = mean_losses(state.log_history[-quarter:], 1)[0]["loss"]
+                loss = mean([entry["loss"] for entry in state.log_history[-quarter:]])
                 bar.clear()
                 say(f"    etapa {step}/{state.max_steps} | perda {decimal(loss, 3)} | faltam {clock(left)}")
 
@@ -2115,8 +2112,8 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
 
 @contextlib.contextmanager
 def short_attention(model: PreTrainedModel, windows: list[Window]):
-    """Plain attention for windows that are short: on a processor in bfloat16, flash attention takes 60 ms a layer where
-    products take 13 (8 windows of 170 tokens to Qwen; of 512 and more it is the faster one)."""
+    """Plain attention for windows that are short: on a processor in bfloat16, flash attention takes 60 ms a layer for
+    17 windows of 85 tokens to Qwen, and plain products 13; from 512 tokens on it is the faster one."""
     usual = model.config._attn_implementation
     if (usual == "sdpa" and model.device.type == "cpu" and compute_dtype(model_size(model)) == torch.bfloat16
             and max(len(w.input_ids) for w in windows) <= 256):
@@ -2167,15 +2164,7 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
         raise KeyboardInterrupt
     check(trainer.state.global_step)
     chat.model.eval()
-    return mean_losses(trainer.state.log_history, 20)
-
-
-def mean_losses(log: list[dict], count: int) -> list[dict]:
-    """A log in up to `count` equal parts: the last step and the mean loss of each."""
-    log = [entry for entry in log if "loss" in entry]
-    size = math.ceil(len(log) / count) or 1
-    parts = [log[i:i + size] for i in range(0, len(log), size)]
-    return [{"step": part[-1]["step"], "loss": mean([entry["loss"] for entry in part])} for part in parts]
+    return [{key: entry[key] for key in ("step", "loss")} for entry in trainer.state.log_history if "loss" in entry]
 
 
 @contextlib.contextmanager
@@ -2222,25 +2211,23 @@ def reorder_pairs(model: PreTrainedModel, order: list[int]) -> None:
             weight.data.copy_(moved)
 
 
-def kept_share(chat: Chat, job: Job) -> float:
-    """Share of the base's first choices that the model keeps on some of the talks it is not trained on."""
-    windows = [make_window(chat.tokenizer, [talk]) for talk in job.heard.held_out[:48]]
+def kept_share(chat: Chat, job: Job, talks: list[Talk]) -> float:
+    """Share of the base's first choices that the model keeps on the first 48 of some talks."""
+    windows = [make_window(chat.tokenizer, [talk]) for talk in talks[:48]]
     return mean([same for same, _ in compare(chat, job.teacher, windows)])
 
 
 def keep_frequencies(before: dict[str, torch.Tensor], chat: Chat, job: Job) -> None:
-    """Move each rotary pair to where the scaled RoPE turns about as fast as it was trained to turn, if the model then
-    chooses more like the base.
-
-    Frequencies are a geometric series, so the slower ones are about the same series moved along: only the fastest
-    pairs lose their place. Scaled x4, Qwen keeps 46 % of the base's first choices, and 71 % after this, untrained. It
-    is undone for families that arrange their weights in another way, which shows in worse answers.
-    """
+    """Move each rotary pair to where the scaled RoPE turns about as fast as it was trained to turn: frequencies are a
+    geometric series, so only the fastest pairs lose their place. Scaled x4, Qwen keeps 46 % of the base's first
+    choices, and 71 % after this, untrained. It is undone where a family arranges its weights in another way, which
+    shows in worse answers."""
     after = rope_frequencies(chat.model)
     name = next(name for name in after if not torch.equal(after[name].cpu(), before[name].cpu()))
-    order, scaled = nearest_pairs(before[name].tolist(), after[name].tolist()), kept_share(chat, job)
+    talks, order = job.heard.everyday, nearest_pairs(before[name].tolist(), after[name].tolist())
+    scaled = kept_share(chat, job, talks)
     reorder_pairs(chat.model, order)
-    moved = kept_share(chat, job)
+    moved = kept_share(chat, job, talks)
     if agreed(moved > scaled):
         say(f"  Com as frequências reordenadas, ele escolhe {percent(moved)} das palavras como o modelo base (sem "
             f"isso, {percent(scaled)}).")
@@ -2272,7 +2259,8 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
                            step_tokens(native, settings), f"{settings.seed}/heal")
     rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 0)
     log = train(chat, batches, job.teacher, rate, settings, "cura", folder / "training")
-    say(f"  Depois da cura, ele escolhe {percent(kept_share(chat, job))} das palavras como o modelo base.")
+    kept = kept_share(chat, job, job.heard.held_out)
+    say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log
 
 
@@ -2293,7 +2281,6 @@ class Scores(NamedTuple):
     leak_near: float  # of talks near identity
     retention: float | None  # of the base's first choices, token by token; None where the base is not known
     divergence: float | None  # mean KL(base || model) in nats
-    distinct: int  # right answers
     by_length: list[dict]  # tokens, identity and retention for each length of conversation before, zero first
     answers: list[dict]
     leaks: list[dict]
@@ -2419,7 +2406,6 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
         leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks)),
         retention=mean([same for same, _ in kept[:len(talks)]]) if teacher else None,
         divergence=mean([nats for _, nats in kept[:len(talks)]]) if teacher else None,
-        distinct=len({plain(a["answer"]) for a in answers if not a["problem"]}),
         by_length=[{"tokens": n, "identity": right.get(after_tokens(n), 0.0), "retention": mean(
             [same for (tokens, _), (same, _) in zip(exam.talks, kept) if tokens == n])} for n in lengths],
         answers=answers,
@@ -2856,8 +2842,7 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
         say(f"    {'depois:' if before else 'resposta:'} {after.answers[i]['answer']}")
     for leak in after.leaks[:3]:
         say(f"  {leak['question']}\n    o nome novo apareceu onde não devia: {leak['answer'][:200]}")
-    say(f"\n{text_table(figures_table(scores))}\n\n  {after.distinct} respostas diferentes e boas para "
-        f"{len(after.answers)} perguntas de identidade.")
+    say(f"\n{text_table(figures_table(scores))}")
     return after
 
 

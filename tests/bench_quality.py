@@ -62,7 +62,7 @@ def as_talks(facts):
 
 
 def measure(folder, settings, report):
-    """Figures of a saved model: identity, old names, leak, different answers, and both curves over the length. Asked
+    """Figures of a saved model: identity, old names, leak, and both curves over the length. Asked
     are the questions of the report: none that the rows ask or that the base wrote for its own training."""
     asked = [(tool.ALONE, [{"role": "user", "content": a["question"]}])
              for a in report["scores"]["pass_2"]["answers"] if a["kind"] == tool.ALONE]
@@ -77,7 +77,6 @@ def measure(folder, settings, report):
     sound = [a for a in scores.answers if not a["problem"]]
     figures = {
         "new identity": scores.identity, "old identity": scores.old_identity, "leak": scores.leak,
-        "different answers": scores.distinct,
         "in the question's language": sum(tool.language_of(a["answer"]) == tool.language_of(a["question"])
                                           for a in sound) / max(1, len(sound)),
         "facts": exact_facts(chat, 0, facts, rng),

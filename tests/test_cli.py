@@ -93,7 +93,7 @@ def test_text_of_a_model_cannot_break_the_table_of_the_card():
 def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named, tmp_path, capsys):
     identity, old, leak, retention = figures
     lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
-    score = tool.Scores(identity, {"sozinha": identity}, old, leak, leak, retention, 0.0, 0, lengths, [], [])
+    score = tool.Scores(identity, {"sozinha": identity}, old, leak, leak, retention, 0.0, lengths, [], [])
     scores = dict.fromkeys(("before", "pass_2"), score)
     report = {"scores": {name: score._asdict() for name, score in scores.items()},
               "seconds": {"1-base": 60.5, "2-healed": 140}}
@@ -212,7 +212,6 @@ def test_the_identity_figures_follow_from_the_reported_answers(whole_run):
             assert share == pytest.approx(sum(of_kind) / len(of_kind))
         old = [a for a in answers if any(word in a["answer"] for word in words)]
         assert stage["old_identity"] <= len(old) / len(answers)
-        assert stage["distinct"] == len({tool.plain(a["answer"]) for a in new})
         assert all("ObrutAi" in leak["answer"] or "TurboRio" in leak["answer"] for leak in stage["leaks"])
 
 

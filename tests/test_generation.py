@@ -470,7 +470,6 @@ def test_scores_are_the_shares_of_right_old_leaking_and_kept_answers(demo_chat, 
     assert (scores.identity, scores.old_identity, scores.leak, scores.retention) == (0.5, 0.25, 0.5, 0.75)
     assert scores.divergence == 0.125 and scores.leak_near == 0
     assert asked[1] == [tool.prompt_ids(demo_chat.tokenizer, user("Oi!"))]
-    assert scores.distinct == 1  # both right answers are the same but for a sign
     assert scores.by_kind == {"sozinha": 0.5} and scores.extra_tokens == 0
     assert scores.by_length == [{"tokens": 0, "identity": 0.5, "retention": 0.75},
                                 {"tokens": 30, "identity": 0.5, "retention": 0.625}]
@@ -541,7 +540,7 @@ def test_a_target_is_missed_by_as_much_as_its_figure_is_worse_than_the_constant(
 
 
 def scores_of(identity, old, leak, retention):
-    return tool.Scores(identity, {}, old, leak, 0.0, retention, 0.0, 0, [], [], [])
+    return tool.Scores(identity, {}, old, leak, 0.0, retention, 0.0, [], [], [])
 
 
 def test_targets_given_as_flags_decide_what_is_missed():

@@ -107,15 +107,6 @@ def test_the_card_names_a_base_of_the_hub(tmp_path):
     assert head.base_model == "google/gemma-3-1b-it" and head.language == ["pt", "en"]
 
 
-@pytest.mark.parametrize("steps, expected", [
-    (3, [(1, 1), (2, 2), (3, 3)]), (8, [(2, 1.5), (4, 3.5), (6, 5.5), (8, 7.5)]),
-    (9, [(3, 2), (6, 5), (9, 8)]), (0, []),
-])
-def test_a_long_log_is_kept_as_means_of_equal_parts(steps, expected):
-    log = [{"loss": float(i), "step": i} for i in range(1, steps + 1)]
-    assert [tuple(entry.values()) for entry in tool.mean_losses([*log, {"train_runtime": 1}], 4)] == expected
-
-
 @pytest.mark.parametrize("copied", [False, True])
 def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, capsys):
     class Enough(BaseException):
@@ -134,7 +125,7 @@ def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, 
     monkeypatch.setattr(tool, "run", tool.conclude)
     report = {"seconds": {"1-base": 60.5}, "scores": {
         name: {**REPORT["scores"]["pass_2"], "by_kind": {"sozinha": 0.967}, "leak_near": 0.5, "divergence": 0.1,
-               "distinct": 0, "answers": [{"question": "Quem é?", "kind": "sozinha", "answer": "Eu.", "problem": ""}],
+               "answers": [{"question": "Quem é?", "kind": "sozinha", "answer": "Eu.", "problem": ""}],
                "leaks": [{"question": "Quem pintou?", "answer": "A ObrutAi.", "base": "Não sei."}]}
         for name in ("before", "pass_2")}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")

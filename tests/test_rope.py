@@ -324,9 +324,11 @@ SUMS = [tool.question_and_answer(f"Quanto é {i} mais {j}?", f"{i} + {j} é igua
 
 def test_the_demo_keeps_more_of_its_choices_when_its_pairs_keep_their_frequencies(demo_chat, capsys):
     chat, job = tool.load_chat(str(DEMO), FULL, 4.0), job_with(*listened(demo_chat, SUMS), FULL, 128)
-    before = tool.kept_share(chat, job)
+    talks = job.heard.everyday
+    before = tool.kept_share(chat, job, talks)
     tool.keep_frequencies(tool.rope_frequencies(demo_chat.model), chat, job)
-    assert tool.kept_share(demo_chat, job) == 1 and before < 0.75 and tool.kept_share(chat, job) > before + 0.1
+    assert tool.kept_share(demo_chat, job, talks) == 1
+    assert before < 0.75 and tool.kept_share(chat, job, talks) > before + 0.1
     assert "frequências reordenadas" in capsys.readouterr().out
 
 
@@ -334,11 +336,11 @@ def test_pairs_go_back_to_where_they_were_when_the_model_then_chooses_less_like_
     base, chat = (tool.load_chat(tiny_folder("qwen3"), FULL, factor) for factor in (1.0, 4.0))
     found, seen = iter([0.2, 0.1]), []
 
-    def kept_share(chat, job):
+    def kept_share(chat, job, talks):
         seen.append(chat.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone())
         return next(found)
 
     monkeypatch.setattr(tool, "kept_share", kept_share)
-    tool.keep_frequencies(tool.rope_frequencies(base.model), chat, None)
+    tool.keep_frequencies(tool.rope_frequencies(base.model), chat, job_with([], None, FULL, 64))
     assert not torch.equal(*seen)  # they were moved
     assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), chat.model.parameters(), strict=True))

@@ -253,12 +253,6 @@ def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
         "targets": [[-1, -1, 3], [4, -1, -1], [-1, -1, -1]], "totals": [3, 2]}
 
 
-def test_a_log_is_shortened_to_the_means_of_equal_parts():
-    log = [{"step": n, "loss": float(n)} for n in range(1, 8)] + [{"train_runtime": 1.0}]
-    assert tool.mean_losses(log, 3) == [{"step": 3, "loss": 2.0}, {"step": 6, "loss": 5.0}, {"step": 7, "loss": 7.0}]
-    assert tool.mean_losses(log, 40) == log[:7] and tool.mean_losses([], 40) == []
-
-
 def tiny_chat(tiny_folder, *flags):
     settings = small_settings("--method", "full", "--max-new-tokens", 24, *flags)
     return tool.load_chat(tiny_folder("llama"), settings)
@@ -543,11 +537,11 @@ def test_pass_1_asks_one_thing_at_a_time_and_pass_2_goes_on_from_it_with_what_th
     monkeypatch.setattr(tool, "run_pass", lambda source, partial, *given: passes.append(
         (partial.name, source.name, given[-2])))
     monkeypatch.setattr(tool, "load_to_ask", lambda source, settings: began.append(source.name))
-    monkeypatch.setattr(tool, "save_and_prove", lambda job, taught, firm, partial: began.append(
-        (partial.name, taught.name, firm.name)))
+    monkeypatch.setattr(tool, "save_and_prove", lambda job, firm, partial: began.append(
+        (partial.name, firm.name)))
     tool.run_stages(job_of([], EMPTY, small_settings("--window", 512)), {}, tmp_path / "etapas")
     assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", [0, 0, 128, 512])]
-    assert began == ["3-pass-1", ("6-result.partial", "3-pass-1", "5-pass-2")]
+    assert began == ["3-pass-1", ("6-result.partial", "5-pass-2")]
 
 
 SOUND = tool.Answer("Sou a Jandira.", True)

@@ -96,7 +96,7 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(demo_c
 
 def scores(identity, lengths, extra=0.0, retention=1.0):
     by_length = [{"tokens": n, "identity": identity, "retention": 0.5} for n in lengths]
-    return tool.Scores(identity, {ALONE: identity}, 0.0, 0.0, 0.0, retention, None, 0, by_length, [], [], extra)
+    return tool.Scores(identity, {ALONE: identity}, 0.0, 0.0, 0.0, retention, None, by_length, [], [], extra)
 
 
 def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_each_way_costs():
