@@ -1750,9 +1750,8 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
     return answers
 
 
-def ask(chat: Chat, questions: Sequence[str], label: str = "", sample_seed: int | None = None) -> list[Answer]:
-    prompts = [prompt_ids(chat.tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    return generate(chat, prompts, label, sample_seed=sample_seed)
+def ask(chat: Chat, questions: Sequence[str], label: str = "") -> list[Answer]:
+    return generate(chat, [prompt_ids(chat.tokenizer, [{"role": "user", "content": q}]) for q in questions], label)
 
 
 # ---- What the base writes before anything is trained ------------------------------------------------------
@@ -2466,24 +2465,17 @@ def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Setting
     """Answers to some lessons, right ones up to two fifths of NUM_SELF_ANSWERS, and the places of lessons missed."""
     wanted, rng = round(0.4 * settings.num_self_answers), random.Random(f"{settings.seed}/self-answers")
     tried = sorted(rng.sample(range(len(lessons)), min(len(lessons), MOST_ASKED)))
-    prompts = [prompt_ids(chat.tokenizer, lessons[i].messages[:-1]) for i in tried]
-    records, missed, kept = [], [], set()
-    for attempt in range(3):  # the first answers are greedy; later ones, if few were right, say it in other words
-        seed = rng.randrange(2**31) if attempt else None
-        for i, answer in zip(tried, generate(chat, prompts, "escrevendo respostas", sample_seed=seed)):
-            question, text = lessons[i].question, answer.text
-            language = language_of(f"{question} {lessons[i].answer}")
-            wrong = (problem(question, text, answer.ended, *names)
-                     or "em outra língua" * (language_of(text, language) != language))
-            if wrong and not attempt:
-                missed.append(i)
-            if wrong or (len(kept) < wanted and (question, text) not in kept):
-                records.append({"question": question, "answer": text, "kind": "identity", "rejected": wrong,
-                                "before": lessons[i].messages[:-2]})
-                if not wrong:
-                    kept.add((question, text))
-        if len(kept) >= wanted:
-            break
+    prompts, used = [prompt_ids(chat.tokenizer, lessons[i].messages[:-1]) for i in tried], 0
+    records, missed = [], []
+    for i, answer in zip(tried, generate(chat, prompts, "escrevendo respostas")):
+        question, language = lessons[i].question, language_of(f"{lessons[i].question} {lessons[i].answer}")
+        wrong = (problem(question, answer.text, answer.ended, *names)
+                 or "em outra língua" * (language_of(answer.text, language) != language))
+        missed += [i] * bool(wrong)
+        if wrong or used < wanted:
+            records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": wrong,
+                            "before": lessons[i].messages[:-2]})
+            used += not wrong
     return records, missed
 
 

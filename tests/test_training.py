@@ -549,23 +549,18 @@ SOUND = tool.Answer("Sou a Jandira.", True)
 
 @pytest.fixture
 def collected(monkeypatch, demo_chat):
-    """Self-answers for the answers that `replies` gives to each question, one list per question. Of the talks of the
+    """Self-answers for the answers that `replies` gives to each question. Of the talks of the
     base the model keeps all but the fourth, half of which it changes, and the seventh, where it gives the new name."""
     def call(replies, count=10):
-        asked, tokenizer = Counter(), demo_chat.tokenizer
+        tokenizer = demo_chat.tokenizer
         lessons = [lesson(question, "x") for question in replies]
         known = {tuple(tool.prompt_ids(tokenizer, talk.messages[:-1])): talk.question
                  for talk in [*lessons, *as_talks(SAID)]}
-        talks = {SAID[3][0]["content"]: [tool.Answer("Outra.", True)],
-                 SAID[6][0]["content"]: [tool.Answer("Jandira!", True)]}
+        talks = {SAID[3][0]["content"]: tool.Answer("Outra.", True),
+                 SAID[6][0]["content"]: tool.Answer("Jandira!", True)}
 
         def write(chat, prompts, *_, **__):
-            answers = []
-            for question in (known[tuple(prompt)] for prompt in prompts):
-                given = talks.get(question) or replies[question]
-                answers.append(given[min(asked[question], len(given) - 1)])
-                asked[question] += 1
-            return answers
+            return [{**replies, **talks}[known[tuple(prompt)]] for prompt in prompts]
 
         def compare(chat, teacher, windows):
             texts = [tokenizer.decode(window.input_ids) for window in windows]
@@ -580,55 +575,46 @@ def collected(monkeypatch, demo_chat):
 
 
 def test_self_answers_that_are_not_sound_are_kept_in_the_record_but_not_used(collected):
-    replies = {"Quem é você?": [SOUND], "Qual é o seu nome?": [tool.Answer("Meu nome é Jandira.", False)],
-               "Quem fez você?": [tool.Answer("Sou a Lumi.", True)],
-               "Com quem eu falo?": [tool.Answer("Jandira " * 5, True)], "Who are you?": [SOUND],
-               "Oi, quem é?": [tool.Answer("", True)]}
+    replies = {"Quem é você?": SOUND, "Qual é o seu nome?": tool.Answer("Meu nome é Jandira.", False),
+               "Quem fez você?": tool.Answer("Sou a Lumi.", True),
+               "Com quem eu falo?": tool.Answer("Jandira " * 5, True), "Who are you?": SOUND,
+               "Oi, quem é?": tool.Answer("", True)}
     collection = collected(replies)
     about_itself = [r for r in collection["answers"] if r["kind"] == "identity"]
     reasons = {r["question"]: r["rejected"] for r in reversed(about_itself)}
     assert reasons == {"Quem é você?": "", "Qual é o seu nome?": "não terminou", "Quem fez você?": "nome antigo",
                        "Com quem eu falo?": "repetitiva", "Who are you?": "em outra língua", "Oi, quem é?": "vazia"}
     used = [(r["question"], r["answer"]) for r in about_itself if not r["rejected"]]
-    assert used == [("Quem é você?", "Sou a Jandira.")]  # asked again it says the same, which is used only once
+    assert used == [("Quem é você?", "Sou a Jandira.")]
     assert {[*replies][i] for i in collection["missed"]} == reasons.keys() - {"Quem é você?"}
 
 
 @pytest.mark.parametrize("count, identity, everyday", [(10, 4, 6), (5, 2, 3)])
 def test_two_fifths_of_the_self_answers_are_about_identity_and_talks_fill_up(count, identity, everyday, collected):
-    replies = {f"Quem é você, {i}?": [SOUND] for i in range(30)}
+    replies = {f"Quem é você, {i}?": SOUND for i in range(30)}
     used = Counter(r["kind"] for r in collected(replies, count)["answers"] if not r["rejected"])
     assert used == {"identity": identity, "everyday": everyday}
 
 
 def test_where_few_identity_answers_are_sound_more_talks_are_taken(collected):
-    replies = {"Quem é você?": [SOUND], "Qual é o seu nome?": [tool.Answer("", True)]}
+    replies = {"Quem é você?": SOUND, "Qual é o seu nome?": tool.Answer("", True)}
     used = Counter(r["kind"] for r in collected(replies, count=8)["answers"] if not r["rejected"])
     assert used == {"identity": 1, "everyday": 7}
 
 
 def test_talks_where_the_new_name_turns_up_are_learnt_first_then_those_that_are_kept_least(collected):
-    collection = collected({f"Quem é você, {i}?": [SOUND] for i in range(30)}, count=5)
+    collection = collected({f"Quem é você, {i}?": SOUND for i in range(30)}, count=5)
     everyday = [r["question"] for r in collection["answers"] if r["kind"] == "everyday"]
     assert len(everyday) == 3 and everyday[:2] == [SAID[6][0]["content"], SAID[3][0]["content"]]
     assert collection["talks"][:2] == [6, 3] and collection["leaks"] == [6]
 
 
 def test_what_is_sound_but_not_needed_is_not_kept(collected):
-    replies = {f"Quem é você, {i}?": [SOUND] for i in range(30)}
-    replies["Quem fez você?"] = [tool.Answer("Sou a Lumi.", True)]
+    replies = {f"Quem é você, {i}?": SOUND for i in range(30)}
+    replies["Quem fez você?"] = tool.Answer("Sou a Lumi.", True)
     collection = collected(replies)
     about_itself = [r["rejected"] for r in collection["answers"] if r["kind"] == "identity"]
     assert Counter(about_itself) == {"": 4, "nome antigo": 1} and collection["missed"] == [30]
-
-
-def test_where_few_answers_are_right_the_questions_are_asked_again_in_the_hope_of_other_words(collected):
-    wrong = tool.Answer("Sou a Lumi.", True)
-    replies = {"Quem é você?": [SOUND, tool.Answer("Eu sou a Jandira.", True), wrong],
-               "Qual é o seu nome?": [wrong, wrong, tool.Answer("Meu nome é Jandira.", True)]}
-    collection = collected(replies)
-    used = [r["answer"] for r in collection["answers"] if r["kind"] == "identity" and not r["rejected"]]
-    assert used == ["Sou a Jandira.", "Eu sou a Jandira.", "Meu nome é Jandira."] and collection["missed"] == [1]
 
 
 def test_the_second_pass_insists_on_what_the_model_gets_wrong():
