@@ -1898,17 +1898,18 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
 
 
 def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
-    write_json(folder / "heard.json", {**heard._asdict(), "names": heard.names._asdict(), **{
-        key: [talk._asdict() for talk in getattr(heard, key)] for key in ("everyday", "held_out")}})
+    write_json(folder / "heard.json", heard)  # records become lists
     tensor_files.save_file(teacher._asdict(), folder / "teacher.safetensors")
 
 
 def read_heard(folder: Path) -> tuple[Heard, Teacher]:
-    said = load_json(folder / "heard.json")
-    names = Names(**{**said["names"], "old": tuple(said["names"]["old"])})
-    talks = ([Talk(**talk) for talk in said[key]] for key in ("everyday", "held_out"))
+    names, questions, *talks = load_json(folder / "heard.json")
     teacher = Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
-    return Heard(names, said["identity_questions"], *talks), teacher
+    return Heard(read_names(names), questions, *([Talk(*talk) for talk in some] for some in talks)), teacher
+
+
+def read_names(saved: list) -> Names:
+    return Names(*saved[:2], tuple(saved[2]))
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -3210,17 +3211,16 @@ def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
     """exam.json and exam.safetensors: all that it takes to measure the model again."""
     talks, rows = [], []
     for tokens, talk in exam.talks:
-        talks.append((tokens, talk._replace(row=len(rows))._asdict()))
+        talks.append((tokens, talk._replace(row=len(rows))))
         rows += range(talk.row, talk.row + len(talk.ids))
-    write_json(folder / "exam.json", {"questions": exam.questions, "talks": talks, "names": names._asdict()})
+    write_json(folder / "exam.json", {"questions": exam.questions, "talks": talks, "names": names})
     tensor_files.save_file({key: value[rows] for key, value in teacher._asdict().items()}, folder / "exam.safetensors")
 
 
 def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
     saved = load_json(folder / "exam.json")
-    exam = Exam([*map(tuple, saved["questions"])], [(tokens, Talk(**talk)) for tokens, talk in saved["talks"]])
-    names = Names(**{**saved["names"], "old": tuple(saved["names"]["old"])})
-    return exam, names, Teacher(**tensor_files.load_file(folder / "exam.safetensors"))
+    exam = Exam([*map(tuple, saved["questions"])], [(tokens, Talk(*talk)) for tokens, talk in saved["talks"]])
+    return exam, read_names(saved["names"]), Teacher(**tensor_files.load_file(folder / "exam.safetensors"))
 
 
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
@@ -3315,11 +3315,6 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
     return "".join(said).strip(), tokens.shape[1] > len(ids) and tokens[0, -1].item() in chat.stops
 
 
-def note(text: str) -> None:
-    """What is not an answer goes to stderr, so that a pipe gets answers alone."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def read_line(person: bool) -> str | None:
     """The next thing that the user says; None when there is no more."""
     while True:
@@ -3329,7 +3324,7 @@ def read_line(person: bool) -> str | None:
             print(end="\n" * person)
             return None
         except KeyboardInterrupt:
-            note("\nPara sair, escreva /sair.")
+            print("\nPara sair, escreva /sair.", file=sys.stderr)
 
 
 def talk(settings: Settings, folder: Path) -> int:
@@ -3339,6 +3334,7 @@ def talk(settings: Settings, folder: Path) -> int:
         import readline  # noqa: F401
     context = context_of(chat.model.config)
     limit = context - min(settings.max_new_tokens, context // 2)  # of a prompt, so that there is room for an answer
+    note = functools.partial(print, file=sys.stderr, flush=True)  # so that a pipe gets answers alone
     commands = "/sistema TEXTO diz a ele como ser, /limpar recomeça, /ajuda mostra isto, /sair sai; Ctrl-C cala."
     for number in [signal.SIGTERM] + [signal.SIGINT] * (not person):  # these end the program as they end any other
         signal.signal(number, signal.SIG_DFL)
