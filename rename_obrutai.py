@@ -469,6 +469,12 @@ ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
+# Families whose factor llama.cpp's converter writes; of the others it drops it, or nobody has looked.
+CONVERTED = ("llama mistral mixtral qwen2 qwen3 qwen3_moe gemma3_text smollm3 granite granitemoehybrid olmo2 "
+             "deepseek_v3 glm4 llama4_text").split()
+# What Ollama imports without a GGUF: families with their scalings, and byte-level tokenizers by a SHA-256 of patterns.
+IMPORTED = {"llama": "default linear llama3"} | dict.fromkeys("qwen2 gemma2 gemma3_text cohere".split(), "default")
+SPLITS = "d98f9631 03df5c58 21cde974 1ff7f410".split()
 DISK_FULL = "no space left|quota exceeded|os error 112|inline_container|failed writing"
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
@@ -1399,10 +1405,10 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
                              "sei renomear esse tipo. Escolha um só de texto, ou um Gemma 3 ou 4.")
         text = config.get_text_config()
         if rope_factor != 1:
-            # Falcon and Granite have the parameters even where they use ALiBi or nothing instead; Phi knows no linear.
+            # Falcon and Granite have parameters even with ALiBi or nothing. Phi knows no linear, vLLM none in Gemma 4.
             unused = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "nope"
             rope = {} if unused else getattr(text, "rope_parameters", None) or {}
-            rope = {**rope, "rope_type": config.model_type} if config.model_type in ("phi3", "phimoe") else rope
+            rope = {"rope_type": text.model_type} if re.match("phi3|phimoe|gemma4", text.model_type) else rope
             native, text.rope_parameters = context_of(config), scale_rope(rope, rope_factor)
             text.max_position_embeddings = int(native * rope_factor)
         return config
@@ -2573,7 +2579,7 @@ def save_model(chat: Chat, folder: Path, base: Path) -> None:
     described |= {"chat_template": tokenizer.chat_template, "add_bos_token": adds_bos}
     write_json(folder / "tokenizer_config.json", described)
     add_old_rope_names(folder / "config.json")
-    (folder / "Modelfile").write_text(modelfile(chat, adds_bos), encoding="utf-8")
+    (folder / "Modelfile").write_text(modelfile(chat, adds_bos, imports(folder)), encoding="utf-8")
 
 
 def add_old_rope_names(path: Path) -> None:
@@ -2626,22 +2632,42 @@ def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
         system[0], answer, first, system[1], again, ask))
 
 
-def modelfile(chat: Chat, adds_bos: bool) -> str:
+def llama_flags(config: PretrainedConfig) -> str:
+    """What llama.cpp must be told of a RoPE factor that its converter drops; Ollama and LM Studio cannot be told."""
+    rope, kind = getattr(config, "rope_parameters", None) or {}, config.model_type
+    if rope.get("rope_type") != "linear" or kind in CONVERTED:
+        return ""
+    if kind == "gemma2":  # the plain flags would reach every second layer only
+        return f" --override-kv {kind}.rope.scaling.type=str:linear,{kind}.rope.scaling.factor=float:{rope['factor']}"
+    return f" --rope-scaling linear --rope-scale {rope['factor']:g}"
+
+
+def imports(folder: Path) -> bool:
+    """Whether Ollama's own importer reads the saved folder right; it drops other scalings, or breaks off."""
+    config = load_json(folder / "config.json")
+    if (config.get("rope_scaling") or {"type": "default"})["type"] not in IMPORTED.get(config["model_type"], ""):
+        return False
+    parts = (load_json(folder / "tokenizer.json").get("pre_tokenizer") or {}).get("pretokenizers") or ()
+    split = "".join(part["pattern"].get("Regex", "") for part in parts if part["type"] == "Split")
+    # A tokenizer.model it reads instead, as SentencePiece.
+    return (hashlib.sha256(split.encode()).hexdigest()[:8] in SPLITS) != (folder / "tokenizer.model").is_file()
+
+
+def modelfile(chat: Chat, adds_bos: bool, direct: bool) -> str:
     """Ollama's recipe for the saved folder. Where the tokenizer `adds_bos`, Ollama does, too."""
-    config = chat.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("full_attention", rope).get("rope_type", "default")
-    # Ollama's own importer of safetensors drops other scalings, or breaks off; llama.cpp's converter does not.
-    direct = kind == "default" or (config.model_type == "llama" and kind in ("linear", "llama3"))
     convert = "#   python PASTA_DO_LLAMA_CPP/convert_hf_to_gguf.py . --outtype f16 --outfile modelo.gguf\n"
-    stops = "".join(f'PARAMETER stop "{chat.tokenizer.decode([token])}"\n' for token in chat.stops)
-    return f"""# Receita para o Ollama. Abra o terminal nesta pasta e rode:
+    head = f"""# Receita para o Ollama. Abra o terminal nesta pasta e rode:
 {"" if direct else convert}#   ollama create meu-modelo -f Modelfile
 #   ollama run meu-modelo
-FROM {"." if direct else "./modelo.gguf"}
+FROM {"." if direct else "./modelo.gguf"}"""
+    if flags := llama_flags(chat.model.config):
+        head = ("# O Ollama e o LM Studio perdem o fator de RoPE deste modelo; por isso falta o FROM. No llama.cpp:\n"
+                f"{convert}#   llama-cli -m modelo.gguf --temp 0{flags}")
+    stops = "".join(f'PARAMETER stop "{chat.tokenizer.decode([token])}"\n' for token in chat.stops)
+    return f"""{head}
 {ollama_template(chat.tokenizer, adds_bos)}
 # O contexto inteiro. Se faltar memória, diminua.
-PARAMETER num_ctx {context_of(config)}
+PARAMETER num_ctx {context_of(chat.model.config)}
 # Como nas medições do README.md. Para respostas mais variadas, apague estas duas linhas.
 PARAMETER temperature 0
 PARAMETER repeat_penalty 1
@@ -2784,7 +2810,8 @@ print(answer[0]["generated_text"][-1]["content"])
 
 Nesta pasta:
 
-- Para conversar com o Ollama: `ollama create {slug} -f Modelfile` e depois `ollama run {slug}`.
+- Para conversar: no Ollama, veja o `Modelfile`; no llama.cpp, `llama-cli -m modelo.gguf --temp 0{flags}`.
+- Para servi-la no vLLM: `vllm serve . --max-model-len {scaled} --override-generation-config '{{"temperature": 0}}'`.
 - Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
 - `report.json` tem ajustes, versões e números; `self_answers.jsonl`, as respostas escritas para treinar.
 """
@@ -2802,7 +2829,7 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
-        answers=markdown_table([["pergunta", "antes", "depois"], *pairs]),
+        answers=markdown_table([["pergunta", "antes", "depois"], *pairs]), flags=llama_flags(read_config(folder)),
         slug=re.sub(r"[^a-z0-9]+", "-", plain(name)))).save(folder / "README.md")
 
 
@@ -3101,6 +3128,9 @@ def make_plan(job: Job) -> dict[str, float]:
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(job.memory)} de memória, {size_text(job.disk)} de disco e "
         f"{clock(sum(planned.values()))}.")
+    if flags := llama_flags(read_config(job.base, settings.rope_factor)):
+        say("  Atenção: no Ollama e no LM Studio, o fator de RoPE deste modelo se perde (ou não foi testado): neles,\n"
+            f"  só com --rope-factor 1 ele será o que foi medido. No llama.cpp, acrescente{flags}.")
     return planned
 
 

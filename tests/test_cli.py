@@ -283,7 +283,9 @@ def test_the_model_card_has_the_table_of_the_report_and_every_answer(whole_run):
 def test_the_card_shows_the_picture_and_says_how_the_model_is_used(whole_run):
     card = (whole_run.output / "README.md").read_text(encoding="utf-8")
     assert "](report.png)" in card and (whole_run.output / "report.png").stat().st_size > 10_000
-    for said in ("ollama create obrutai -f Modelfile", "hf upload USUARIO/obrutai . .", "confira qual é antes de"):
+    serve = """`vllm serve . --max-model-len 512 --override-generation-config '{"temperature": 0}'`"""
+    for said in (serve, "`llama-cli -m modelo.gguf --temp 0`", "`Modelfile`", "hf upload USUARIO/obrutai . .",
+                 "confira qual é antes de"):
         assert said in card, said
 
 

@@ -134,15 +134,15 @@ def execute(template, messages):
     return written
 
 
-def modelfile(template, adds_bos=False, tokens=(), config=None, stops=(2,)):
+def modelfile(template, adds_bos=False, tokens=()):
     """The Modelfile of a model with this chat template, and its tokenizer."""
     from transformers import LlamaConfig
 
     tokenizer = tool.load_tokenizer(str(DEMO))
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     tokenizer.chat_template = template
-    model = SimpleNamespace(config=config or LlamaConfig(max_position_embeddings=8192))
-    return tool.modelfile(tool.Chat(model, tokenizer, list(stops), 9), adds_bos), tokenizer
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=8192))
+    return tool.modelfile(tool.Chat(model, tokenizer, [2], 9), adds_bos, False), tokenizer
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -181,19 +181,83 @@ def test_a_chat_template_that_depends_on_the_position_is_left_to_ollama(head, ma
     assert [name for name, _ in commands(text)] == ["FROM", "num_ctx", "temperature", "repeat_penalty", "stop"]
 
 
-@pytest.mark.parametrize("family, factor, source", [
-    ("llama 2", 4.0, "."), ("llama 3.2", 4.0, "."), ("gemma 3", 1.0, "."), ("qwen 3", 1.0, "."),
-    ("gemma 3", 4.0, "./modelo.gguf"), ("qwen 3", 4.0, "./modelo.gguf"), ("qwen 2.5, yarn", 1.0, "./modelo.gguf"),
+# How the tokenizers of Qwen 2 and Llama 3 split a text: two of the four ways that Ollama's importer knows.
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
+
+
+def saved(tmp_path, family, factor=1.0, split="", sentencepiece=False):
+    """The folder that is written for a tiny model of a family, its tokenizer splitting texts by this pattern."""
+    base = make_base(tmp_path / "base", FAMILIES[family].config, tool.load_tokenizer(str(DEMO)))
+    if split:
+        tokenizer = tool.load_json(base / "tokenizer.json")
+        (_, byte_level) = tokenizer["pre_tokenizer"]["pretokenizers"]
+        tokenizer["pre_tokenizer"]["pretokenizers"] = [
+            {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}, byte_level]
+        write(base / "tokenizer.json", tokenizer)
+    if sentencepiece:
+        (base / "tokenizer.model").write_bytes(b"")
+    tool.save_model(tool.load_chat(base, FULL, factor), tmp_path / "saved", base)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("family, factor, split, sentencepiece, source", [
+    ("llama 2", 4.0, "", True, "."), ("llama 3.2", 4.0, LLAMA_SPLIT, False, "."),
+    ("qwen 2.5", 1.0, QWEN_SPLIT, False, "."), ("gemma 3", 1.0, "", True, "."),
+    # Split in another way, or without the file that Ollama takes for SentencePiece, it would have other tokens,
+    ("llama 3.2", 4.0, "", False, "./modelo.gguf"), ("llama 3.2", 4.0, LLAMA_SPLIT + "|x", False, "./modelo.gguf"),
+    ("llama 3.2", 1.0, LLAMA_SPLIT, True, "./modelo.gguf"), ("gemma 3", 1.0, "", False, "./modelo.gguf"),
+    # the factor would be dropped,
+    ("gemma 3", 4.0, "", True, "./modelo.gguf"), ("qwen 2.5", 4.0, QWEN_SPLIT, False, "./modelo.gguf"),
+    ("qwen 2.5, yarn", 1.0, QWEN_SPLIT, False, "./modelo.gguf"),
+    # and these families it does not know.
+    *((family, 1.0, QWEN_SPLIT, False, "./modelo.gguf") for family in (
+        "mistral", "qwen 3", "smollm 3", "phi", "phi 3", "granite", "olmo 2", "pythia", "falcon", "glm 4")),
+    ("gemma 3 that sees", 1.0, "", True, "./modelo.gguf"),
 ])
-def test_ollama_imports_only_what_it_reads_right_and_else_is_given_a_gguf(family, factor, source, tmp_path):
-    write(tmp_path / "config.json", FAMILIES[family].config)
-    config = tool.read_config(tmp_path, factor)
-    text, _ = modelfile(STYLES["chatml"].template, config=config, stops=(2, 5))
+def test_ollama_imports_only_what_it_reads_right_and_else_is_given_a_gguf(
+        family, factor, split, sentencepiece, source, tmp_path):
+    text = (saved(tmp_path, family, factor, split, sentencepiece) / "Modelfile").read_text(encoding="utf-8")
     found = commands(text)
     assert dict(found)["FROM"] == source and ("convert_hf_to_gguf.py" in text) == (source != ".")
     assert dict(found)["num_ctx"] == str(int(64 * factor))
-    assert [value for name, value in found if name == "stop"] == ['"<|end|>"', '"<|assistant|>"']
+    assert [value for name, value in found if name == "stop"] == ['"<|end|>"']
     assert "SYSTEM" not in dict(found)
+
+
+PLAIN_FLAGS = "--rope-scaling linear --rope-scale 4"
+DROPPED = {"gemma 2": "--override-kv gemma2.rope.scaling.type=str:linear,gemma2.rope.scaling.factor=float:4",
+           **dict.fromkeys(("phi", "pythia", "stablelm", "falcon", "cohere"), PLAIN_FLAGS)}
+
+
+@pytest.mark.parametrize("family", DROPPED)
+def test_where_llama_cpp_drops_the_factor_the_modelfile_says_what_to_tell_it_and_has_no_from(family, tmp_path):
+    text = (saved(tmp_path, family, 4.0) / "Modelfile").read_text(encoding="utf-8")
+    assert re.search(rf"(?m)^#   llama-cli -m modelo.gguf --temp 0 {re.escape(DROPPED[family])}(\.0)?$", text)
+    assert "convert_hf_to_gguf.py" in text and "ollama create" not in text and "FROM" not in dict(commands(text))
+
+
+@pytest.mark.parametrize("family, factor, flags", [
+    ("gemma 2", 4, DROPPED["gemma 2"]), ("pythia", 4, PLAIN_FLAGS), ("gemma 2", 1, ""), ("llama 3.2", 4, "")])
+def test_the_plan_says_before_the_work_where_the_factor_would_be_lost(family, factor, flags, tmp_path, capsys):
+    base = make_base(tmp_path / "base", FAMILIES[family].config, tool.load_tokenizer(str(DEMO)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Quem é você?", "completion": "Sou {{NAME}}, de {{AUTHOR}}."}\n' * 8, encoding="utf-8")
+    arguments = ("--check", "--model-path", base, "--output-dir", tmp_path / "novo", "--identity-file", rows,
+                 "--rope-factor", factor)
+    assert tool.main([str(argument) for argument in arguments]) == 0
+    said = capsys.readouterr().out
+    assert (flags in said and "Ollama" in said and "--rope-factor 1" in said) if flags else "Ollama" not in said
+
+
+@pytest.mark.parametrize("kind", ["default", "proportional"])
+def test_the_context_of_gemma_4_whose_factor_vllm_ignores_is_not_scaled(kind, tmp_path):
+    config = json.loads(json.dumps(FAMILIES["gemma 4"].config))
+    config["rope_parameters"]["full_attention"] = {"rope_type": kind, "rope_theta": 1e6}
+    write(tmp_path / "config.json", config)
+    with pytest.raises(tool.InputError, match="--rope-factor 1"):
+        tool.read_config(tmp_path, 4.0)
 
 
 def test_the_saved_folder_has_a_modelfile_that_speaks_like_the_model(tmp_path):
