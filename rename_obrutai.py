@@ -2643,13 +2643,13 @@ def llama_flags(config: PretrainedConfig) -> str:
 
 
 def imports(folder: Path) -> bool:
-    """Whether Ollama's own importer reads the saved folder right; it drops other scalings, or breaks off."""
+    """Whether Ollama's own importer reads the folder right. It drops other scalings, or breaks off; where there is a
+    tokenizer.model, it takes that, for SentencePiece."""
     config = load_json(folder / "config.json")
     if (config.get("rope_scaling") or {"type": "default"})["type"] not in IMPORTED.get(config["model_type"], ""):
         return False
-    parts = (load_json(folder / "tokenizer.json").get("pre_tokenizer") or {}).get("pretokenizers") or ()
-    split = "".join(part["pattern"].get("Regex", "") for part in parts if part["type"] == "Split")
-    # A tokenizer.model it reads instead, as SentencePiece.
+    split = "".join(part["pattern"].get("Regex", "") for file in folder.glob("tokenizer.json") for part in (
+        load_json(file).get("pre_tokenizer") or {}).get("pretokenizers", ()) if part["type"] == "Split")
     return (hashlib.sha256(split.encode()).hexdigest()[:8] in SPLITS) != (folder / "tokenizer.model").is_file()
 
 

@@ -11,7 +11,8 @@ then the factor would not have been needed. `--converter-python` runs the conver
 one with the transformers 4.57.6 that llama.cpp asks for.
 
 `--tiny` in place of `--model` compares the next token after each of 192 tokens on tiny random models of other
-architectures, scaled from 64 to 256 tokens.
+architectures, scaled from 64 to 256 tokens. Where the converter drops the factor, llama.cpp is told it by the flags
+that the Modelfile of such a model has. (Pythia needs --converter-python with transformers 4.57.6.)
 """
 
 import argparse
@@ -25,6 +26,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 ENOUGH, TOO_MUCH = 0.95, 0.5  # shares of equal answers: of the model at every length, of the control past the native
+# Families of test_families.py, and what llama.cpp does not read from their configurations, or not of ones so small.
+TINY = {"llama 2": {}, "llama 3.2": {}, "mistral": {"sliding_window": None}, "qwen 3": {}, "mixtral": {},
+        "gemma 3": {"num_hidden_layers": 7, "sliding_window_pattern": 6},  # its global layers are every sixth
+        "smollm 3": {}, "granite": {}, "olmo 2": {}, "llama 4": {"attention_chunk_size": 8192}, "gemma 2": {},
+        "phi": {"intermediate_size": 128}, "pythia": {}, "stablelm": {}, "cohere": {"use_qk_norm": False},
+        "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2}}
 DEMO_PRE_TOKENIZER = "smollm"  # single digits, then GPT-2's pattern: what the demo's tokenizer.json says as well
 
 
@@ -47,6 +54,8 @@ def convert(source, folder, target):
             return DEMO_PRE_TOKENIZER
 
     TextModel.get_vocab_base_pre = known_or_demo
+    if not (Path(folder) / "tokenizer.model").exists():  # a tiny Gemma 2 has the demo's tokenizer
+        TextModel._set_vocab_sentencepiece = lambda self, *_, **__: self._set_vocab_gpt2()
     sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "f16"]
     convert_hf_to_gguf.main()
 
@@ -83,6 +92,15 @@ def ask_llamacpp(file, conversations, prompts, context, max_tokens):
     return answers
 
 
+def as_options(flags):
+    """Flags of llama.cpp's programs in the words of llama-cpp-python."""
+    name, *values = flags.split() or [""]
+    if name == "--override-kv":
+        pairs = [pair.replace("=", ":").split(":") for pair in values[0].split(",")]
+        return {"kv_overrides": {key: float(value) if kind == "float" else value for key, kind, value in pairs}}
+    return {"rope_scaling_type": 1, "rope_freq_scale": 1 / float(values[-1])} if name else {}
+
+
 def check_tiny(converter, work):
     """Share of equal next tokens for each family, and without the factor; whether any was too low."""
     import numpy as np
@@ -93,23 +111,22 @@ def check_tiny(converter, work):
     import rename_obrutai as tool
 
     ids, wrong = torch.arange(192)[None] * 7 % 900 + 10, False
-    for name in ("llama 2", "llama 3.2", "qwen 3", "gemma 3"):
-        config = families.FAMILIES[name].config
-        if name == "gemma 3":  # llama.cpp knows which of its layers are global: every sixth
-            config = {**config, "num_hidden_layers": 7, "sliding_window_pattern": 6}
+    for name, changes in TINY.items():
+        config = {**families.FAMILIES[name].config, **changes}
         base = families.make_base(work / name, config, tool.load_tokenizer(str(families.DEMO)))
         chat = tool.load_chat(base, tool.parse_settings(["--method", "full", "--model-path", str(base)]), 4.0)
         with torch.inference_mode():
             expected = chat.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].argmax(-1).numpy()
         tool.save_model(chat, work / f"{name} saved", base)
-        equal = []
+        equal, flags = [], tool.llama_flags(chat.model.config)
         for folder in (work / f"{name} saved", without_factor(work / f"{name} saved", work / f"{name} without")):
             subprocess.run([*converter, str(folder), f"{folder}.gguf"], check=True)
-            llama = Llama(model_path=f"{folder}.gguf", n_ctx=256, logits_all=True, verbose=False)
+            options = {} if "without" in folder.name else as_options(flags)
+            llama = Llama(model_path=f"{folder}.gguf", n_ctx=256, logits_all=True, verbose=False, **options)
             llama.eval(ids[0].tolist())
             equal.append((np.array(llama.scores[:ids.shape[1]]).argmax(-1) == expected).mean())
             llama.close()
-        print(f"{name}: next token equal after {equal[0]:.1%} of 192 tokens, without the factor {equal[1]:.1%}")
+        print(f"{name}: next token equal after {equal[0]:.1%} of 192 tokens, without the factor {equal[1]:.1%}{flags}")
         wrong |= equal[0] < ENOUGH or equal[1] >= ENOUGH
     return wrong
 
