@@ -238,6 +238,18 @@ def test_where_llama_cpp_drops_the_factor_the_modelfile_says_what_to_tell_it_and
     assert "convert_hf_to_gguf.py" in text and "ollama create" not in text and "FROM" not in dict(commands(text))
 
 
+def test_the_card_has_the_command_of_llama_cpp_with_what_it_must_be_told(tmp_path):
+    folder = saved(tmp_path, "stablelm", 4.0)
+    told = tool.Scores(1.0, {}, 0.0, 0.0, 0.0, 1.0, 0.0, 1, [{"tokens": 0, "identity": 1.0, "retention": 1.0}], [], [])
+    job = SimpleNamespace(base=tmp_path / "base", settings=FULL, inputs=SimpleNamespace(
+        rows=[tool.Row(1, tool.question_and_answer("Quem é você?", "Sou eu."))]))
+    tool.write_card(folder, job, {"base": "StableLM", "missed": [], "context": {"native": 64, "scaled": 256},
+                                  "scores": {"before": told._asdict(), "pass_2": told._asdict()}})
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"`llama-cli -m modelo.gguf --temp 0 {PLAIN_FLAGS}`" in card
+    assert """`vllm serve . --max-model-len 256 --override-generation-config '{"temperature": 0}'`""" in card
+
+
 @pytest.mark.parametrize("family, factor, flags", [
     ("gemma 2", 4, DROPPED["gemma 2"]), ("pythia", 4, PLAIN_FLAGS), ("gemma 2", 1, ""), ("llama 3.2", 4, "")])
 def test_the_plan_says_before_the_work_where_the_factor_would_be_lost(family, factor, flags, tmp_path, capsys):
