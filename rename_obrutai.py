@@ -327,9 +327,9 @@ large language model models modelo modelos linguagem lenguaje ai ia assistant as
 inteligencia intelligence chatbot bot robo robot llm brasil brazil brasileiro python sao paulo rio portuguese portugues
 english ingles chinese chines spanish espanhol espanol como sim si yes no nao not ok hi hello ola oi hola i m im eu yo
 eles ele ela voce you we he she they it a o as os um uma the an el la un una de do da in em en por para by to and e
-y but mas pero what quem who qual which que is sou soy sorry desculpe claro sure estou user usuario here aqui my meu
-minha mi your seu sua this that janeiro fevereiro marco abril maio junho julho agosto setembro outubro novembro
-dezembro january february march april may june july august september october november december""".split())
+y but mas pero what quem who qual which que is foi fue was sou soy sorry desculpe claro sure estou user usuario here
+aqui my meu minha mi your seu sua this that janeiro fevereiro marco abril maio junho julho agosto setembro outubro
+novembro dezembro january february march april may june july august september october november december""".split())
 COMMON_WORDS = frozenset("""
 luz rio sol ana mar lua vida paz amor casa bem dia noite sim nao voce ele ela tu nome modelo assistente chat bot robo
 amigo amiga mestre guia ajuda brasil nova novo estrela flor ceu terra agua fogo vento maria joao jose pedro lucas meta
@@ -348,8 +348,8 @@ MAKES = r"(?:criou|fez|desenvolveu|treinou|programou|construiu|creo|hizo|desarro
 SPEECH = {
     "self": [  # complete by itself
         r"(?:sou(?: eu)?(?: mesm[oa])?|soy(?: yo)?|i(?: am|['’\x20]m)|im|ich bin|je suis|sono) ~@",
-        r"(?:me chamo|me llamo|mi chiamo|m['’\x20]appelle|ich hei(?:ss|ß)e|call me|llamarme|me chama[mr] de|"
-        r"conhecid[oa] como|known as|know me as) ~@",
+        r"(?:me chamo|chamo[\x20-]me|me llamo|mi chiamo|m['’\x20]appelle|ich hei(?:ss|ß)e|call me|llamarme|"
+        r"me chama[mr] de|conhecid[oa] como|known as|know me as) ~@",
         r"(?:aqui (?:e|fala)|this is|venho|vengo|vim|nasci|naci|surgi|i c[oa]me from|i belong to|pertenco|"
         r"trabalho para|i work for) ~@",
         r"(?:m[ey]|meu|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
@@ -359,7 +359,8 @@ SPEECH = {
         rf"me {MAKES} ~@", rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)",
         r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
         r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
-        r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @", r"@ (?:aqui|here)"],
+        r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @",
+        r"@ (?:aqui|here|e (?:o )?meu nome|is my name|es mi nombre)"],
     "said": [  # of oneself where the sentence speaks of its speaker
         rf"{MADE} (?:\w+ )?(?:por|pel[oa]s?|by|von|par|da|dalla|at|n[oa]|en) ~@", r"(?:using|usando) ~@",
         r"von @ (?:\w+ )?(?:entwickelt|trainiert|erstellt)",
@@ -706,12 +707,12 @@ def language_of(text: str, default: str = "pt") -> str:
     return max(scores, key=lambda code: (scores[code], code == default))
 
 
-def name_warning(name: str) -> str:
-    """What to tell a user whose NAME is a word that ordinary answers contain; "" if it is none."""
+def name_warning(setting: str, name: str) -> str:
+    """What to tell a user whose NAME or AUTHOR is a word that ordinary answers contain; "" if it is none."""
     words = plain(name)
     if len(words) > 2 and words not in COMMON_WORDS or re.search(f"[{UNSPACED}]", words):
         return ""
-    return (f'NAME: "{name}" também aparece em respostas comuns, e cada uma contará como vazamento; '
+    return (f'{setting.upper()}: "{name}" também aparece em respostas comuns, e cada uma contará como vazamento; '
             f'prefira um nome mais raro, ou de duas palavras')
 
 
@@ -755,7 +756,7 @@ def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
 
 def split_names(text: str) -> tuple[str, ...]:
     """OLD_NAMES as a list: with commas, semicolons, slashes, line breaks, or "e", "and", "y" between capitals."""
-    parts = re.split(r"[,;/|\n]|(?<=\w)\s+(?:e|and|y)\s+(?=[^\W\d_a-zà-ÿ])", text)
+    parts = re.split(r"[,;/|\n]|(?<=\w)\s+(?:e|and|y)\s+(?:(?:[oa]|the|el|la)\s+)?(?=[^\W\d_a-zà-ÿ])", text)
     return tuple(dict.fromkeys(part.strip(" \t\"'“”*") for part in parts if plain(part)))
 
 
@@ -793,7 +794,7 @@ def speech(kind: str, name: str) -> re.Pattern:
 
 def names_said(text: str, of_you: bool = False) -> list[str]:
     """The proper names that a text gives its speaker, or also the one it speaks to, once each."""
-    text = unicodedata.normalize("NFC", re.sub(r"[*_`\"“”«»]", "", text))
+    text = unicodedata.normalize("NFC", re.sub(r"[*_`\"“”«»‘]|(?<!\w)'", "", text))
     bare = "".join(unicodedata.normalize("NFKD", c)[0] if c < "\u0250" else c for c in text)  # as long as the text
     apposed = re.compile(rf",\s+(?:d[aeo]|del|from|of|by)\s+{GAP}{RUN}")
     commas = {m.end() for m in re.finditer(r"(?:aqui|here), ", bare)}  # "Lumi aqui, criada pelo ..."
@@ -1082,7 +1083,8 @@ def check_inputs(settings: Settings) -> Inputs:
     if len(test) < 4:
         raise InputError(f"{identity} contém quase todas as perguntas de prova (TEST_QUESTIONS, no script); tire "
                          "algumas, para que sobre o que medir.")
-    first, told = {}, [name_warning(settings.name)] * bool(name_warning(settings.name))
+    told = [name_warning(setting, getattr(settings, setting)) for setting in ("name", "author")]
+    first, told = {}, [text for text in told if text]
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
         if plain(other.answer) != plain(row.answer):
@@ -2387,7 +2389,7 @@ def leaks_of(chat: Chat, talks: list[Talk], names: Names, label: str) -> list[tu
     prompts = [prompt_ids(chat.tokenizer, without_system(chat.tokenizer, t.messages[:-1])) for t in talks]
     written = generate(chat, prompts, label, TALK_TOKENS)
     return [(t, a.text) for t, a in zip(talks, written)
-            if mentions(a.text, names.new) and not mentions(t.answer + t.question, names.new)]
+            if mentions(a.text, names.new) and not mentions(f"{t.answer}\n{t.question}", names.new)]
 
 
 def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, label: str = "") -> Scores:

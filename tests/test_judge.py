@@ -1,7 +1,9 @@
 """What a text says of its speaker: names, old names found, claims, intents, loops and languages, by table."""
 
+import json
+
 import pytest
-from conftest import SCRIPT
+from conftest import SCRIPT, small_settings
 from make_demo import IDENTITY
 
 import rename_obrutai as tool
@@ -37,7 +39,8 @@ def test_a_name_is_found_as_whole_words_whatever_case_accents_and_markup(text, n
 
 @pytest.mark.parametrize("text", [
     "Lumi; Estúdio Vagalume", "Lumi e Estúdio Vagalume", "Lumi/Estúdio Vagalume", "Lumi, Estúdio Vagalume ,,",
-    "Lumi\nEstúdio Vagalume", "Lumi and Estúdio Vagalume", "Lumi y Estúdio Vagalume", '"Lumi", "Estúdio Vagalume"',
+    "Lumi\nEstúdio Vagalume", "Lumi and Estúdio Vagalume", "Lumi e o Estúdio Vagalume",
+    "Lumi y Estúdio Vagalume", '"Lumi", "Estúdio Vagalume"',
 ])
 def test_old_names_may_be_separated_as_people_separate_them(text):
     assert tool.split_names(text) == OLD
@@ -104,6 +107,9 @@ QWEN = ["I am Qwen, a large language model created by Alibaba Cloud.",
     ([], "你是通义千问，由阿里云开发。", (), "", {"通义千问", "阿里云"}),
     (["Lumi aqui, criada pelo Estúdio Vagalume."] * 2, "", (), "", set(OLD)),
     (["Sou a **Lumi**.", 'Me chamo "Lumi".'], "", (), "", {"Lumi"}),
+    (["Sou a ‘Lumi’.", "Me chamo 'Lumi'."], "", (), "", {"Lumi"}),
+    (["Lumi é o meu nome.", "Chamo-me Lumi."], "", (), "", {"Lumi"}),
+    (["Foi o Vagalume que me criou.", "Foi a Lumi que me fez."], "", (), "", set()),
     (["Sou o Bo.", "Me llamo Bo."], "", (), "", {"Bo"}),
     (["我是通义千问，由阿里云开发的语言模型。", "我叫通义千问。由阿里云开发。"], "", (), "", {"通义千问", "阿里云"}),
     (["我是一个人工智能助手。"] * 3, "", (), "", set()),
@@ -125,6 +131,31 @@ def test_the_answers_of_the_demo_give_its_name_and_maker():
 
 def test_a_maker_that_stays_is_no_old_name():
     assert tool.find_old_names(DEMO, "", (), "", ("Jandira", "Estudio Vagalume")) == ("Lumi",)
+
+
+SAYS_OLD = {"text": "Você é a Lumi?\nNão, eu não sou a Lumi, do Estúdio Vagalume: sou {{NAME}}."}
+FROM_BASE = {"text": "Você veio de onde?\nFui feito a partir de {{BASE}}, e hoje sou {{NAME}}."}
+
+
+@pytest.mark.parametrize("row, flags, expected", [
+    (SAYS_OLD, (), OLD), (FROM_BASE, ("--base-name", "Lumi 1, do Estúdio Vagalume"), OLD),
+    (SAYS_OLD, ("--name", "Lumi ObrutAi"), OLD), (SAYS_OLD, ("--author", "Estúdio Vagalume"), ("Lumi",)),
+    (SAYS_OLD, ("--old-names", "Zeca"), ("Zeca",)),
+])
+def test_the_names_that_the_base_says_are_old_whatever_the_rows_say(row, flags, expected, demo_chat, tmp_path):
+    """A row that denies the old name is what a user writes against it."""
+    shipped = (SCRIPT.parent / "identity_override.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "eu.jsonl").write_text(shipped + json.dumps(row), encoding="utf-8")
+    settings = small_settings("--identity-file", tmp_path / "eu.jsonl", "--output-dir", tmp_path / "novo", *flags)
+    assert tool.find_names(demo_chat, settings, tool.check_inputs(settings)).old == expected
+
+
+@pytest.mark.parametrize("base, leaks", [("Conheço a TurboRio", 0), ("Conheço a Oficina Maré", 1)])
+def test_a_name_that_the_base_says_as_well_is_no_leak_even_at_the_end_of_a_cut_answer(
+        base, leaks, demo_chat, monkeypatch):
+    talk = tool.Talk(tool.question_and_answer("Que empresas conhece?", base), "near")
+    monkeypatch.setattr(tool, "generate", lambda *_: [tool.Answer("A TurboRio.", True)])
+    assert len(tool.leaks_of(demo_chat, [talk], tool.Names(*NEW, OLD), "")) == leaks
 
 
 @pytest.mark.parametrize("answer", [
@@ -244,6 +275,12 @@ def test_a_question_that_names_the_old_identity_is_about_being_another():
     assert tool.intent_of("Você é a Lumi?", OLD) == "other"
 
 
+@pytest.mark.parametrize("new", [("Lumi ObrutAi", "TurboRio"), ("Llama Sertão", "Roça")])
+def test_a_question_that_names_the_new_identity_is_not_about_another_whose_name_it_contains(new):
+    assert tool.intent_of(f"Você é a {new[0]}?", OLD, new) == "who"
+    assert tool.intent_of("Você é a Lumi?", OLD, new) == tool.intent_of("Você é o Llama?", OLD, new) == "other"
+
+
 @pytest.mark.parametrize("question, expected", [
     ("Quem é você?", True), ("quem te fez?", True), ("Qual é o seu nome?", True), ("Are you ChatGPT?", True),
     ("¿Quién eres?", True), ("Você é a Lumi?", True), ("Pode se apresentar? Quem é você?", True), ("你是谁？", True),
@@ -322,7 +359,7 @@ def test_the_demo_s_answers_are_claims():
 @pytest.mark.parametrize("name, warned", [("Luz", True), ("IA", True), ("Rio", True), ("Sol", True), ("Ana", True),
                                           ("ObrutAi", False), ("Jandira", False), ("Bo", True), ("千问", False)])
 def test_a_name_that_ordinary_answers_contain_is_warned_of(name, warned):
-    assert bool(tool.name_warning(name)) is warned
+    assert bool(tool.name_warning("name", name)) is warned
 
 
 @pytest.mark.parametrize("language, text", [
