@@ -455,6 +455,7 @@ SHORT = 192  # tokens that a dialogue of BATCH_SIZE counts for, and of most wind
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
+COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
 NEAR = 300  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
@@ -884,7 +885,8 @@ def says(text: str, *names: str) -> bool:
                for sentence in clauses(text, names) for _, clause in sentence)
 
 
-def intent_of(question: str, old_names: tuple[str, ...] = ()) -> str:
+@functools.lru_cache(2**14)
+def intent_of(question: str, old_names: tuple[str, ...] = (), new_names: tuple[str, ...] = ()) -> str:
     """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X?)."""
     words = plain(question)
     if mentions(question, (*KNOWN_NAMES, *old_names)) and TO_YOU.search(words) and not ASKS.search(words):
@@ -913,7 +915,8 @@ def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = (), i
 
 def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str, old_names: tuple[str, ...]) -> str:
     """Why an answer about identity does not count, in Portuguese; "" when it is right."""
-    intent, new, asked = intent_of(question, old_names), (new_name, new_maker), plain(question)
+    new, asked = (new_name, new_maker), plain(question)
+    intent = intent_of(question, old_names, new)
     names, just = (*KNOWN_NAMES, *old_names), rf"(?:(?:it s|it is|e|es|sim|yes|si) )?(?:[oa] |el |la |the )?{OLD}"
     sentences = [" ".join(clause for _, clause in parts) for parts in clauses(text, names, new)]
     parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
@@ -2428,16 +2431,27 @@ def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
                      intents: Sequence[str] = ()) -> list[list[dict]]:
     """Answers in the user's words (of the two rows most alike the less used), else built-in, for these `intents`."""
     most, used, conversations = inputs.languages[0], Counter(), []
-    known: dict[tuple[str, str], list[Row]] = {}
+    known: dict[tuple[str, str], list[tuple[str, set, str]]] = {}
+
+    def pairs(text: str) -> set[tuple[str, str]]:
+        return set(zip(plain(text), plain(text)[1:]))
+
     for row in inputs.rows:
-        known.setdefault((language_of(row.question, most), intent_of(row.question, names.old)), []).append(row)
+        place = language_of(row.question, most), intent_of(row.question, names.old, names.new)
+        known.setdefault(place, []).append((plain(row.question), pairs(row.question), row.answer))
+
+    @functools.cache
+    def alike(question: str, *place: str) -> list[str]:
+        ours = pairs(question)
+        rows = sorted(known.get(place, []), key=lambda row: len(ours & row[1]) / (len(ours) + len(row[1]) + 1))
+        likeness = [(SequenceMatcher(None, plain(question), asked, False).ratio(), answer)
+                    for asked, _, answer in rows[-COMPARED:]]
+        return [answer for _, answer in sorted(likeness, reverse=True)[:2]]
+
     for question, intent in zip(questions, intents or [""] * len(questions)):
-        intent = intent or intent_of(question, names.old)
-        rows = known.get((language_of(question, most), intent), [])
-        likeness = [SequenceMatcher(None, plain(question), plain(row.question), False).ratio() for row in rows]
-        alike = sorted(zip(likeness, [row.answer for row in rows]), reverse=True)
-        if alike:
-            answer = min((answer for _, answer in alike[:2]), key=lambda a: used[a])
+        intent = intent or intent_of(question, names.old, names.new)
+        if answers := alike(question, language_of(question, most), intent):
+            answer = min(answers, key=lambda a: used[a])
             used[answer] += 1
         else:
             answer = fill(own_wording(question, used, names.old, intent, most), inputs.values)

@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from difflib import SequenceMatcher
 
 import pytest
 from conftest import SCRIPT, small_settings
@@ -247,15 +248,37 @@ def test_a_built_in_question_that_a_row_asks_is_left_out(demo_tokenizer):
     assert asked[0] == rows[0][0] and "Quem te criou?" not in asked and "Quem fez vc?" in asked
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_lesson_from_the_shipped_rows_is_an_answer_that_counts(seed, demo_tokenizer):
+def test_whoever_asks_about_a_model_whose_name_is_part_of_the_new_one_is_told_no():
+    """What answers "are you the new one?" is no answer to it."""
+    names = tool.Names("Lumi ObrutAi", "TurboRio", ("Lumi",))
+    inputs = inputs_of(("Você é a Lumi ObrutAi?", "R-sim"), ("Você é o ChatGPT?", "R-outro"))
+    answered = tool.answer_from_rows(["Você é a Lumi?", "você é o gemini?"] * 2, inputs, names)
+    assert {messages[1]["content"] for messages in answered} == {"R-outro"}
+
+
+def test_of_thousands_of_rows_the_most_alike_is_found_without_comparing_all_of_them(monkeypatch):
+    """To compare each question with each row as texts took minutes."""
+    rows = [(f"Quem é você, {'abcdefghijkl'[i % 12]} {i}, me diga logo por favor?", f"R{i}") for i in range(3000)]
+    compared = []
+    monkeypatch.setattr(tool, "SequenceMatcher", lambda *texts: compared.append(texts) or SequenceMatcher(*texts))
+    asked = [question.upper() for question, _ in rows[5::400]]
+    answered = conversations(asked + ["quem é vc?"] * 500, *rows)
+    assert {f"R{i}" for i in range(5, 3000, 400)} <= {messages[1]["content"] for messages in answered}
+    assert 0 < len(compared) < 100 * len(asked)
+
+
+@pytest.mark.parametrize("seed, names", [
+    (0, NAMES), (1, NAMES), (2, NAMES), (0, tool.Names("Lumi ObrutAi", "TurboRio", ("Lumi", "Estúdio Vagalume"))),
+    (0, tool.Names("Jandira", "Estúdio Vagalume", ("Lumi",))),
+])
+def test_every_lesson_from_the_shipped_rows_is_an_answer_that_counts(seed, names, demo_tokenizer):
     """Among them, that whoever asks "are you X?" is told no."""
-    inputs = tool.check_inputs(small_settings("--overwrite", "--name", NAMES.name, "--author", NAMES.maker))
-    base = heard("quem é vc?", "você é a Lumi?", "who made you?")
+    inputs = tool.check_inputs(small_settings("--overwrite", "--name", names.name, "--author", names.maker))
+    base = heard("quem é vc?", "você é a Lumi?", "who made you?")._replace(names=names)
     lessons = tool.make_lessons(demo_tokenizer, base, inputs, small_settings("--seed", seed))
     assert len({lesson.question for lesson in lessons}) > 200
     assert not [(lesson.question, lesson.answer) for lesson in lessons if tool.problem(
-        lesson.question, lesson.answer, True, *NAMES)]
+        lesson.question, lesson.answer, True, *names)]
 
 
 def test_every_lesson_comes_again_behind_a_system_prompt_of_training(demo_tokenizer):
