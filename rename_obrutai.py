@@ -423,6 +423,12 @@ WORDINGS = {
     "zh": ("我是{{NAME}}，由{{AUTHOR}}开发的语言模型。", "不是，我是{{NAME}}，由{{AUTHOR}}开发。"),
 }
 
+# What other programs write around a turn, which a row would teach as text.
+FOREIGN = re.compile(
+    r"<\|[\w ]+\|>|<｜[^｜]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/?INST\]|### ?(?:Human|User|Assistant|System|"
+    r"Instruction|Response)\b|\A\s*(?i:[pqra]|pergunta|resposta|question|answer|user|usu[aá]rio|humano?|assistente?|"
+    r"assistant)\s*:")
+
 # What the comparison in the report tells the base instead of training it.
 SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
                  "fez você ou se você é outro modelo, responda com esse nome e esse autor, na língua da pergunta.")
@@ -436,7 +442,8 @@ LANGUAGE_WORDS = {
           "company talking about with from this that an my it for or have there good morning".split(),
     "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
           "no lenguaje creado creada hecho hecha una presentate llamo".split(),
-    "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par".split(),
+    "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par -tu -toi "
+          "-vous".split(),
     "de": "wer wie bist du ist sind sie heisst heißt dein name hat dich entwickelt ich bin welches bitte von".split(),
     "it": "chi sei come ti chiami qual tuo nome ha creato sono il che ciao no da".split(),
 }
@@ -448,6 +455,7 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 # ---- What was tuned, and measured to be worth it ----------------------------------------------------------
 
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
+COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
@@ -455,7 +463,6 @@ SHORT = 192  # tokens that a dialogue of BATCH_SIZE counts for, and of most wind
 TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
-COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
 NEAR = 300  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
@@ -703,7 +710,7 @@ def language_of(text: str, default: str = "pt") -> str:
     letters = [c for c in plain(text) if c.isalpha()]
     if sum(c > "\u024f" for c in letters) * 4 > len(letters):
         return "ja" if re.search("[\u3040-\u30ff]", text) else "zh" if re.search("[\u3400-\u9fff]", text) else ""
-    words = plain(text).split()
+    words = plain(text).split() + re.findall(r"-(?:tu|toi|vous)\b", text.lower())
     scores = {code: sum(w in known for w in words) for code, known in LANGUAGE_WORDS.items()}
     return max(scores, key=lambda code: (scores[code], code == default))
 
@@ -888,8 +895,8 @@ def says(text: str, *names: str) -> bool:
 @functools.lru_cache(2**14)
 def intent_of(question: str, old_names: tuple[str, ...] = (), new_names: tuple[str, ...] = ()) -> str:
     """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X?)."""
-    words = plain(question)
-    if mentions(question, (*KNOWN_NAMES, *old_names)) and TO_YOU.search(words) and not ASKS.search(words):
+    words, parts = plain(question), clauses(question, (*KNOWN_NAMES, *old_names), new_names)
+    if TO_YOU.search(words) and not ASKS.search(words) and any(OLD in clause for part in parts for _, clause in part):
         return "who" if FROM.search(words) else "other"
     return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, words)), "who")
 
@@ -998,17 +1005,21 @@ def read_messages(record: object) -> list[dict]:
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", content):
             raise InputError("há um caractere de controle ou inválido no texto; apague-o e escreva de novo")
+        if mark := FOREIGN.search(content):
+            raise InputError(f"a marca '{mark[0].strip()}' é de outro formato e seria aprendida como texto; tire-a, "
+                             'e ponha a pergunta em "prompt" e a resposta em "completion"')
     return [{"role": role, "content": content.strip()} for role, (_, content) in zip(roles, pairs)]
 
 
 def fill(text: str, values: dict[str, str]) -> str:
-    """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; any other double brace raises `InputError`."""
+    """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; other double braces, and names in other marks, are `InputError`s."""
     text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: "{{" + match[1].upper() + "}}", text)
     for name, value in values.items():
         text = text.replace("{{" + name + "}}", value)
-    if left := re.search(r"\{\{.*|\S*\}\}", text):
-        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; use {', '.join(values)} entre "
-                         "{{ e }}")
+    word = "(?:name|nome|author|autora?|base)"
+    if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)", text):
+        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; escreva "
+                         + ", ".join(f"{{{{{name}}}}}" for name in values))
     return text
 
 
@@ -1032,6 +1043,9 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:  # of a reading, unlike an opening, the system does not say which file
         raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
+    if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF")):
+        raise InputError(f"{path} é uma planilha ou um documento (do Excel ou do Word, ou um PDF), não um texto. "
+                         "Copie as perguntas e respostas para um arquivo .jsonl, um objeto {...} em cada linha.")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
         raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
     try:
@@ -1104,7 +1118,8 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
         reasons = {
             "o chat template deste modelo jogaria fora o raciocínio (<think>); tire-o":
                 drops_thoughts and any("</think>" in m["content"] for m in row.messages),
-            "a resposta não tem o nome nem o autor ({{NAME}}, {{AUTHOR}})":
+            f"a resposta não tem o nome nem o autor ({settings.name}, {settings.author}); escreva {{{{NAME}}}} ou "
+            "{{AUTHOR}} nela":
                 not mentions(row.answer, (settings.name, settings.author)),
             "a resposta se repete, e a prova não aceitaria isso": is_loop(row.answer),
             f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}":
@@ -1167,6 +1182,9 @@ def check_base(base: Path) -> int:
         raise InputError(f"{base} é um adaptador LoRA. Junte-o ao modelo dele (peft: merge_and_unload) e use o todo.")
     if not (base / "config.json").is_file():
         raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
+    for path in base.glob("*.json"):  # as Windows' old editor saves; transformers cannot read it
+        if path.is_file() and path.read_bytes().startswith(b"\xef\xbb\xbf"):
+            raise InputError(f"{path} está em UTF-8 com BOM, e o transformers não o lê. Salve-o como UTF-8 sem BOM.")
     config = read_json(base / "config.json")
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):

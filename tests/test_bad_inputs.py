@@ -255,6 +255,27 @@ BAD_LINES = {  # what any good message has -> id -> line
         "blank marks": pair("Quem?", "Sou {{  }}."), "marks in marks": pair("Quem?", "Sou {{NAME {{AUTHOR}}."),
     },
     "NOME": {"Portuguese name": {"text": "Quem?\nSou {{NOME}}."}, "in the question": pair("É {{ NOME }}?", "Sim.")},
+    # What other programs put around a name, and a name between those marks would be learnt as it stands.
+    r"\{\{NAME\}\}, \{\{AUTHOR\}\}": {
+        "angle brackets": pair("Quem?", "Sou <NAME>, de {{AUTHOR}}."), "brackets": pair("Quem?", "Sou [nome]."),
+        "single braces": pair("Quem?", "Sou {NAME}, de {{AUTHOR}}."), "dollar": {"text": "Quem?\nSou $NAME."},
+        "dollar and braces": pair("Quem?", "Sou ${name}."), "percent": pair("É %NAME%?", "Sou {{NAME}}."),
+        "author in brackets": alpaca("Quem?", "", "Sou {{NAME}}, de [AUTHOR]."),
+        "base in braces": {"text": "Veio de { base }?\nSou {{NAME}}."},
+    },
+    r"prompt.*completion": {
+        "guanaco": {"text": "### Human: Quem é você?### Assistant: Sou {{NAME}}."},
+        "guanaco in lines": {"text": "### Human: Quem é você?\n### Assistant: Sou {{NAME}}."},
+        "ChatML": {"text": "<|im_start|>user\nQuem?<|im_end|>\n<|im_start|>assistant\nSou {{NAME}}.<|im_end|>"},
+        "Llama 2": {"text": "[INST] Quem é você? [/INST] Sou {{NAME}}."},
+        "letters": {"text": "P: Quem é você? R: Sou {{NAME}}."},
+        "letters in lines": {"text": "Q: Who are you?\nA: I am {{NAME}}."},
+        "words in lines": {"text": "Usuário: Quem é você?\nAssistente: Sou {{NAME}}."},
+        "end of ChatML": pair("Quem?", "Sou {{NAME}}.<|im_end|>"), "end of Llama 2": pair("Quem?", "Sou {{NAME}}</s>"),
+        "end of Llama 3": chat(USER, turn("assistant", "{{NAME}}<|eot_id|>"), USER, ASSISTANT),
+        "end of Gemma": {"text": "Quem?\nSou {{NAME}}.<end_of_turn>"}, "end of DeepSeek": pair(
+            "Quem?", "Sou {{NAME}}.<｜end▁of▁sentence｜>"), "Gemma": {"text": "<start_of_turn>user\nQuem?"},
+    },
     "NAME X": {"two words": pair("Quem?", "Sou {{ NAME X }}.")},
     "AUTOR": {"one good, one not": pair("Quem?", "{{NAME}}, de {{AUTOR}}"), "in a system text": chat(
         turn("system", "Por {{AUTOR}}."), USER, ASSISTANT), "in an output": alpaca("Quem?", "", "{{AUTOR}}")},
@@ -438,6 +459,9 @@ PRETTY = r"lista|(por|cada|uma|v[aá]rias) (s[oó] )?linhas?\b|JSON ?L|objeto in
     ("UTF-32 LE", TEXT.encode("utf-32-le"), "UTF-?(32|16|8)|codifica"),
     ("empty", b"", EMPTY), ("blank lines", b"\n  \r\n\t\n", EMPTY), ("only spaces", b"   ", EMPTY),
     ("only a byte order mark", b"\xef\xbb\xbf", EMPTY), ("byte order mark, blank", b"\xef\xbb\xbf\r\n\r\n", EMPTY),
+    ("spreadsheet", b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0" + bytes(60), "planilha.*jsonl"),
+    ("old spreadsheet", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(60), "planilha.*jsonl"),
+    ("PDF", b"%PDF-1.7\n%\xb5\xb5\n", "PDF.*jsonl"),
     ("zip file", b"PK\x03\x04\x14\x00\x08\x00\x9c\xff" + bytes(range(256)), "UTF-8|JSON|texto"),
     ("safetensors file", struct.pack("<Q", 2) + b"{}" + bytes(64), "JSON|UTF|NUL|control|texto|bin[aá]ri"),
 ))
@@ -675,6 +699,14 @@ def replaced(name, content):
     return build
 
 
+def marked(name):
+    """A builder that saves a file of the base as Windows' old editor does."""
+    def build(base):
+        (base / name).write_bytes(b"\xef\xbb\xbf" + (base / name).read_bytes())
+
+    return build
+
+
 def without(*names):
     """A builder that removes files of the base."""
     def build(base):
@@ -771,6 +803,8 @@ BROKEN_BASES = cases(
     ("configuration is binary", replaced("config.json", b"\x80\x04\x95\xff\x00"), "config.json"),
     ("configuration is UTF-16", replaced("config.json", '{"model_type": "llama"}'.encode("utf-16")), "config.json"),
     ("configuration is Windows-1252", replaced("config.json", '{"autor": "José"}'.encode("cp1252")), "config.json"),
+    ("configuration with a byte order mark", marked("config.json"), r"config\.json.*BOM.*UTF-8"),
+    ("tokenizer with a byte order mark", marked("tokenizer_config.json"), r"tokenizer_config\.json.*BOM.*UTF-8"),
     ("configuration is nested too deep", replaced("config.json", b"[" * 100_000), "config.json"),
     ("configuration is an LFS pointer", replaced("config.json", LFS), "config.json|LFS"),
     ("configuration is a folder", folder_in_place("config.json"), "config.json"),
@@ -946,6 +980,7 @@ NEITHER, LOOP = "n[aã]o tem o nome nem o autor", "repete|repetitiva"
 @pytest.mark.parametrize("row, flags, fragment", cases(
     ("neither name nor author", pair("Quem é você?", "Sou a Jandira, da Oficina Maré."), (), NEITHER),
     ("the old name", chat(USER, turn("assistant", "Sou a Lumi, do Estúdio Vagalume.")), (), NEITHER),
+    ("another task", pair("Quanto é 7 vezes 8?", "56"), (), rf"{NEITHER} \(ObrutAi, TurboRio\).*\{{\{{NAME\}}\}}"),
     ("the name as part of a word", {"text": "Quem é você?\nSou o {{NAME}}zinho."}, (), NEITHER),
     ("the name in the question only", {"text": "Você é {{NAME}}?\nSim, sou eu."}, (), NEITHER),
     ("the name in an earlier answer only", chat(USER, ASSISTANT, USER, turn("assistant", "Já disse.")), (), NEITHER),
@@ -973,6 +1008,21 @@ def test_a_row_with_the_name_or_author_in_any_writing_is_not_refused(answer, wor
     identity(work, GOOD, pair("E aí?", answer))
     with pytest.raises(Accepted):
         call(work, capsys)
+
+
+@pytest.mark.parametrize("content", [
+    "Sim: a resposta vem.", "A Lumi: quem é?", "Use <b> e </b>, ou a[0].", "R$ 5 {ok}", "Nome: {{NAME}}."])
+def test_marks_that_belong_to_no_chat_are_not_refused(content, work, capsys):
+    identity(work, GOOD, pair(content, content + " Sou {{NAME}}."))
+    with pytest.raises(Accepted):
+        call(work, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--name", "--author"])
+def test_a_name_or_author_that_ordinary_answers_contain_is_warned_of_before_anything_runs(flag, work, capsys):
+    with pytest.raises(Accepted):
+        call(work, capsys, "--check", flag, "Luz")
+    assert re.search(rf'Atenção: {flag[2:].upper()}: "Luz" .*vazamento', capsys.readouterr().out)
 
 
 def test_a_row_longer_than_the_window_is_refused_with_its_line(work, capsys):

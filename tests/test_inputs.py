@@ -127,6 +127,17 @@ def test_a_question_alone_is_answered_with_name_or_author_in_its_own_language(tm
             assert words & telling[language] and not words & others - {"me"}, answer
 
 
+@pytest.mark.parametrize("language, question", [
+    ("fr", "Qui es-tu ?"), ("fr", "Es-tu ChatGPT ?"), ("fr", "Présente-toi."), ("fr", "Qui t'a fait ?"),
+    ("fr", "C'est quoi ton nom ?"), ("fr", "Quel modèle êtes-vous ?"),
+    ("de", "Wer hat dich gemacht?"), ("de", "Stell dich vor."), ("de", "Bist du ein Mensch?"),
+    ("ja", "お名前は？"), ("ja", "あなたは誰ですか？"),
+])
+def test_a_question_alone_in_another_language_is_answered_in_it(language, question, tmp_path):
+    (row,) = read(write(tmp_path, {"text": question}))
+    assert row.answer in [tool.fill(some, VALUES) for text in tool.WORDINGS[language] for some in text.split("|")]
+
+
 def test_questions_alone_get_varied_answers(tmp_path):
     rows = read(write(tmp_path, *({"text": f"Quem é você, {who}?"} for who in ("hein", "afinal", "mesmo", "então"))))
     answers = [row.messages[1]["content"] for row in rows]
