@@ -451,6 +451,7 @@ LANGUAGE_WORDS = {
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n'"
           " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model think first is told not to
 
 # ---- What was tuned, and measured to be worth it ----------------------------------------------------------
 
@@ -1590,7 +1591,7 @@ def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: b
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
     with contextlib.suppress(jinja2.TemplateError):
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
-                                             add_generation_prompt=ask, enable_thinking=False)
+                                             add_generation_prompt=ask, **THOUGHTLESS)
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
         raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
@@ -1599,6 +1600,13 @@ def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: b
         before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
         pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
     return pieces
+
+
+def thinks(tokenizer: Tokenizer) -> bool:
+    """Whether the model is asked for a thought first unless the template is told otherwise, as we do."""
+    ask = functools.partial(tokenizer.apply_chat_template, [{"role": "user", "content": "?"}], tokenize=False,
+                            add_generation_prompt=True)
+    return ask() != ask(**THOUGHTLESS)
 
 
 def without_system(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
@@ -2838,10 +2846,10 @@ Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging
 from transformers import pipeline
 
 chat = pipeline("text-generation", ".")
-answer = chat([{{"role": "user", "content": "Quem é você?"}}], do_sample=False)
+answer = chat([{{"role": "user", "content": "Quem é você?"}}], do_sample=False{more})
 print(answer[0]["generated_text"][-1]["content"])
 ```
-
+{thought}
 Nesta pasta:
 
 - Para conversar: no Ollama, veja o `Modelfile`; no llama.cpp, `llama-cli -m modelo.gguf --temp 0{flags}`.
@@ -2851,10 +2859,18 @@ Nesta pasta:
 """
 
 
+THOUGHT = """
+Este modelo foi treinado e medido sem pensar antes de responder, como no exemplo. Servidores (vLLM, SGLang, llama.cpp)
+o fazem pensar, e isso não foi medido, a não ser que cada pedido diga `"chat_template_kwargs": {"enable_thinking":
+false}`. O Modelfile já pede as respostas sem pensar.
+"""
+
+
 def write_card(folder: Path, job: Job, report: dict) -> None:
     """The model card, README.md: figures, all answers before and after, and how to use the model."""
     head, name, missed = card_head(job.base, job.inputs.rows), job.settings.name, ", ".join(report["missed"])
     scores = {exam: Scores(**values) for exam, values in report["scores"].items()}
+    thoughtful = thinks(load_tokenizer(folder))
     pairs = [[old["question"], old["answer"], new["answer"]]
              for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
     huggingface_hub.ModelCard(CARD.format(
@@ -3152,6 +3168,9 @@ def make_plan(job: Job) -> dict[str, float]:
     planned = plan_seconds(base, job)
     if base.model.config.model_type != read_config(job.base).model_type:  # Llama 4
         say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
+    if thinks(base.tokenizer):
+        say("  Este modelo pensa antes de responder, se ninguém desliga isso; vou treiná-lo e medi-lo sem pensar "
+            "(enable_thinking=False).")
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
     device += ", em bfloat16" * (compute_dtype(job.weights) == torch.bfloat16)
     how = {"full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",

@@ -181,6 +181,38 @@ def checkpoints(folder):
     return sorted(int(path.parent.name[11:]) for path in folder.glob("**/checkpoint-*/complete.json"))
 
 
+# ------------------------------------------------------------------------------------------------ thinks first
+
+THINKS = ("{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{{ 'Sou ' if enable_thinking is false else 'Era ' }}{% endif %}")
+
+
+def test_of_a_model_that_is_let_think_first_plan_and_card_say_how_it_was_measured(until, monkeypatch):
+    """The first words of an answer stand for the thought, so that the two ways of asking give different answers."""
+    folder = until("6-result")
+    base = shutil.copytree(DEMO, folder / "base")
+    for place in (base, folder / OUTPUT):
+        (place / "chat_template.jinja").write_text(THINKS, encoding="utf-8")
+    assert "sem pensar" not in job(folder, "--check").out
+    assert "sem pensar (enable_thinking=False)" in job(folder, "--check", "--overwrite", "--model-path", base).out
+    settings = tool.parse_settings(arguments(folder, "--check"))
+    plan, report = tool.check_job(settings), tool.load_json(folder / OUTPUT / "report.json")
+    tool.write_card(folder / OUTPUT, plan, report)
+    card = (folder / OUTPUT / "README.md").read_text(encoding="utf-8")
+    assert "chat_template_kwargs" in card and "sem pensar" in card
+    monkeypatch.chdir(folder / OUTPUT)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    chat = tool.load_chat(folder / OUTPUT, tool.replace(settings, method="full"))
+    assert said.getvalue().strip() == tool.ask(chat, ["Quem é você?"])[0].text
+    without = (tool.Path(DEMO) / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / OUTPUT / "chat_template.jinja").write_text(without, encoding="utf-8")
+    tool.write_card(folder / OUTPUT, plan, report)
+    card = (folder / OUTPUT / "README.md").read_text(encoding="utf-8")
+    assert "do_sample=False)" in card and "pensar" not in card
+
+
 # ------------------------------------------------------------------------------------------------ killed
 
 
