@@ -2656,8 +2656,10 @@ GO_TEMPLATE = '''TEMPLATE """{{ $before := "" }}{{ range .Messages }}{{ if eq .R
 
 def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
     """The chat template in Go's language, or a remark where that cannot say the same."""
+    dated = re.sub(r"strftime_now\([^()]*\)", "'QZDATEZQ'", tokenizer.chat_template)
+
     def pieces(roles: str) -> list[str]:
-        return skeleton(tokenizer, tokenizer.chat_template, tuple(roles.split()), True)
+        return skeleton(tokenizer, dated, tuple(roles.split()), True)
 
     first, answer, again, ask = pieces("user assistant user")
     turns, system = [answer, again, answer, again, ask], [first, "\n\n"]  # as `without_system` does it
@@ -2672,6 +2674,8 @@ def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
     # Quoted as in JSON, neither braces nor quotation marks in these texts can end anything.
     return GO_TEMPLATE % tuple(json.dumps(text, ensure_ascii=False) for text in (
         system[0], answer, first, system[1], again, ask))
+    today = "# O dia de hoje em TEMPLATE (currentDate) pede o Ollama 0.11 ou mais novo.\n" * ("QZDATEZQ" in written)
+    return today + written.replace("QZDATEZQ", '" }}{{ currentDate }}{{ "')
 
 
 def llama_flags(config: PretrainedConfig) -> str:

@@ -6,6 +6,7 @@ That another transformers and llama.cpp really see the same model is for check_r
 import json
 import re
 import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +103,9 @@ def template_of(text):
     return value[3:-3]
 
 
+OLLAMAS_DAY = "2031-05-04"  # the day on which a model is talked to, as Ollama's currentDate writes it
+
+
 def execute(template, messages):
     """The little of Go's text/template that the Modelfile uses: text, strings, one range, one chain of conditions."""
     parts = re.findall(r'\{\{ ((?:"(?:\\.|[^"\\])*"|[^"}])*) \}\}|([^{]+|\{(?!\{))', template)
@@ -111,7 +115,8 @@ def execute(template, messages):
     assert parts[end + 1] == ("end", "")
 
     def value(word, message, before):
-        named = {".Role": message["role"], ".Content": message["content"], "$before": before}
+        named = {".Role": message["role"], ".Content": message["content"], "$before": before,
+                 "currentDate": OLLAMAS_DAY}
         return named[word] if word in named else json.loads(word)
 
     written, before = "", ""
@@ -156,9 +161,12 @@ def test_the_template_in_gos_language_writes_what_the_chat_template_writes(name,
         expected = tokenizer.apply_chat_template(
             tool.without_system(tokenizer, messages) if folds else messages, tokenize=False,
             add_generation_prompt=True, enable_thinking=False)
+        for form in ("%d %b %Y", "%B %d, %Y"):
+            expected = expected.replace(datetime.now().strftime(form), OLLAMAS_DAY)
         if name == "deepseek r1":  # it cannot switch thinking off: the model was trained with its thought closed
             expected = expected.removesuffix("<think>\n") + tool.EMPTY_THOUGHT
         assert execute(template, messages) == (expected.removeprefix("<s>") if adds_bos else expected)
+    assert ("currentDate" in template) == ("strftime_now" in STYLES[name].template) == ("Ollama 0.11" in text)
 
 
 def test_braces_and_quotation_marks_of_a_chat_template_end_nothing_in_the_modelfile():
