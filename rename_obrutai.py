@@ -1553,11 +1553,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, ...]) -> None:
-    """Put the new names in place of old ones in the chat template's own system prompt, or raise `InputError`."""
-    def injected() -> str:
-        return skeleton(tokenizer, tokenizer.chat_template, ("user",), True)[0]
+def own_texts(tokenizer: Tokenizer):
+    """What the chat template itself says around a question: as it is asked, and in each of its other branches."""
+    tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+    roles = {"role": "user", "content": "?"}, {"role": "system", "content": "?"}
+    for system, tools, documents, thought in product((False, True), repeat=4):
+        with contextlib.suppress(Exception):  # a branch that the template does not have
+            text = tokenizer.apply_chat_template(
+                roles[::-1] if system else roles[:1], [{"type": "function", "function": tool}] * tools or None,
+                [{"title": "", "text": ""}] * documents or None, tokenize=False, add_generation_prompt=True,
+                enable_thinking=thought, thinking=thought)
+            yield re.sub(r"<[^<>]*>", "\n", text)
 
+
+def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, ...]) -> None:
+    """Put the new names in place of old ones in the chat template's own texts, or raise `InputError`."""
     safe = str.maketrans({"'": "’", '"': "”", "\\": "/"})  # a name must not end a quoted string of the template
     ours, theirs = settings.name.translate(safe), settings.author.translate(safe)
     makers = {plain(name) for names in FAMILIES.values() for name in names.split("|")}
@@ -1565,18 +1575,26 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
     new = f"{re.escape(ours)}|{re.escape(theirs)}"  # first: an old name may be part of a new one
     pattern = re.compile(rf"(?i)({new})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)")
 
-    def old_in(text: str) -> list[str]:
-        return [match[0] for match in pattern.finditer(text) if not match[1]]
+    def old_in(text: str) -> list[re.Match]:
+        return [match for match in pattern.finditer(text) if not match[1]]
 
-    model = next((plain(name) for name in old_in(injected()) if plain(name) not in makers), "")
-    for part in (part for part in re.split(r"<[^<>]*>|\n", injected()) if old_in(part)):
-        source = tokenizer.chat_template
-        blocks = SequenceMatcher(None, part, source, autojunk=False).get_matching_blocks()
-        old = max((part[b.a:b.a + b.size] for b in blocks), key=lambda text: (bool(old_in(text)), len(text)))
-        new = pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), old)
-        tokenizer.chat_template = source.replace(old, new) if old_in(old) else source
-        say(f'  O chat template dizia "{old.strip()}"; agora diz "{new.strip()}".')
-    if old_in(injected()):
+    model = next((plain(m[0]) for text in own_texts(tokenizer) for m in old_in(text) if plain(m[0]) not in makers), "")
+    for text in own_texts(tokenizer):
+        end = 0
+        for match in old_in(text):  # with as much around it as stands in the source in one piece
+            source = tokenizer.chat_template
+            if match.start() < end or match[0] not in source:
+                continue
+            start, end = match.span()
+            while start and text[start - 1:end] in source:
+                start -= 1
+            while end < len(text) and text[start:end + 1] in source:
+                end += 1
+            old = text[start:end]
+            new = pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), old)
+            tokenizer.chat_template = source.replace(old, new)
+            say(f'  O chat template dizia "{old.strip()}"; agora diz "{new.strip()}".')
+    if any(map(old_in, own_texts(tokenizer))):
         raise InputError("o chat template deste modelo traz a identidade antiga e não sei trocá-la; apague a mensagem "
                          "de sistema padrão do chat_template na pasta do modelo.")
 
@@ -1830,18 +1848,16 @@ class Heard(NamedTuple):
     held_out: list[Talk]  # for measuring
 
 
-def find_names(base: Chat, settings: Settings, inputs: Inputs) -> Names:
-    """The names under which the base goes, by what it says and by its template, folder and card."""
+def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: Chat | None = None) -> Names:
+    """The names under which the base goes, by its template, folder and card, and by what it says if it is asked."""
     folder = Path(settings.model_path)
     asked = [q for code in inputs.languages for _, q in PARAPHRASES[code] if "{" not in q]
-    answers = [a.text for a in ask(base, asked, "perguntando quem ele é")]
-    injected = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), True)[0]
+    answers = [a.text for a in ask(base, asked, "perguntando quem ele é")] if base else []
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
-    family = family_names(f"{folder.name} {inputs.values['BASE']}", base.model.config.model_type, card)
-    old = find_old_names(answers, re.sub(r"<[^<>]*>", "\n", injected), family, settings.old_names,
-                         (settings.name, settings.author))
-    return Names(settings.name, settings.author, old)
+    family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
+    new = settings.name, settings.author
+    return Names(*new, find_old_names(answers, "\n".join(own_texts(tokenizer)), family, settings.old_names, new))
 
 
 def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
@@ -1897,7 +1913,7 @@ class Listener:
 def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teacher]:
     """Let the base say who it is, and answer the lists and its own questions, for training and measuring."""
     rng, spoken, n = random.Random(f"{settings.seed}/listen"), inputs.languages, settings.eval_questions
-    names = find_names(base, settings, inputs)
+    names = find_names(base.tokenizer, settings, inputs, base)
     say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
     rows = [row.question for row in inputs.rows]
     listener = Listener(base, names, [*inputs.test, *rows], rng)
@@ -3096,7 +3112,10 @@ def check_job(settings: Settings) -> Job | None:
     asked, native = settings, context_of(config)
     join_processes()
     settings, memory = fit(replace(settings, model_path=str(folder)), config, weights, facts)
-    check_rows(load_tokenizer(folder), inputs.rows, settings)
+    tokenizer = load_tokenizer(folder)
+    check_rows(tokenizer, inputs.rows, settings)
+    if settings.check:
+        renew_template(tokenizer, settings, find_names(tokenizer, settings, inputs).old)
     # The healed base and the result, and of what is trained both passes and two checkpoints with two moments.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
     disk = 4 * trained * (2 + 2 * 3) + 8 * weights + 10**7
@@ -3363,7 +3382,7 @@ def examine(settings: Settings, folder: Path) -> int:
     if not (folder / "exam.json").is_file():
         inputs, chat = check_inputs(settings), load_chat(folder, settings)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
-        names = find_names(chat, settings, inputs)
+        names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
         exam = make_exam(chat.tokenizer, inputs, Heard(names, [], talks, talks), 0)
         scores = {"alone": evaluate(chat, exam, names, None, "perguntas de prova")}

@@ -828,6 +828,31 @@ def test_an_old_identity_beside_a_longer_text_of_the_template_is_found_as_well(s
     assert "Jandira" in text and not tool.mentions(text, ("Granite", "IBM"))
 
 
+BRANCHES = {
+    "two texts of one line": "{{ 'You are Granite, ' }}{{ 'developed by IBM.' }}",
+    "two lines": "{{ 'You are Granite,\ndeveloped by IBM.' }}",
+    "with tools": "{% if tools %}{{ 'You are Granite, developed by IBM, with tools.' }}{% endif %}",
+    "with documents": "{% if documents %}{{ 'Granite, of IBM, reads.' }}{% endif %}",
+    "with a thought": "{% if enable_thinking %}{{ 'You are Granite, by IBM. Think first.' }}{% endif %}",
+    "behind the user's own": "{% if messages[0].role == 'system' %}{{ 'You are Granite of IBM. Rules: ' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_an_old_identity_is_taken_out_of_whatever_the_template_may_say(branch, styled, monkeypatch):
+    tokenizer = styled("chatml")
+    neutral = "{{ 'You are a helpful assistant.' }}" + CHATML
+    monkeypatch.setattr(tokenizer, "chat_template", BRANCHES[branch] + neutral)
+    tool.renew_template(tokenizer, small_settings("--name", "Jandira", "--author", "Oficina"), ("Granite", "IBM"))
+    renewed = BRANCHES[branch].replace("Granite", "Jandira").replace("IBM", "Oficina")
+    assert tokenizer.chat_template == renewed + neutral
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_model_that_is_let_think_first_is_known_by_its_template(name, styled):
+    assert tool.thinks(styled(name)) == (name in ("qwen 3", "smollm 3"))
+
+
 def test_of_several_named_templates_the_default_one_is_used(tmp_path):
     """Command R and Hermes ship one for conversations, one for tools and so on."""
     template = (DEMO / "chat_template.jinja").read_text(encoding="utf-8")
