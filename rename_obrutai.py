@@ -33,6 +33,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -1179,8 +1180,9 @@ def check_base(base: Path) -> int:
         raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {wanted}")
     if not base.is_dir():
         raise InputError(f"{base} é um arquivo. {wanted}")
-    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
-        raise InputError(f"{base} é um adaptador LoRA. Junte-o ao modelo dele (peft: merge_and_unload) e use o todo.")
+    if (base / "adapter_config.json").is_file():  # transformers adds it to a whole model beside it, maybe once more
+        raise InputError(f"há um adaptador LoRA em {base}. Junte-o ao modelo dele (peft: merge_and_unload) e use o "
+                         "todo; se já o juntou, tire da pasta adapter_config.json e adapter_model.safetensors.")
     if not (base / "config.json").is_file():
         raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
     for path in base.glob("*.json"):  # as Windows' old editor saves; transformers cannot read it
@@ -1462,6 +1464,13 @@ def load_weights(weights: str | Path, rope_factor: float, **options) -> PreTrain
     vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
     if loading["missing_keys"]:
         raise InputError(f"falta o peso {sorted(loading['missing_keys'])[0]} no modelo {weights}; baixe-o de novo.")
+    # Whole parts may be left over (images), and layers that guess ahead, but no layers like the others.
+    known = {re.sub(r"\d+", "0", name) for name, _ in model.named_parameters()}
+    extra = [name for name in sorted(loading["unexpected_keys"])
+             if re.sub(r"\d+", "0", re.sub(r"\w+$", "weight", name)) in known]
+    if extra and not getattr(config.get_text_config(), "num_nextn_predict_layers", 0):
+        raise InputError(f"o modelo {weights} tem o peso {extra[0]}, mas o config.json dele descreve um modelo menor "
+                         "(confira num_hidden_layers); baixe-o de novo.")
     if name := broken_weight(model):
         raise InputError(f"o peso {name} de {weights} não é só números (há NaN ou infinito). Baixe o modelo de novo.")
     # Generation gives the head a slice, for which torch 2.13 on a processor would copy the head for every row: 26 GB
@@ -1717,7 +1726,12 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
         raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo.")
-    sample = encode(tokenizer, question_and_answer("a", "b"))
+    sample = encode(tokenizer, without_system(tokenizer, [
+        {"role": "system", "content": "a"}, *question_and_answer("a", "b")]))
+    if (last := max(*sample.input_ids, tokenizer.pad_token_id)) >= rows:
+        raise InputError(f"o modelo {folder} tem {rows} tokens, e o tokenizer escreve um a mais ({last}: "
+                         f"{tokenizer.decode([last])}). Use o tokenizer original do modelo, ou aumente o modelo com "
+                         "resize_token_embeddings e treine o token novo.")
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     stops = sorted({sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *own} - {None})
@@ -2609,19 +2623,23 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:
-    """Write weights in the base's own dtype, configs, tokenizer and Modelfile, as any reader expects them."""
-    tokenizer, model = chat.tokenizer, chat.model
-    model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
+    """Write weights in the base's own dtype, and all that any reader expects beside them."""
+    model = chat.model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     model.config.use_cache = True  # training switches it off, and readers would generate without a cache
-    with contextlib.suppress(OSError):  # a base without its own
-        model.generation_config = transformers.GenerationConfig.from_pretrained(base, eos_token_id=chat.stops)
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # older models set a temperature without asking for samples, which is no longer saved
-        model.generation_config.do_sample = True
     model.save_pretrained(folder)
+    save_words(chat, folder, base)
+
+
+def save_words(chat: Chat, folder: Path, base: Path) -> None:
+    """Write configs, tokenizer and Modelfile."""
+    tokenizer, model, said = chat.tokenizer, chat.model, base / "generation_config.json"
+    model.config.save_pretrained(folder)
+    # As the base has it, in words that transformers may refuse to write: readers know what to do with them.
+    own = read_json(said) if said.is_file() else {}
+    own.pop("_from_model_config", None)  # else the stops of config.json would count
+    if own.get("pad_token_id") is None or own["pad_token_id"] < 0:
+        own["pad_token_id"] = tokenizer.pad_token_id
+    write_json(folder / "generation_config.json", own | {"eos_token_id": chat.stops})
     if tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
         tokenizer.model_max_length = context_of(model.config)
     tokenizer.save_pretrained(folder)
@@ -2688,7 +2706,7 @@ def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
     if adds_bos:
         first, system[0] = (text.removeprefix(tokenizer.bos_token) for text in (first, system[0]))
     # Quoted as in JSON, neither braces nor quotation marks in these texts can end anything.
-    return GO_TEMPLATE % tuple(json.dumps(text, ensure_ascii=False) for text in (
+    written = GO_TEMPLATE % tuple(json.dumps(text, ensure_ascii=False) for text in (
         system[0], answer, first, system[1], again, ask))
     today = "# O dia de hoje em TEMPLATE (currentDate) pede o Ollama 0.11 ou mais novo.\n" * ("QZDATEZQ" in written)
     return today + written.replace("QZDATEZQ", '" }}{{ currentDate }}{{ "')
@@ -3189,6 +3207,10 @@ def make_plan(job: Job) -> dict[str, float]:
     """Say what is going to happen and what it costs; the seconds of each stage."""
     settings, base = job.settings, load_chat(job.base, exact(job.settings))
     planned = plan_seconds(base, job)
+    with tempfile.TemporaryDirectory() as folder, blaming(f"o que há em {job.base} (config.json, tokenizer)"):
+        save_words(base, Path(folder), job.base)  # what cannot be saved is to be known now
+        read_config(folder)
+        load_tokenizer(folder)
     if base.model.config.model_type != read_config(job.base).model_type:  # Llama 4
         say("  Este modelo também vê imagens; só a parte de texto dele será renomeada e salva.")
     if thinks(base.tokenizer):

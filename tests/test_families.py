@@ -910,11 +910,22 @@ def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_o
     assert all(len(text) >= 2 and not "".join(text[1:]) for text in texts), texts
 
 
-@pytest.mark.parametrize("generation", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.7}])
-def test_a_generation_config_that_transformers_no_longer_writes_does_not_stop_the_run(generation, styled, tmp_path):
+@pytest.mark.parametrize("generation", [
+    {"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.7}, {"early_stopping": True},
+    {"do_sample": False, "temperature": 0.0}, {"length_penalty": 1.2}, {"pad_token_id": -1}])
+def test_a_generation_config_that_transformers_no_longer_writes_is_kept_and_does_not_stop_the_run(generation, styled,
+                                                                                                  tmp_path):
     """Vicuna has a temperature and does not say that it is for sampling."""
+    from transformers import AutoModelForCausalLM
+
     folder = base_with(tmp_path / "base", styled("chatml"), generation)
     chat = tool.load_chat(folder, small_settings("--method", "full", "--model-path", folder))
     tool.save_stage(chat, tmp_path / "stage", [])
     tool.save_model(chat, tmp_path / "novo", folder)
     assert tool.load_chat(tmp_path / "novo", small_settings("--method", "full")).stops == chat.stops
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "novo")]
+    saved = models[1].generation_config
+    expected = {"pad_token_id": chat.tokenizer.pad_token_id} if "pad_token_id" in generation else generation
+    assert {key: getattr(saved, key) for key in generation} == expected
+    written = [model.generate(TEXT, max_new_tokens=8, eos_token_id=chat.stops)[0].tolist() for model in models]
+    assert written[0] == written[1]  # none of these asks for samples
