@@ -2918,6 +2918,7 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
         answers=markdown_table([["pergunta", "antes", "depois"], *pairs]), flags=llama_flags(read_config(folder)),
+        more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
         slug=re.sub(r"[^a-z0-9]+", "-", plain(name)))).save(folder / "README.md")
 
 
