@@ -147,7 +147,7 @@ def test_the_names_that_the_base_says_are_old_whatever_the_rows_say(row, flags, 
     shipped = (SCRIPT.parent / "identity_override.jsonl").read_text(encoding="utf-8")
     (tmp_path / "eu.jsonl").write_text(shipped + json.dumps(row), encoding="utf-8")
     settings = small_settings("--identity-file", tmp_path / "eu.jsonl", "--output-dir", tmp_path / "novo", *flags)
-    assert tool.find_names(demo_chat, settings, tool.check_inputs(settings)).old == expected
+    assert tool.find_names(demo_chat.tokenizer, settings, tool.check_inputs(settings), demo_chat).old == expected
 
 
 @pytest.mark.parametrize("base, leaks", [("Conheço a TurboRio", 0), ("Conheço a Oficina Maré", 1)])

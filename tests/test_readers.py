@@ -248,7 +248,7 @@ def test_where_llama_cpp_drops_the_factor_the_modelfile_says_what_to_tell_it_and
 
 def test_the_card_has_the_command_of_llama_cpp_with_what_it_must_be_told(tmp_path):
     folder = saved(tmp_path, "stablelm", 4.0)
-    told = tool.Scores(1.0, {}, 0.0, 0.0, 0.0, 1.0, 0.0, 1, [{"tokens": 0, "identity": 1.0, "retention": 1.0}], [], [])
+    told = tool.Scores(1.0, {}, 0.0, 0.0, 0.0, 1.0, 0.0, [{"tokens": 0, "identity": 1.0, "retention": 1.0}], [], [])
     job = SimpleNamespace(base=tmp_path / "base", settings=FULL, inputs=SimpleNamespace(
         rows=[tool.Row(1, tool.question_and_answer("Quem é você?", "Sou eu."))]))
     tool.write_card(folder, job, {"base": "StableLM", "missed": [], "context": {"native": 64, "scaled": 256},
