@@ -1871,7 +1871,8 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
     family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
     new = settings.name, settings.author
-    return Names(*new, find_old_names(answers, "\n".join(own_texts(tokenizer)), family, settings.old_names, new))
+    said = next(own_texts(tokenizer), "")  # texts about tools speak of "XML" and the like
+    return Names(*new, find_old_names(answers, said, family, settings.old_names, new))
 
 
 def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:

@@ -848,6 +848,17 @@ def test_an_old_identity_is_taken_out_of_whatever_the_template_may_say(branch, s
     assert tokenizer.chat_template == renewed + neutral
 
 
+def test_what_a_template_says_of_tools_names_nobody(styled, monkeypatch, tmp_path):
+    """Qwen's asks for calls "with function name and arguments within XML tags"; XML is not what it is called."""
+    tokenizer = styled("chatml")
+    tools = "{% if tools %}{{ 'Give a JSON object with function name XML and arguments.' }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", tools + "{{ 'You are Zora.' }}" + CHATML)
+    rows = tmp_path / "eu.jsonl"
+    rows.write_text('{"prompt": "Quem é você?", "completion": "Sou {{NAME}}."}', encoding="utf-8")
+    settings = small_settings("--model-path", DEMO, "--identity-file", rows)
+    assert tool.find_names(tokenizer, settings, tool.check_inputs(settings)).old == ("Zora",)
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_a_model_that_is_let_think_first_is_known_by_its_template(name, styled):
     assert tool.thinks(styled(name)) == (name in ("qwen 3", "smollm 3"))
