@@ -1562,11 +1562,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def own_texts(tokenizer: Tokenizer):
-    """What the chat template itself says around a question: as it is asked, and in each of its other branches."""
+def own_texts(tokenizer: Tokenizer, given: tuple[bool, ...] = (False, True)):
+    """What the chat template itself says around a question: as it is asked, and in each of its other branches; also
+    with tools and documents where they may be `given`."""
     tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
     roles = {"role": "user", "content": "?"}, {"role": "system", "content": "?"}
-    for system, tools, documents, thought in product((False, True), repeat=4):
+    for system, tools, documents, thought in product((False, True), given, given, (False, True)):
         with contextlib.suppress(Exception):  # a branch that the template does not have
             text = tokenizer.apply_chat_template(
                 roles[::-1] if system else roles[:1], [{"type": "function", "function": tool}] * tools or None,
@@ -1870,8 +1871,7 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
     family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
-    new = settings.name, settings.author
-    said = next(own_texts(tokenizer), "")  # texts about tools speak of "XML" and the like
+    new, said = (settings.name, settings.author), "\n".join(own_texts(tokenizer, (False,)))  # of tools it says much
     return Names(*new, find_old_names(answers, said, family, settings.old_names, new))
 
 

@@ -848,15 +848,15 @@ def test_an_old_identity_is_taken_out_of_whatever_the_template_may_say(branch, s
     assert tokenizer.chat_template == renewed + neutral
 
 
-def test_what_a_template_says_of_tools_names_nobody(styled, monkeypatch, tmp_path):
-    """Qwen's asks for calls "with function name and arguments within XML tags"; XML is not what it is called."""
+def test_words_about_tools_are_no_old_names(styled, monkeypatch, tmp_path):
+    about = ("{{ 'You are Lumi, created by Vagalume.' }}{% if tools %}{{ '\n\nYou are provided with function "
+             "signatures within <tools></tools> XML tags:\n<tools></tools>\n\nFor each function call, return a json "
+             "object with function name and arguments within <tool_call></tool_call> XML tags:' }}{% endif %}")
     tokenizer = styled("chatml")
-    tools = "{% if tools %}{{ 'Give a JSON object with function name XML and arguments.' }}{% endif %}"
-    monkeypatch.setattr(tokenizer, "chat_template", tools + "{{ 'You are Zora.' }}" + CHATML)
-    rows = tmp_path / "eu.jsonl"
-    rows.write_text('{"prompt": "Quem é você?", "completion": "Sou {{NAME}}."}', encoding="utf-8")
-    settings = small_settings("--model-path", DEMO, "--identity-file", rows)
-    assert tool.find_names(tokenizer, settings, tool.check_inputs(settings)).old == ("Zora",)
+    monkeypatch.setattr(tokenizer, "chat_template", about + CHATML)
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama 2"].config), encoding="utf-8")
+    settings = small_settings("--model-path", tmp_path)
+    assert tool.find_names(tokenizer, settings, tool.check_inputs(settings)).old == ("Lumi", "Vagalume")
 
 
 @pytest.mark.parametrize("name", STYLES)
