@@ -1603,7 +1603,7 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
             old = text[start:end]
             new = pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), old)
             tokenizer.chat_template = source.replace(old, new)
-            say(f'  O chat template dizia "{old.strip()}"; agora diz "{new.strip()}".')
+            say(f'  O chat template diz "{old.strip()}"; no modelo novo dirá "{new.strip()}".')
     if any(map(old_in, own_texts(tokenizer))):
         raise InputError("o chat template deste modelo traz a identidade antiga e não sei trocá-la; apague a mensagem "
                          "de sistema padrão do chat_template na pasta do modelo.")

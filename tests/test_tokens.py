@@ -267,7 +267,7 @@ def test_the_rest_of_an_injected_prompt_stays_and_the_change_is_said(qwen, capsy
     tool.renew_template(qwen, small_settings("--name", "Jandira", "--author", "Oficina Maré"),
                         ("Qwen", "Alibaba Cloud", "Alibaba"))
     assert qwen.chat_template == QWEN25.replace("Qwen", "Jandira").replace("Alibaba Cloud", "Oficina Maré")
-    assert re.search("Qwen.*agora diz.*Jandira", capsys.readouterr().out)
+    assert re.search("Qwen.*no modelo novo dirá.*Jandira", capsys.readouterr().out)
 
 
 def test_an_old_identity_in_a_template_of_our_demo_is_replaced(tokenizer):
