@@ -1589,7 +1589,7 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
         return [match for match in pattern.finditer(text) if not match[1]]
 
     model = next((plain(m[0]) for text in own_texts(tokenizer) for m in old_in(text) if plain(m[0]) not in makers), "")
-    for text in own_texts(tokenizer):
+    for text in (line for said in own_texts(tokenizer) for line in said.split("\n")):
         end = 0
         for match in old_in(text):  # with as much around it as stands in the source in one piece
             source = tokenizer.chat_template
