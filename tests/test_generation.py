@@ -743,3 +743,14 @@ def test_the_head_gets_no_slice_for_which_it_would_be_copied_for_every_question(
     finally:
         hook.remove()
     assert len(seen) > 1 and all(seen)
+
+
+@pytest.mark.parametrize("other, kept", [(4.0, 1.0), (4.1, 0.0)])
+def test_the_base_s_choice_counts_as_kept_where_another_is_just_as_probable(other, kept, demo_chat, monkeypatch):
+    """In bfloat16 the two most probable tokens are often equal, and whichever comes first is no matter."""
+    logits = torch.zeros(1, 8)
+    logits[0, 5], logits[0, 3] = 4.0, other
+    monkeypatch.setattr(tool, "logits_at", lambda *_, **__: logits)
+    teacher = tool.Teacher(torch.tensor([[5]], dtype=torch.int32), torch.tensor([[-0.1]]))
+    ((same, _),) = tool.compare(demo_chat, teacher, [tool.Window([1, 2], [-100, -100], [0, -1])])
+    assert same == kept

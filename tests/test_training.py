@@ -633,3 +633,14 @@ def test_the_second_pass_insists_on_what_the_model_gets_wrong():
     assert hard == {talks[5].question: 5, talks[1].question: 1}
     assert sum(held, Counter()) == Counter(talk.question for talk in talks)
     assert sum(pool.share for pool in pools) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("longest, inside", [(256, "eager"), (257, "sdpa")])
+def test_only_short_windows_are_trained_with_plain_attention_and_the_model_is_left_as_it_was(
+        longest, inside, tiny_folder, monkeypatch):
+    monkeypatch.setattr(tool, "compute_dtype", lambda weights: torch.bfloat16)
+    model = tiny_chat(tiny_folder).model
+    windows = [tool.Window([1] * n, [-100] * n, [-1] * n) for n in (3, longest)]
+    with tool.short_attention(model, windows):
+        assert model.config._attn_implementation == inside
+    assert model.config._attn_implementation == "sdpa"
