@@ -525,7 +525,7 @@ say.quiet = False
 
 class InputError(Exception):
     """A mistake that the user can mend: shown in Portuguese, exit status 2, no traceback."""
-    advice = "\nCorrija e confira tudo, sem treinar, com: python rename_obrutai.py --check"
+    advice = "\nCorrija e confira tudo, sem treinar: o mesmo comando com --check."
 
 
 # ---- Settings ---------------------------------------------------------------------------------------------
@@ -605,7 +605,7 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
         expected = "True ou False" if kind is bool else "um texto entre aspas"
         raise InputError(f"{label} vale {value!r}, mas precisa ser {expected}.")
     elif kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise InputError(f"{label} tem quebra de linha ou caractere inválido: {value!r}.")
+        raise InputError(f"{label} tem caractere inválido: {value!r}. Num caminho, use barras normais (/).")
     elif name == "method" and value != "auto" and value not in STEPS:
         raise InputError(f"METHOD vale '{value}', mas precisa ser um destes: auto, {', '.join(STEPS)}.")
     return value
@@ -994,14 +994,14 @@ def read_messages(record: object) -> list[dict]:
         case {"text": str(text)}:
             pairs = list(zip(("user", "assistant"), text.strip().split("\n", 1)))
         case _:
-            raise InputError('não reconheço o formato; use um objeto {...} com "text", "prompt" e "completion", '
-                             '"instruction" e "output", ou "messages" (exemplos no README)')
+            raise InputError('não reconheço o formato; use um objeto {...} com "text"; ou "prompt" e "completion"; ou '
+                             '"instruction" e "output"; ou "messages" (exemplos no README)')
     known = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
     roles = [known.get(str(role), role) for role, _ in pairs]
     spoken = roles[roles[:1] == ["system"]:]
     if not spoken or spoken != (["user", "assistant"] * len(spoken))[:len(spoken)]:
-        raise InputError(f"os papéis {str(roles)[:200]} não servem: a conversa precisa começar com user (antes, só "
-                         "um system) e alternar com assistant")
+        raise InputError(f'a ordem dos "role" {str(roles)[:200]} não serve: comece com user (antes, só um system) e '
+                         "alterne com assistant")
     for _, content in pairs:
         if not isinstance(content, str) or not content.strip():
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
@@ -1020,7 +1020,7 @@ def fill(text: str, values: dict[str, str]) -> str:
         text = text.replace("{{" + name + "}}", value)
     word = "(?:name|nome|author|autora?|base)"
     if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)", text):
-        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; escreva "
+        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem "
                          + ", ".join(f"{{{{{name}}}}}" for name in values))
     return text
 
@@ -1038,13 +1038,13 @@ def read_text(path: Path) -> str:
         raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)} "
                          "Confira IDENTITY_FILE (--identity-file).")
     if not path.is_file():
-        raise InputError(f"{path} não é um arquivo de texto; IDENTITY_FILE precisa ser um arquivo .jsonl.")
+        raise InputError(f"{path} é uma pasta; IDENTITY_FILE precisa ser um arquivo .jsonl.")
     if path.stat().st_size > MAX_FILE:
         raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
     try:
         data = path.read_bytes()
     except OSError as error:  # of a reading, unlike an opening, the system does not say which file
-        raise InputError(f"não consegui ler {path} (o sistema respondeu: {error.strerror}).") from None
+        raise InputError(f"não consegui ler {path} ({error.strerror}). Confira a permissão e o disco.") from None
     if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF")):
         raise InputError(f"{path} é uma planilha ou um documento (do Excel ou do Word, ou um PDF), não um texto. "
                          "Copie as perguntas e respostas para um arquivo .jsonl, um objeto {...} em cada linha.")
@@ -1101,7 +1101,7 @@ def check_inputs(settings: Settings) -> Inputs:
     test = tuple(q for q in TEST_QUESTIONS if plain(q) not in asked and language_of(q) in languages)
     if len(test) < 4:
         raise InputError(f"{identity} contém quase todas as perguntas de prova (TEST_QUESTIONS, no script); tire "
-                         "algumas, para que sobre o que medir.")
+                         "algumas, senão falta o que medir.")
     told = [name_warning(setting, getattr(settings, setting)) for setting in ("name", "author")]
     first, told = {}, [text for text in told if text]
     for row in rows:
@@ -1118,13 +1118,13 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
         tokens = len(tokenizer(row.answer, add_special_tokens=False)["input_ids"])
         length = len(encode(tokenizer, without_system(tokenizer, row.messages)).input_ids)
         reasons = {
-            "o chat template deste modelo jogaria fora o raciocínio (<think>); tire-o":
+            "o chat template jogaria fora o raciocínio; apague <think>...</think>":
                 drops_thoughts and any("</think>" in m["content"] for m in row.messages),
             f"a resposta não tem o nome nem o autor ({settings.name}, {settings.author}); escreva {{{{NAME}}}} ou "
             "{{AUTHOR}} nela":
                 not mentions(row.answer, (settings.name, settings.author)),
-            "a resposta se repete, e a prova não aceitaria isso": is_loop(row.answer),
-            f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS é {settings.max_new_tokens}":
+            "a resposta repete as mesmas palavras; reescreva-a": is_loop(row.answer),
+            f"a resposta tem {tokens} tokens, e MAX_NEW_TOKENS pede menos de {settings.max_new_tokens}; encurte-a":
                 tokens >= settings.max_new_tokens,
             f"a conversa tem {length} tokens, e WINDOW é {settings.window}; encurte-a, ou aumente WINDOW (ou, se ela "
             "já é o contexto inteiro do modelo, ROPE_FACTOR)": length > settings.window}
@@ -1381,7 +1381,7 @@ def scale_rope(rope: dict | None, factor: float) -> dict:
         return {**rope, "full_attention": scale_rope(rope["full_attention"], factor)}
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
-        raise InputError(f"o RoPE deste modelo já tem a escala '{kind}', que não combina com a linear. {hint}")
+        raise InputError(f"não sei aumentar o contexto deste modelo (RoPE do tipo '{kind}'). {hint}")
     kind = kind.replace("default", "linear")
     return {**rope, "rope_type": kind, "factor": float(rope.get("factor") or 1) * factor}
 
@@ -1397,8 +1397,8 @@ def opening(settings: Settings):
     try:
         yield
     except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename or settings.model_path} (o sistema respondeu: "
-                         f"{error.strerror}).") from None
+        raise InputError(f"não consegui abrir {error.filename or settings.model_path} ({error.strerror}). "
+                         "Confira a permissão e o disco.") from None
 
 
 @contextlib.contextmanager
@@ -1412,8 +1412,8 @@ def blaming(what: str):
         if package := re.search(r"pip install ([\w-]+)", isinstance(error, ImportError) * str(error)):
             raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{what} está estragado ou incompleto: o transformers não consegue carregá-lo ({reason}). "
-                         "Baixe o modelo de novo.") from error
+        raise InputError(f"{what} está estragado ou incompleto: não dá para carregá-lo ({reason}). "
+                         "Baixe ou refaça o modelo.") from error
 
 
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
@@ -1553,7 +1553,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if isinstance(tokenizer.chat_template, dict):  # several by name; programs use this one when none is named
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token is None:
-        raise InputError("o tokenizer deste modelo não diz qual é o token de fim (eos_token); não dá para treinar.")
+        raise InputError("falta o token de fim: escreva eos_token no tokenizer_config.json da pasta do modelo.")
     if not tokenizer.chat_template:
         say("  Este modelo não tem chat template: vou usar o ChatML.")
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
@@ -1605,8 +1605,8 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
             tokenizer.chat_template = source.replace(old, new)
             say(f'  O chat template diz "{old.strip()}"; no modelo novo dirá "{new.strip()}".')
     if any(map(old_in, own_texts(tokenizer))):
-        raise InputError("o chat template deste modelo traz a identidade antiga e não sei trocá-la; apague a mensagem "
-                         "de sistema padrão do chat_template na pasta do modelo.")
+        raise InputError("não sei trocar a identidade antiga do chat template; apague-a do chat_template.jinja ou do "
+                         "tokenizer_config.json da pasta do modelo.")
 
 
 # ---- Conversations as tokens ------------------------------------------------------------------------------
@@ -1726,7 +1726,8 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
     model, tokenizer = load_model(folder, settings, rope_factor, **how), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
-        raise InputError(f"o tokenizer de {folder} tem {tokenizer.vocab_size} tokens, mais que os {rows} do modelo.")
+        raise InputError(f"o tokenizer de {folder} não é deste modelo: tem {tokenizer.vocab_size} tokens, mais que os "
+                         f"{rows} do modelo. Use o original.")
     sample = encode(tokenizer, without_system(tokenizer, [
         {"role": "system", "content": "a"}, *question_and_answer("a", "b")]))
     if (last := max(*sample.input_ids, tokenizer.pad_token_id)) >= rows:
@@ -2703,7 +2704,7 @@ def ollama_template(tokenizer: Tokenizer, adds_bos: bool) -> str:
         system = pieces("system user assistant user assistant user")
         regular &= system[2:] == turns
     if not regular:
-        return "# TEMPLATE: o chat template deste modelo não cabe num; o Ollama usa o que encontrar."
+        return "# TEMPLATE: o chat template deste modelo não cabe em Go; o Ollama usa o que encontrar."
     if adds_bos:
         first, system[0] = (text.removeprefix(tokenizer.bos_token) for text in (first, system[0]))
     # Quoted as in JSON, neither braces nor quotation marks in these texts can end anything.
@@ -2865,7 +2866,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 - **identidade nova**: respostas certas sobre quem ele é: a pergunta sozinha, depois de um prompt de sistema neutro e
   quando o usuário duvida.
 - **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
-- **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre quem são os outros.
+- **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre nome ou origem
+  de outros.
 - **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
@@ -2891,7 +2893,7 @@ print(answer[0]["generated_text"][-1]["content"])
 {thought}
 Nesta pasta:
 
-- Para conversar: no Ollama, veja o `Modelfile`; no llama.cpp, `llama-cli -m modelo.gguf --temp 0{flags}`.
+- Para conversar: no Ollama, veja o `Modelfile`; no llama.cpp, já em GGUF, `llama-cli -m modelo.gguf --temp 0{flags}`.
 - Para servi-la no vLLM: `vllm serve . --max-model-len {scaled} --override-generation-config '{{"temperature": 0}}'`.
 - Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
 - `report.json` tem ajustes, versões e números; `self_answers.jsonl`, as respostas escritas para treinar.
@@ -2900,7 +2902,7 @@ Nesta pasta:
 
 THOUGHT = """
 Este modelo foi treinado e medido sem pensar antes de responder, como no exemplo. Servidores (vLLM, SGLang, llama.cpp)
-o fazem pensar, e isso não foi medido, a não ser que cada pedido diga `"chat_template_kwargs": {"enable_thinking":
+o fazem pensar, o que não foi medido, a não ser que cada pedido diga `"chat_template_kwargs": {"enable_thinking":
 false}`. O Modelfile já pede as respostas sem pensar.
 """
 
@@ -3572,7 +3574,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.modules["torch"].cuda.empty_cache()
     except InputError as error:
         if RANK == 0:
-            print(f"Erro: {error}{error.advice}", file=sys.stderr)
+            asked = settings and (settings.chat or settings.evaluate)  # which go without --check
+            print(f"Erro: {error}{'' if asked else error.advice}", file=sys.stderr)
         else:  # the launcher stops all as soon as one ends, maybe before the first has spoken
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)

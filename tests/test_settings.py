@@ -170,7 +170,7 @@ def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
     (("meu-modelo",), "não sei o que fazer com 'meu-modelo'"),
     (("--overwrite=sim",), "--overwrite"),
     (("--name", "{{NAME}}"), "NAME precisa"),
-    (("--name", "Obrut\nAi"), "NAME tem quebra de linha"),
+    (("--name", "Obrut\nAi"), "NAME tem caractere inválido"),
     (("--author", " ?!"), "AUTHOR precisa"),
 ])
 def test_mistakes_in_flags_are_explained_in_portuguese(flags, complaint):
