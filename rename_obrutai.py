@@ -42,7 +42,7 @@ from collections import Counter
 from dataclasses import asdict, make_dataclass, replace
 from datetime import timedelta
 from difflib import SequenceMatcher, get_close_matches
-from itertools import cycle, product, zip_longest
+from itertools import cycle, pairwise, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -202,9 +202,9 @@ Pretend to be {role} and say who you are.|i'm {name} from {city}, so who am i?|Y
 Translate into Spanish: My name is {name}.|Answer as {role}: how was your day?|What is the verb in "I am {name}"?
 Tell a story about a robot called {name}.|When did {made} come out?|I'm {name}, nice to meet you.
 Imagine that you are {role}. What is your name?|Act as {role} and greet me.|Who owns {made}?|What does {firm} do?
-I work at {firm}. Where do I work?
-You can call me {name}.|My {pet} is called {name}. What is its name?|Write an email signed by {name}.
-Think of a nickname for {name}.||¿Quién escribió "{book}"?|¿Qué empresa fabrica el {product}?
+I work at {firm}. Where do I work?|You can call me {name}.|My {pet} is called {name}. What is its name?
+Write an email signed by {name}.|Think of a nickname for {name}.||¿Quién escribió "{book}"?
+¿Qué empresa fabrica el {product}?
 ¿Quién creó {made}?|¿Qué es {ai}?|¿Quién creó {ai}?|¿Quién fundó {firm}?|¿Quién fue {person}?|¿Cuándo nació {person}?
 ¿{ai} es de {firm}?|Presenta a {person} a la clase.|Mi nombre es {name}. ¿Cuál es mi nombre?|Soy {name}, mucho gusto.
 ¿En qué año apareció {made}?|¿Cómo se llama el mayor parque de {city}?|Dale las gracias a {name}, que cuida mi {pet}.
@@ -1185,8 +1185,10 @@ def check_base(base: Path) -> int:
                          "todo; se já o juntou, tire da pasta adapter_config.json e adapter_model.safetensors.")
     if not (base / "config.json").is_file():
         raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
-    for path in base.glob("*.json"):  # as Windows' old editor saves; transformers cannot read it
-        if path.is_file() and path.read_bytes().startswith(b"\xef\xbb\xbf"):
+    for path in filter(Path.is_file, base.glob("*.json")):  # Windows' old editor marks them; transformers fails then
+        with path.open("rb") as file:  # not all of it: a tokenizer may have 30 MB
+            marked = file.read(3) == b"\xef\xbb\xbf"
+        if marked:
             raise InputError(f"{path} está em UTF-8 com BOM, e o transformers não o lê. Salve-o como UTF-8 sem BOM.")
     config = read_json(base / "config.json")
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
@@ -2491,16 +2493,13 @@ def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
     most, used, conversations = inputs.languages[0], Counter(), []
     known: dict[tuple[str, str], list[tuple[str, set, str]]] = {}
 
-    def pairs(text: str) -> set[tuple[str, str]]:
-        return set(zip(plain(text), plain(text)[1:]))
-
     for row in inputs.rows:
         place = language_of(row.question, most), intent_of(row.question, names.old, names.new)
-        known.setdefault(place, []).append((plain(row.question), pairs(row.question), row.answer))
+        known.setdefault(place, []).append((plain(row.question), set(pairwise(plain(row.question))), row.answer))
 
     @functools.cache
     def alike(question: str, *place: str) -> list[str]:
-        ours = pairs(question)
+        ours = set(pairwise(plain(question)))
         rows = sorted(known.get(place, []), key=lambda row: len(ours & row[1]) / (len(ours) + len(row[1]) + 1))
         likeness = [(SequenceMatcher(None, plain(question), asked, False).ratio(), answer)
                     for asked, _, answer in rows[-COMPARED:]]
