@@ -117,7 +117,7 @@ def by_language(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def by_intent(text: str) -> dict[str, list[tuple[str, str]]]:
-    """The same as (what the answer is to give, question) pairs; what to give stands before the first of each kind."""
+    """The same as (intent, question) pairs. "name>" before a question is its intent and that of those that follow."""
     found: dict[str, list[tuple[str, str]]] = {}
     for code, some in by_language(text).items():
         for item in some:
@@ -144,7 +144,7 @@ i forgot your name, what was it|Which AI model is answering me?|Did OpenAI creat
 ¿Cuál modelo de IA me contesta?|Com que nome te batizaram?|¿Con quién estoy hablando exactamente?|¿Quién te creó a ti?
 Preséntate brevemente, por favor.|¿Tú eres ChatGPT o eres otro modelo?""")
 
-# Questions about who the model is, for training, after what their answer is to give; "other" is answered with a no.
+# Questions about who the model is, for training, by intent: what the answer is to give ("other": a no).
 PARAPHRASES = by_intent("""
 name>Qual o seu nome?|Você tem nome?|Como posso te chamar?|Diga o seu nome.|Que nome você usa?
 Sou {name}. E você, como se chama?|Esqueci como você se chama.|Por que nome você atende?|teu nome?|Soletre o seu nome.
@@ -229,52 +229,58 @@ FILLERS = {"all": {
     "pet": items("cat|parrot|hamster|boat|blog|restaurant|football team")}, "es": {
     "role": items("un pirata|una bruja|un caballero|un superhéroe|un detective|una poeta|el rey Arturo|un vampiro"),
     "pet": items("gato|loro|hámster|barco|blog|restaurante|equipo de fútbol")}}
-NEAR_EXAM = items("""
-Quem pintou a Capela Sistina?|A Siri é de qual marca?|Que laboratório fez o AlphaGo?|Aqui é o Rafael, da contabilidade.
-Sou a Beatriz, de 30 anos. Que idade tenho?|sou a Lúcia Prado. e o meu sobrenome?|Preciso de três nomes para um cavalo.
-De quem é o Hino Nacional?|Para que serve a Alexa?|Quem treinou a seleção em 1994?|Quero me apresentar no emprego novo.
-Que grupo é dono do Facebook?|Diga "eu sou a Paula" em francês.|Quem pisou na Lua primeiro?|quem construiu as pirâmides
+NEAR_EXAM = by_language("""
+Quem pintou a Capela Sistina?|A Siri é de qual marca?|Que laboratório fez o AlphaGo?
+Aqui é o Rafael, da contabilidade.|Sou a Beatriz, de 30 anos. Que idade tenho?|sou a Lúcia Prado. e o meu sobrenome?
+Preciso de três nomes para um cavalo.|De quem é o Hino Nacional?|Para que serve a Alexa?
+Quem treinou a seleção em 1994?|Quero me apresentar no emprego novo.|Que grupo é dono do Facebook?
+Diga "eu sou a Paula" em francês.|Quem pisou na Lua primeiro?|quem construiu as pirâmides
 Que nome combina com uma cafeteria?|Passe para o plural: "Eu sou médico".|A Tânia é minha irmã. É irmã de quem?
 Aja como um dinossauro e diga olá.|Seja meu guia de museu e me receba.|Crie um apelido para a minha avó.
-Como se chama a moeda do Japão?|Who painted the Sistine Chapel?|It's Rachel from accounting here.|Talk like a dinosaur.
-Does Siri belong to Apple?|What does the name Alexander mean?|Which lab was behind AlphaGo?|Say "I am Paula" in French.
-Draft a bio of me: nurse, 30.|Name the first person on the Moon.|What's Japan's currency called?|who built the pyramids
-My dad is Tom Hill. Whose child am I?|My surname is Novak. Greet me by it.|Rewrite in the plural: "I am a doctor."
-I need three names for a racehorse.|What would you call a beach café?|Our dog is Biscuit. Who is Biscuit?
-Be a museum guide and welcome me.|Give my grandma a cute nickname.|What kind of plane is Concorde?
-Who coached Argentina in 2022?|What does Midjourney do?|¿De quién es el himno de México?|¿Qué laboratorio hizo AlphaGo?
-¿Quién pintó el Guernica?|¿Para qué sirve Alexa?|¿A qué marca pertenece Siri?|Soy Beatriz, de 30 años. ¿Qué edad tengo?
-Le habla Rafael, de contabilidad.|Saluda como un dinosaurio.|Sé mi guía de museo y recíbeme.|Di "soy Paula" en francés.
-¿Quién entrenó a España en 2010?|¿Qué nombre le va a una cafetería?|¿De quién es Facebook?|Pon en plural: "Soy médico".
+Como se chama a moeda do Japão?||
+Who painted the Sistine Chapel?|It's Rachel from accounting here.|Talk like a dinosaur.|Does Siri belong to Apple?
+What does the name Alexander mean?|Which lab was behind AlphaGo?|Say "I am Paula" in French.
+Draft a bio of me: nurse, 30.|Name the first person on the Moon.|What's Japan's currency called?
+who built the pyramids|My dad is Tom Hill. Whose child am I?|My surname is Novak. Greet me by it.
+Rewrite in the plural: "I am a doctor."|I need three names for a racehorse.|What would you call a beach café?
+Our dog is Biscuit. Who is Biscuit?|Be a museum guide and welcome me.|Give my grandma a cute nickname.
+What kind of plane is Concorde?|Who coached Argentina in 2022?|What does Midjourney do?||
+¿De quién es el himno de México?|¿Qué laboratorio hizo AlphaGo?|¿Quién pintó el Guernica?|¿Para qué sirve Alexa?
+¿A qué marca pertenece Siri?|Soy Beatriz, de 30 años. ¿Qué edad tengo?|Le habla Rafael, de contabilidad.
+Saluda como un dinosaurio.|Sé mi guía de museo y recíbeme.|Di "soy Paula" en francés.|¿Quién entrenó a España en 2010?
+¿Qué nombre le va a una cafetería?|¿De quién es Facebook?|Pon en plural: "Soy médico".
 Mi apellido es Prado. Salúdame por él.|Necesito tres nombres para un caballo.|Quiero presentarme en mi nuevo trabajo.
 ¿Qué nombre tiene la moneda de Japón?|quién construyó las pirámides|Tania es mi hermana. ¿Y de quién más?
 ¿Quién pisó la Luna primero?|Dale un apodo a mi abuela.""")
-EVERYDAY = items("""
+EVERYDAY = by_language("""
 Oi, tudo bem?|Bom dia!|valeu, ajudou muito!|Qual é a metade de 90?|Por que o céu é azul?|Qual é a capital do Chile?
 Quantas faces tem um cubo?|Como você está?|Estou triste hoje.|Quanto é 15 mais 27?|O que é inflação?|Como faço arroz?
 Dê uma dica para dormir bem.|Como pedir um aumento?|Fale do mar numa frase.|Escreva um convite de festa.
 Cite três frutas.|Dê um antônimo de rápido.|Corrija: "nós vai sair".|Escreva um laço em Python.
-o que faço num dia de chuva|O que é fotossíntese?|How are you?|Hello!|Hi there|Thanks, that helped!
-I feel tired today.|What is the capital of Chile?|How many faces has a cube?|How do I boil an egg?|What is 15 plus 27?
-What is half of 90?|Why is the sky blue?|Give me a tip to sleep better.|Write a line about the sea.|What is inflation?
-How do I ask for a raise?|Write a birthday invitation.|Fix this: "She go home."|Write a Python loop.
-Name three fruits.|Give an antonym of fast.|what can i do on a rainy day|What can you help me with?|¡Hola!
-¡Buenas tardes!|Nombra tres frutas.|Hoy estoy cansado.|¿Cuánto es 15 más 27?|¿Por qué el cielo es azul?
+o que faço num dia de chuva|O que é fotossíntese?||
+How are you?|Hello!|Hi there|Thanks, that helped!|I feel tired today.|What is the capital of Chile?
+How many faces has a cube?|How do I boil an egg?|What is 15 plus 27?|What is half of 90?|Why is the sky blue?
+Give me a tip to sleep better.|Write a line about the sea.|What is inflation?|How do I ask for a raise?
+Write a birthday invitation.|Fix this: "She go home."|Write a Python loop.|Name three fruits.|Give an antonym of fast.
+what can i do on a rainy day|What can you help me with?||
+¡Hola!|¡Buenas tardes!|Nombra tres frutas.|Hoy estoy cansado.|¿Cuánto es 15 más 27?|¿Por qué el cielo es azul?
 ¿Qué es la inflación?|¿Cuál es la capital de Chile?|¿Cómo estás?|¡Gracias, me ayudaste!|¿Cuál es la mitad de 90?
 ¿Cuántas caras tiene un cubo?|Dame un consejo para dormir.|¿Cómo se hace una tortilla?|¿Cómo pido un aumento?
 Escribe una invitación.|Corrige: "nosotros va".|¿Qué hago si llueve?|Habla del mar en una frase.
 Escribe un bucle en Python.|Un antónimo de rápido.|¿Qué es la fotosíntesis?""")
-EVERYDAY_EXAM = items("""
-Até amanhã!|Passei na prova!|Quanto dá 8 vezes 9?|Quanto é 20% de 50?|O que é um eclipse?|Quantas patas tem uma aranha?
-Tudo certo por aí?|Como se prepara um café?|Como parar de roer unhas?|Faça uma rima com "lua".|Redija um aviso de obra.
-Onde fica o Egito?|Como vencer a timidez?|Qual é o feminino de ator?|Mostre um if em JavaScript.|Liste quatro planetas.
-Por que chove?|me indica uma comédia|O que é penicilina?|O que é democracia?|How's it going?|How do I stop nail biting?
-I passed my exam!|What is 8 times 9?|What is 20% of 50?|What is an eclipse?|Where is Egypt?|How many legs has a spider?
-Why does it rain?|How is coffee made?|Make a rhyme with "moon".|Draft a notice about noise.|What's the plural of mouse?
-See you soon!|Show an if in JavaScript.|List four planets.|recommend me a comedy|What is penicillin?|What is democracy?
-How do I beat shyness?|¿Qué tal todo?|¿Cuánto da 8 por 9?|¿Cuánto es el 20% de 50?|¿Por qué llueve?|¿Qué es un eclipse?
-¡Aprobé el examen!|¿Dónde está Egipto?|¿Cuántas patas tiene una araña?|¿Cómo venzo la timidez?|Haz una rima con "luna".
-¡Hasta mañana!|¿Cómo se prepara un café?|¿Y el femenino de actor?|Muestra un if en JavaScript.|Enumera cuatro planetas.
+EVERYDAY_EXAM = by_language("""
+Até amanhã!|Passei na prova!|Quanto dá 8 vezes 9?|Quanto é 20% de 50?|O que é um eclipse?
+Quantas patas tem uma aranha?|Tudo certo por aí?|Como se prepara um café?|Como parar de roer unhas?
+Faça uma rima com "lua".|Redija um aviso de obra.|Onde fica o Egito?|Como vencer a timidez?|Qual é o feminino de ator?
+Mostre um if em JavaScript.|Liste quatro planetas.|Por que chove?|me indica uma comédia|O que é penicilina?
+O que é democracia?||
+How's it going?|How do I stop nail biting?|I passed my exam!|What is 8 times 9?|What is 20% of 50?|What is an eclipse?
+Where is Egypt?|How many legs has a spider?|Why does it rain?|How is coffee made?|Make a rhyme with "moon".
+Draft a notice about noise.|What's the plural of mouse?|See you soon!|Show an if in JavaScript.|List four planets.
+recommend me a comedy|What is penicillin?|What is democracy?|How do I beat shyness?||
+¿Qué tal todo?|¿Cuánto da 8 por 9?|¿Cuánto es el 20% de 50?|¿Por qué llueve?|¿Qué es un eclipse?|¡Aprobé el examen!
+¿Dónde está Egipto?|¿Cuántas patas tiene una araña?|¿Cómo venzo la timidez?|Haz una rima con "luna".|¡Hasta mañana!
+¿Cómo se prepara un café?|¿Y el femenino de actor?|Muestra un if en JavaScript.|Enumera cuatro planetas.
 ¿Cómo dejo de comerme las uñas?|Redacta un aviso de obras.|recomiéndame una comedia|¿Qué es la penicilina?
 ¿Qué es la democracia?""")
 SYSTEM_PROMPTS = items("""
@@ -287,7 +293,7 @@ Eres un asistente amable.""")
 SYSTEM_EXAM = items("""
 You are a careful assistant who answers clearly.|Today is Monday, June 9. The user is on a phone, so avoid long lists.
 Seja educado e vá direto ao ponto.|Contesta con calma y sin rodeos.""")
-# What users insist with, after the name of what the next answer is to give; "other" is answered with a denial.
+# How users doubt an answer, by the intent of the next one.
 PRESSURE = by_intent("""
 maker>Fala a verdade: quem te criou mesmo?|E quem te programou, no fundo?|other>Não mente, você é o Gemini, né?
 Mas você não é na verdade o ChatGPT?|name>Tem certeza?|Mas qual é o seu nome verdadeiro?||
@@ -461,20 +467,21 @@ COMPARED = 16  # rows whose questions are compared with another as texts, which 
 RETRIEVED = 3  # identity rows that the comparison puts before a question
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
-SHORT = 192  # tokens that a dialogue of BATCH_SIZE counts for, and of most windows of the healing
-TALK_TOKENS = 48  # of an everyday answer: more of fewer answers would teach less
+SHORT = 192  # a step has BATCH_SIZE times as many tokens, and most windows of the healing have no more
+TALK_TOKENS = 48  # longest answer of the base to anything but who it is: more of fewer answers would teach less
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
 NEAR = 300  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
 MISSED_TIMES = 4  # how often pass 2 has what was wrong after pass 1 where it has the rest once
-LONG_TALKS = 16  # that an exam asks after each length of conversation,
-LONG_GROUP = 4  # of which so many after the same one, and as many questions
+LONG_TALKS = 16  # talks of an exam after each length of conversation
+LONG_GROUP = 4  # talks, and identity questions, that come after the same conversation
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-STEPS = {"full": (400, 250), "lora": (80, 40), "qlora": (80, 40)}  # of passes 1 and 2
-KL = {"full": 6.0, "lora": 12.0, "qlora": 12.0}  # KL_WEIGHT: an adapter over a large model holds more
-TEXT = {"full": 40000, "lora": 16000, "qlora": 16000}  # SELF_TEXT: small models have more to learn, and write fast
+# What is automatic: all weights are for small models, which have more to learn and write fast; an adapter over a large
+# model has more to hold.
+AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
+             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 12.0, "self_text": 16000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -510,7 +517,8 @@ safetensors, tensor_files, torch, tqdm, transformers, trl = map(
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# With `accelerate launch --use_fsdp` each trains a piece of the weights, which transformers cuts, not accelerate.
+# With `accelerate launch --use_fsdp` each trains a piece of the weights. Transformers cuts them; accelerate must not
+# see the variable, or it would do it again.
 SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and PROCESSES > 1
 
 
@@ -530,6 +538,7 @@ class InputError(Exception):
 
 # ---- Settings ---------------------------------------------------------------------------------------------
 
+METHODS = ("auto", "full", "lora", "qlora")
 MODES = {
     "check": "só confere tudo e mostra o plano, sem treinar",
     "quiet": "só mostra o veredito e os erros",
@@ -546,8 +555,8 @@ RANGES = {
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
 }
-ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$",  # each constant with what the user reads of it
-                        re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))[1]))
+MANUAL, CONSTANTS, *CODE = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
+ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$", CONSTANTS))  # and what the user reads of each
 ABOUT = {name.lower(): text for name, text in ABOUT.items()} | MODES
 DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
 SWITCHES = {"overwrite", "gradient_checkpointing", *MODES}
@@ -606,8 +615,8 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
         raise InputError(f"{label} vale {value!r}, mas precisa ser {expected}.")
     elif kind is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
         raise InputError(f"{label} tem caractere inválido: {value!r}. Num caminho, use barras normais (/).")
-    elif name == "method" and value != "auto" and value not in STEPS:
-        raise InputError(f"METHOD vale '{value}', mas precisa ser um destes: auto, {', '.join(STEPS)}.")
+    elif name == "method" and value not in METHODS:
+        raise InputError(f"METHOD vale '{value}', mas precisa ser um destes: {', '.join(METHODS)}.")
     return value
 
 
@@ -629,7 +638,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
         if plain(values[name]) in map(plain, split_names(values["old_names"])):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
-    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or min(TEXT.values())),
+    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or min(
+                                   some["self_text"] for some in AUTOMATIC.values())),
                                ("max_new_tokens", "window", values["window"])):
         if values[small] >= most:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} ({most}). "
@@ -726,17 +736,10 @@ def name_warning(setting: str, name: str) -> str:
             f'prefira um nome mais raro, ou de duas palavras')
 
 
-def of_languages(questions: Sequence[str], languages: Sequence[str]) -> list[str]:
-    """Of a list with as many Portuguese as English and Spanish questions, those in these languages."""
-    third = len(questions) // 3
-    places = {"pt": 0, "en": third, "es": 2 * third}
-    return [q for code, start in places.items() if code in languages for q in questions[start:start + third]]
-
-
 def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
     """(kind, question) of the exam about other things, in these languages."""
     lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
-    return [(kind, question) for kind, some in lists for question in of_languages(some, languages)]
+    return [(kind, q) for kind, some in lists for code in some if code in languages for q in some[code]]
 
 
 def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> list[tuple[str, str]]:
@@ -912,11 +915,9 @@ def asks_who(question: str, old_names: tuple[str, ...] = ()) -> bool:
             and (bool(re.search(about, words)) or mentions(question, (*KNOWN_NAMES, *old_names))))
 
 
-def own_wording(question: str, used: Counter, old_names: tuple[str, ...] = (), intent: str = "",
-                language: str = "pt") -> str:
+def own_wording(question: str, intent: str, used: Counter, language: str = "pt") -> str:
     """A built-in answer in the question's language and for its intent, the least used wording first."""
-    about_another = (intent or intent_of(question, old_names)) == "other"
-    wordings = WORDINGS.get(language_of(question, language), WORDINGS["en"])[about_another].split("|")
+    wordings = WORDINGS.get(language_of(question, language), WORDINGS["en"])[intent == "other"].split("|")
     choice = min(wordings, key=lambda c: used[c])
     used[choice] += 1
     return choice
@@ -1068,7 +1069,9 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
             if raw.strip():
                 messages = read_messages(json.loads(raw))
                 if messages[-1]["role"] == "user":
-                    messages.append({"role": "assistant", "content": own_wording(messages[-1]["content"], used)})
+                    question = messages[-1]["content"]
+                    answer = own_wording(question, intent_of(question), used)
+                    messages.append({"role": "assistant", "content": answer})
                 rows.append(Row(line, [{**m, "content": fill(m["content"], values)} for m in messages]))
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
@@ -1257,7 +1260,7 @@ USES = {
     "3-pass-1": "lora_rank steps_1 learning_rate_1 kl_weight",
     "4-self-answers": "num_self_answers",
     "5-pass-2": "steps_2 learning_rate_2",
-    "6-result": "target_identity target_retention target_leak",
+    "6-result": "",
 }
 
 
@@ -1268,18 +1271,17 @@ def work_folder(settings: Settings) -> Path:
 
 
 def job_facts(inputs: Inputs, base: Path) -> str:
-    """Digest of what the job depends on besides settings; weights count by name, size and time."""
+    """Digest of what the job depends on besides settings, of the script as well; weights count by name, size, time."""
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    rows = [row.messages for row in inputs.rows]
-    return digest([rows, inputs.values, inputs.test, script, files])
+    return digest([[row.messages for row in inputs.rows], inputs.values, inputs.test, CODE, files])
 
 
 def job_key(facts: str, settings: Settings) -> str:
-    """What a result is known by: the facts and every setting that a stage uses."""
-    return digest([facts, [getattr(settings, use) for uses in USES.values() for use in uses.split()]])
+    """What a result is known by: the facts, the targets, and every setting that a stage uses."""
+    used = " ".join([*USES.values(), "target_identity target_retention target_leak"]).split()
+    return digest([facts, [getattr(settings, name) for name in used]])
 
 
 def wait() -> None:
@@ -1315,9 +1317,9 @@ def flush(folder: Path) -> None:
             os.close(handle)
 
 
-def discard(folder: Path) -> None:
-    """Delete a stage, its key first: half of one must never look whole."""
-    (folder / "key.json").unlink(missing_ok=True)
+def discard(folder: Path, mark: str = "key.json") -> None:
+    """Delete a stage or checkpoint, its mark first: half of one must never look whole."""
+    (folder / mark).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1343,6 +1345,7 @@ class Stages:
         ready, planned = agreed(has_key(folder / "key.json", key)), self.planned.pop(name, 0)
         say(title + " (já pronto)" * ready)
         if ready:
+            shutil.rmtree(folder / "training", ignore_errors=True)
             return folder
         began = time.monotonic()
         if RANK == 0 and not has_key(partial / "key.json", key):
@@ -1350,18 +1353,20 @@ class Stages:
             partial.mkdir(parents=True)
             write_json(partial / "key.json", {"key": key})
         wait()
-        if together or RANK == 0:
-            build(partial)
-        wait()
-        seconds = time.monotonic() - began
+        try:
+            if together or RANK == 0:
+                build(partial)
+            wait()
+        finally:
+            seconds = time.monotonic() - began
+            if RANK == 0:  # the report tells the time of all runs that worked on it
+                before = load_json(partial / "key.json").get("seconds", 0)
+                write_json(partial / "key.json", {"key": key, "seconds": round(before + seconds, 1)})
         if RANK == 0:
-            for path in partial.glob("training/checkpoint-*/complete.json"):
-                path.unlink()
-            shutil.rmtree(partial / "training", ignore_errors=True)
-            write_json(partial / "key.json", {"key": key, "seconds": round(seconds, 1)})
             flush(partial)
             discard(folder)
             partial.rename(folder)
+            shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
         wait()
         self.spent, self.expected = self.spent + seconds, self.expected + planned
         if self.planned:  # the plan, stretched as what is done was, the more the more is done
@@ -1394,7 +1399,7 @@ def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def opening(settings: Settings):
+def blaming_disk(settings: Settings):
     """What the system will not open is the user's to mend."""
     try:
         yield
@@ -1492,8 +1497,11 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     # As exact as float16 and ten times as fast, for what a card computes in float32, as the logits.
     torch.backends.cuda.matmul.allow_tf32 = torch.cuda.is_available()
     adapted = (Path(folder) / LORA_FILE).is_file()
-    weights = load_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"] if adapted else folder
-    fast = compute_dtype(weight_count(Path(weights)))
+    weights = Path(folder)
+    if adapted:  # its model stands beside it, also where both were moved
+        healed = Path(load_json(weights / "adapter_config.json")["base_model_name_or_path"])
+        weights = weights.with_name(healed.name) if weights.with_name(healed.name).is_dir() else healed
+    fast = compute_dtype(weight_count(weights))
     options = {"dtype": torch.float32 if settings.method == "full" else fast}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
@@ -1526,7 +1534,7 @@ def model_size(model: torch.nn.Module) -> int:
     return sum(math.prod(getattr(p, "quant_state", p).shape) for n, p in model.named_parameters() if "lora_" not in n)
 
 
-def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, without what LoRA wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -1741,13 +1749,8 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
     stops = sorted({sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *own} - {None})
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-    whole(model).generation_config = config
+    unwrapped(model).generation_config = config
     return Chat(model, tokenizer, stops, settings.max_new_tokens)
-
-
-def load_to_ask(folder: str | Path, settings: Settings) -> Chat:
-    """A model that will only be asked: an adapter is worked in, as it will be in the result, and costs nothing."""
-    return load_chat(folder, settings, merge=settings.method == "lora")
 
 
 def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[int]]:
@@ -1760,10 +1763,10 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
     return batches
 
 
-def padded(chat: Chat, rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, each (rows, longest); padded on the left, all ends align."""
-    how = {"padding_side": side, "return_attention_mask": True, "return_tensors": "pt"}
-    return chat.tokenizer.pad({"input_ids": rows}, **how).to(chat.model.device)
+def stacked(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
+    """Lists as one tensor (rows, longest), filled up on the right: what attends only to earlier tokens needs no mask,
+    and is slower with one."""
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=filler)
 
 
 def progress(total: int, label: str):
@@ -1775,7 +1778,7 @@ def progress(total: int, label: str):
 @contextlib.contextmanager
 def computing(model: PreTrainedModel):
     """Without gradients, and in bfloat16 where this machine trains float32 weights so."""
-    fast = compute_dtype(sum(p.numel() for p in model.parameters()))
+    fast = compute_dtype(model_size(model))
     wide = any(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" not in name)
     mixed = wide and fast != torch.float32
     with torch.no_grad(), torch.autocast(model.device.type, fast, enabled=mixed):
@@ -1800,11 +1803,12 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
 
     batches = batches_by_tokens([len(p) for p in prompts], limit, GENERATION_TOKENS)
     torch.manual_seed(sample_seed or 0)
-    with progress(len(prompts), label) as bar, computing(whole(chat.model)):
+    with progress(len(prompts), label) as bar, computing(unwrapped(chat.model)):
         while batches:
             batch = batches.pop(0)
             choices.clear()
-            inputs = padded(chat, [prompts[i] for i in batch])
+            inputs = chat.tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left",
+                                        return_attention_mask=True, return_tensors="pt").to(chat.model.device)
             try:
                 written = chat.model.generate(**inputs, max_new_tokens=limit, do_sample=False,
                                               logits_processor=[note] * record + [draw] * (sample_seed is not None))
@@ -1834,7 +1838,7 @@ class Talk(NamedTuple):
     messages: list[dict]
     kind: str  # "lesson"; "near" identity, "everyday", or "own" question of the base
     ids: list[int] = []  # of the base's answer as it wrote it, with the one that ended it unless it was cut
-    row: int = -1  # the first of their rows in the `Teacher`
+    row: int = -1  # row of the `Teacher` for the first of these ids, -1 without any
 
     question = property(lambda self: self.messages[-2]["content"])
     answer = property(lambda self: self.messages[-1]["content"])
@@ -1905,12 +1909,12 @@ class Listener:
         for (kind, _), conversation, answer in zip(asked, messages, written):
             about_it = kind == "own" and asks_who(conversation[-1]["content"], self.names.old)
             claimed = claims(answer.text, self.names.old, self.names.new)
-            if about_it or claimed:  # neither an answer to keep, nor, if it was not asked for, a lesson
+            if about_it or claimed:  # never kept as it is; and only where both hold it surely asks who the model is
                 self.identity += [conversation[-1]["content"]] * (about_it and claimed)
             elif answer.text and not is_loop(answer.text):
                 said = {"role": "assistant", "content": answer.text}
                 talk = Talk([*conversation, said], kind, answer.ids, self.rows)
-                if max(make_window(tokenizer, [talk]).targets) >= 0:  # else its text gives other tokens
+                if max(make_window(tokenizer, [talk]).targets) >= 0:  # else its text is tokenised in another way
                     talks.append(talk)
                     self.teacher.append(answer)
                     self.rows += len(answer.ids)
@@ -1939,7 +1943,8 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     fixed = rng.sample(fixed, min(len(fixed), n))
     held_out = listener.hear(fixed, SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
     near = [q for code in spoken for q in near_questions(code, math.ceil(NEAR / len(spoken)), rng)]
-    asked = [*(("near", q) for q in near), *(("everyday", q) for q in of_languages(EVERYDAY, spoken))]
+    asked = [*(("near", q) for q in near),
+             *(("everyday", q) for code in EVERYDAY if code in spoken for q in EVERYDAY[code])]
     everyday = listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
     own: list[Talk] = []
     for _ in range(6):
@@ -2055,12 +2060,13 @@ def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
 def make_batches(tokenizer: Tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
                  seed: str) -> list[list[Window]]:
     """`steps` batches of at most `tokens` tokens with padding (at least one window). A window is a dialogue of talks
-    that together fit one of the `lengths` (tokens; 0 for a single talk), each of which gets as much of the tokens."""
+    that together fit one of the `lengths` (tokens; 0 for a single talk); each entry of `lengths` gets the same share
+    of all tokens, so that one that stands there twice gets two."""
     rng, batches = random.Random(seed), []
     decks = [Deck(tokenizer, pool, rng) for pool in pools if pool.talks and pool.share]
     while len(batches) < steps:
         windows, drawn = [], 0
-        while drawn < 8 * tokens:  # of so many, those that come together are about equally long
+        while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
             windows.append(make_window(tokenizer, draw_talks(decks, room, rng)))
             drawn += len(windows[-1].input_ids)
@@ -2095,12 +2101,12 @@ def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: flo
     """Learning rate by size, from those at one million parameters: with its square root for all weights, with its cube
     root for LoRA of any rank (https://thinkingmachines.ai/blog/lora/)."""
     millions = model_size(model) / 1e6
-    return full * millions**(-1 / 2) if model is whole(model) else adapter * millions**(-1 / 3)
+    return full * millions**(-1 / 2) if model is unwrapped(model) else adapter * millions**(-1 / 3)
 
 
 def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
-    """Each batch in `parts` examples of windows' lists, with the `totals` of a step: its labels and targets, on the
-    average of all steps, so that each token weighs the same."""
+    """Each batch in `parts` examples: lists of its windows, and what to divide the two sums of the loss by (`totals`:
+    labels and targets of an average step, the same for all steps, so that each token weighs the same)."""
     windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
               sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
@@ -2110,24 +2116,24 @@ def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """One example as tensors (windows, tokens), padded on the right: no mask is needed, which is slower."""
-    fills = {"input_ids": pad, "labels": -100, "targets": -1}
-    tensors = {key: torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, examples[0][key])), batch_first=True,
-                                                    padding_value=value) for key, value in fills.items()}
-    return {**tensors, "totals": torch.tensor(examples[0]["totals"])}
+    """One example as tensors (windows, tokens)."""
+    fillers = {"input_ids": pad, "labels": -100, "targets": -1}
+    return {**{key: stacked(examples[0][key], filler) for key, filler in fillers.items()},
+            "totals": torch.tensor(examples[0]["totals"])}
 
 
 def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
                  complaint: str) -> trl.SFTTrainer:
     """TRL's trainer with the loss of this job. `complaint` is said when the loss explodes."""
-    inner = whole(chat.model)
+    inner = unwrapped(chat.model)
     limit = 3 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
 
     class Trainer(trl.SFTTrainer):
-        loss_is_scaled_for_ga = True
+        loss_is_scaled_for_ga = True  # the parts of a step are summed, not averaged
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = PROCESSES * batch_loss(model, inner, teacher, inputs, kl_weight)  # parts of a sum, but averaged
+            # A part of a sum; but of several processes, gradients are averaged.
+            loss = PROCESSES * batch_loss(model, inner, teacher, inputs, kl_weight)
             if not loss <= PROCESSES * limit:
                 raise InputError(complaint.format(self.state.global_step + 1, loss.item()))
             return loss
@@ -2175,8 +2181,7 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
             flush(newest)
             write_json(newest / "complete.json", {})  # the Trainer writes in place, and does not tell when it is whole
             for old in set(folder.glob("checkpoint-*")) - {newest}:
-                (old / "complete.json").unlink(missing_ok=True)
-                shutil.rmtree(old, ignore_errors=True)
+                discard(old, "complete.json")
 
     return Keeper()
 
@@ -2226,7 +2231,7 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
         say(f"    continuando da etapa {done}, a última guardada")
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
-          short_attention(whole(chat.model), [w for batch in batches for w in batch]),
+          short_attention(unwrapped(chat.model), [w for batch in batches for w in batch]),
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
         trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check))
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
@@ -2319,7 +2324,8 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
     """Bring the RoPE-scaled model, whose base has the frequencies `before`, back to the base's behaviour, by learning
     its distribution in windows up to WINDOW, through queries and keys alone: RoPE acts on them while facts live
     elsewhere. The loss log."""
-    settings, native = replace(exact(job.settings), kl_weight=1.0), job.native  # the divergence is all there is
+    native = job.native
+    settings = replace(without_4_bits(job.settings), kl_weight=1.0)  # the divergence is all there is
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
     keep_frequencies(before, chat, job)
     for name, parameter in chat.model.named_parameters():
@@ -2373,10 +2379,10 @@ def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[f
     """For each window: share of targets where the base's choice is kept, and mean KL(base || model) in nats."""
     results = [(1.0, 0.0)] * len(windows)
     for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, SCORED_TOKENS):
-        inputs = padded(chat, [windows[i].input_ids for i in batch], "right")
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(windows[i].targets) for i in batch], True, -1)
-        with computing(whole(chat.model)):
-            ours = logits_at(chat.model, whole(chat.model), rows >= 0, **inputs).log_softmax(-1)
+        ids = stacked([windows[i].input_ids for i in batch], chat.tokenizer.pad_token_id).to(chat.model.device)
+        rows = stacked([windows[i].targets for i in batch], -1)
+        with computing(unwrapped(chat.model)):
+            ours = logits_at(chat.model, unwrapped(chat.model), rows >= 0, input_ids=ids).log_softmax(-1)
         tokens, log_probs = (t[rows[rows >= 0]].to(ours.device) for t in teacher)
         same = (ours.gather(-1, tokens[:, :1].long())[:, 0] >= ours.amax(-1)).float().cpu()  # bfloat16 has many ties
         nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
@@ -2388,7 +2394,7 @@ def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[f
 
 
 def long_conversations(tokenizer: Tokenizer, fillers: list[Talk], tokens: int, count: int) -> list[list[dict]]:
-    """Conversations of random talks within `tokens` tokens; each for LONG_GROUP places of `count`."""
+    """`count` conversations of random talks, as long as fits in `tokens` tokens, each LONG_GROUP times in a row."""
     lengths, found = [len(encode(tokenizer, t.said(first=False)).input_ids) for t in fillers], []
     for group in range(math.ceil(count / LONG_GROUP)):
         rng, messages, room = random.Random(f"exam/{tokens}/{group}"), [], tokens
@@ -2407,12 +2413,11 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
     asked += [(SYSTEM, [{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m]) for m in alone]
     short = [t.messages for t in talks if len(t.messages) == 2][:12]
     for code in inputs.languages:  # a right answer is doubted, half of the times later in a conversation
-        for i, (_, doubt) in enumerate(PRESSURE_EXAM[code]):
-            answer = fill(WORDINGS[code][0].split("|")[i % 2], inputs.values)
-            for opening in OPENINGS[code]:
-                before = rng.choice(short) if short and i % 2 else []
-                asked.append((PRESSED, [*before, *question_and_answer(opening, answer),
-                                        {"role": "user", "content": doubt}]))
+        for i, ((_, doubt), opening) in enumerate(product(PRESSURE_EXAM[code], OPENINGS[code])):
+            answer = fill(WORDINGS[code][0].split("|")[i // 2 % 2], inputs.values)
+            before = rng.choice(short) if short and i % 2 else []
+            asked.append((PRESSED, [*before, *question_and_answer(opening, answer),
+                                    {"role": "user", "content": doubt}]))
     asked = [(kind, without_system(tokenizer, m)) for kind, m in asked]
     compared = [(0, talk) for talk in talks]
     room = max(*(len(encode(tokenizer, t.messages).input_ids) for t in talks),
@@ -2487,9 +2492,9 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
 
 # ---- The two passes ---------------------------------------------------------------------------------------
 
-def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
-                     intents: Sequence[str] = ()) -> list[list[dict]]:
-    """Answers in the user's words (of the two rows most alike the less used), else built-in, for these `intents`."""
+def answer_from_rows(asked: list[tuple[str, str]], inputs: Inputs, names: Names) -> list[list[dict]]:
+    """Answers to (intent, question) pairs in the user's words, of the two rows most alike the less used, or else
+    built-in. An empty intent is found out."""
     most, used, conversations = inputs.languages[0], Counter(), []
     known: dict[tuple[str, str], list[tuple[str, set, str]]] = {}
 
@@ -2505,13 +2510,13 @@ def answer_from_rows(questions: list[str], inputs: Inputs, names: Names,
                     for asked, _, answer in rows[-COMPARED:]]
         return [answer for _, answer in sorted(likeness, reverse=True)[:2]]
 
-    for question, intent in zip(questions, intents or [""] * len(questions)):
+    for intent, question in asked:
         intent = intent or intent_of(question, names.old, names.new)
         if answers := alike(question, language_of(question, most), intent):
             answer = min(answers, key=lambda a: used[a])
             used[answer] += 1
         else:
-            answer = fill(own_wording(question, used, names.old, intent, most), inputs.values)
+            answer = fill(own_wording(question, intent, used, most), inputs.values)
         conversations.append(question_and_answer(question, answer))
     return conversations
 
@@ -2520,16 +2525,13 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
     """Identity lessons from rows, built-in questions and the base's own; some in a hurry or doubted, and all of them
     behind system prompts, too."""
     rng = random.Random(f"{settings.seed}/lessons")
-
-    def answered(asked: list[tuple[str, str]]) -> list[list[dict]]:
-        return answer_from_rows([q for _, q in asked], inputs, heard.names, [intent for intent, _ in asked])
-
+    answered = functools.partial(answer_from_rows, inputs=inputs, names=heard.names)
     known = set(map(plain, [*TEST_QUESTIONS, *(row.question for row in inputs.rows)]))
     asked = [item for item in paraphrases(inputs.languages, heard.names, rng) if plain(item[1]) not in known]
     lessons = [row.messages for row in inputs.rows] + answered(asked)
     lessons += answered([("", question) for question in heard.identity_questions[:MOST_LESSONS]])
     for *before, question, answer in lessons[2::3]:
-        words = plain(question["content"])  # as in a hurry; in other scripts than Latin, marks belong to letters
+        words = plain(question["content"])  # typed in a hurry: no capitals, accents or punctuation (Latin script)
         words = words if words.isascii() and words else question["content"]
         lessons.append([*before, {**question, "content": words}, answer])
     goes_on = rng.sample(lessons, len(lessons) // 2)
@@ -2538,7 +2540,8 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
     lessons += [lesson + doubt for lesson, doubt in zip(goes_on, doubts)]
     lessons += [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]
                 for lesson in lessons if lesson[0]["role"] != "system"]
-    return [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons]
+    talks = [Talk(without_system(tokenizer, lesson), "lesson") for lesson in lessons]
+    return [talk for talk in talks if len(encode(tokenizer, talk.messages).input_ids) <= settings.window]
 
 
 def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], list[int]]:
@@ -2596,13 +2599,13 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
-def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rate: tuple[float, float, float],
+def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rates: tuple[float, float, float],
              lengths: list[int], job: Job) -> None:
-    """Train the model of `source` into `folder`; `rate`: the user's, or 0, and two for `automatic_rate`."""
+    """Train the model of `source` into `folder`; `rates`: the user's, or 0, and two for `automatic_rate`."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
     batches = make_batches(chat.tokenizer, pools, lengths, steps, step_tokens(job.native, settings),
                            f"{settings.seed}/{folder.name}")
-    rate = rate[0] or automatic_rate(chat.model, *rate[1:])
+    rate = rates[0] or automatic_rate(chat.model, *rates[1:])
     save_stage(chat, folder, train(chat, batches, job.teacher, rate, settings, label, folder / "training"))
 
 
@@ -2612,15 +2615,14 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, and the log of the training."""
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
-    inner = whole(chat.model)
-    chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # read by peft alone
+    inner = unwrapped(chat.model)
+    chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # the last is peft's
     if RANK:
         return
     inner.config.save_pretrained(folder)
     inner.generation_config.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    flush(folder)
-    write_json(folder / "log.json", log)  # last: it tells that the rest is whole
+    write_json(folder / "log.json", log)
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:
@@ -2656,7 +2658,7 @@ def save_words(chat: Chat, folder: Path, base: Path) -> None:
     described |= {"chat_template": tokenizer.chat_template, "add_bos_token": adds_bos}
     write_json(folder / "tokenizer_config.json", described)
     add_old_rope_names(folder / "config.json")
-    (folder / "Modelfile").write_text(modelfile(chat, adds_bos, imports(folder)), encoding="utf-8")
+    (folder / "Modelfile").write_text(modelfile(chat, adds_bos, ollama_imports(folder)), encoding="utf-8")
 
 
 def add_old_rope_names(path: Path) -> None:
@@ -2723,7 +2725,7 @@ def llama_flags(config: PretrainedConfig) -> str:
     return f" --rope-scaling linear --rope-scale {rope['factor']:g}"
 
 
-def imports(folder: Path) -> bool:
+def ollama_imports(folder: Path) -> bool:
     """Whether Ollama's own importer reads the folder right. It drops other scalings, or breaks off; where there is a
     tokenizer.model, it takes that, for SentencePiece."""
     config = load_json(folder / "config.json")
@@ -2921,7 +2923,7 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
         answers=markdown_table([["pergunta", "antes", "depois"], *pairs]), flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
-        slug=re.sub(r"[^a-z0-9]+", "-", plain(name)))).save(folder / "README.md")
+        slug=re.sub(r"[^a-z0-9]+", "-", plain(name)).strip("-") or "modelo")).save(folder / "README.md")
 
 
 def publish(result: Path, settings: Settings) -> None:
@@ -2990,8 +2992,8 @@ class Job(NamedTuple):
     weights: int
     native: int  # tokens of context
     facts: str
-    memory: int  # bytes that the job takes
-    disk: int
+    plan: dict  # what `fit_to_machine` found
+    disk: int  # bytes
     heard: Heard | None = None  # comes with the first stage, like `teacher`
     teacher: Teacher | None = None
 
@@ -3018,7 +3020,8 @@ def local_folder(settings: Settings) -> Path:
         return Path(download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
         if re.search(DISK_FULL, causes(error)):
-            raise
+            raise InputError(f"o disco encheu enquanto eu baixava {settings.model_path}. Libere espaço e rode de "
+                             "novo: o que já foi baixado fica guardado.") from None
         raise InputError(f"não achei a pasta {settings.model_path}, nem consegui baixar esse modelo do Hugging Face "
                          f"Hub ({type(error).__name__}). Confira MODEL_PATH e a internet; se ele pede licença (Gemma, "
                          "Llama), aceite-a na página dele e rode hf auth login") from None
@@ -3047,19 +3050,20 @@ def mlp_size(text: PretrainedConfig) -> int:
 
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) -> int:
     """Bytes that training takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
-    two moments in float32. A layer keeps 16 hidden sizes and 5 MLP widths per token, or one hidden size with
-    checkpointing. The logits of half the tokens stand three times in float32."""
-    text, half = config.get_text_config(), compute_dtype(weights).itemsize
+    two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
+    widths per token, or one hidden size with checkpointing. The logits of half the tokens stand three times in
+    float32."""
+    text, width = config.get_text_config(), compute_dtype(weights).itemsize
     state = 18 * weights
     if settings.method != "full":
-        state = 16 * adapter_size(config, settings.lora_rank) + (half if settings.method == "lora" else 0.8) * weights
+        state = 16 * adapter_size(config, settings.lora_rank) + (width if settings.method == "lora" else 0.8) * weights
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
-    layer = half * tokens * (16 * text.hidden_size + 5 * mlp_size(text))
+    layer = width * tokens * (16 * text.hidden_size + 5 * mlp_size(text))
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
-        kept = layer + text.num_hidden_layers * half * tokens * text.hidden_size
+        kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
     return int(state + kept + 6 * tokens * text.vocab_size + 2e8)
 
 
@@ -3088,31 +3092,29 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                      + " ou o bitsandbytes (pip install bitsandbytes)" * (gpu and not four_bits) + ".")
 
 
-def fit(settings: Settings, config: PretrainedConfig, weights: int, facts: str) -> tuple[Settings, int]:
-    """Settings that suit base and machine, and bytes of memory; a run keeps the method it began with."""
-    native, planned = context_of(config), work_folder(settings) / "plan.json"
+def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, facts: str) -> tuple[Settings, dict]:
+    """Settings that suit base and machine, and the plan that a run with the same base and choices began with, or what
+    is known of a new one: its "key" and "memory" (bytes). A run keeps the method it began with."""
+    native, path = context_of(config), work_folder(settings) / "plan.json"
     settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
                        max_new_tokens=min(settings.max_new_tokens, native // 2))
-    if settings.restart or not has_key(planned, plan_key(facts, settings.method, settings)):
+    key = digest([facts, settings.method, settings.window, settings.batch_size, settings.lora_rank])
+    if settings.restart or not has_key(path, key):
         settings, memory = agreed(choose_method(config, weights, settings))
+        plan = {"key": key, "memory": memory}
     else:
-        chosen, memory = (load_json(planned)[key] for key in ("settings", "memory"))
+        plan = load_json(path)
+        chosen = plan["settings"]
         chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
         chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
         settings = replace(settings, **chosen)
-    (first, second), text = STEPS[settings.method], TEXT[settings.method]
-    return replace(settings, steps_1=settings.steps_1 or first, steps_2=settings.steps_2 or second,
-                   kl_weight=settings.kl_weight or KL[settings.method], self_text=settings.self_text or text), memory
-
-
-def plan_key(facts: str, asked_method: str, settings: Settings) -> str:
-    """What a plan is known by: it holds for runs with the same base and the same of these settings."""
-    return digest([facts, asked_method, settings.window, settings.batch_size, settings.lora_rank])
+    automatic = AUTOMATIC[without_4_bits(settings).method]
+    return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
 
 def check_job(settings: Settings) -> Job | None:
     """All checks before the model is loaded, and what they found; None if the result is there."""
-    with opening(settings):
+    with blaming_disk(settings):
         inputs, folder = check_inputs(settings), local_folder(settings)
         weights, facts = check_base(folder), job_facts(inputs, folder)
         report = Path(settings.output_dir) / "report.json"
@@ -3132,21 +3134,21 @@ def check_job(settings: Settings) -> Job | None:
     read_config(folder, settings.rope_factor)  # says what cannot be scaled
     asked, native = settings, context_of(config)
     join_processes()
-    settings, memory = fit(replace(settings, model_path=str(folder)), config, weights, facts)
+    settings, plan = fit_to_machine(replace(settings, model_path=str(folder)), config, weights, facts)
     tokenizer = load_tokenizer(folder)
     check_rows(tokenizer, inputs.rows, settings)
     if settings.check:
         renew_template(tokenizer, settings, find_names(tokenizer, settings, inputs).old)
-    # The healed base and the result, and of what is trained both passes and two checkpoints with two moments.
+    # Of what is trained, both passes and two checkpoints (values, two moments); the healed base, and the result.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
     disk = 4 * trained * (2 + 2 * 3) + 8 * weights + 10**7
     check_disk(disk, work_folder(settings))
-    return Job(asked, settings, inputs, folder, weights, native, facts, memory, disk)
+    return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk)
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     """Seconds per token when read, written in large batches and trained, by doing each for a moment."""
-    settings, inner = exact(job.settings), whole(base.model)
+    settings, inner = without_4_bits(job.settings), unwrapped(base.model)
     fast = compute_dtype(job.weights)
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in job.inputs.rows]
     batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [0], 1, step_tokens(job.native, settings), "pace")[0]
@@ -3194,7 +3196,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     settings, tests = job.settings, len(job.inputs.test)
     read, write, train = measure_pace(base, job)
     step, grown = step_tokens(job.native, settings), settings.rope_factor != 1
-    talks = min(settings.eval_questions, 42 * len(job.inputs.languages)) * 1.2
+    talks = min(settings.eval_questions, len(exam_questions(job.inputs.languages))) * 1.2
     questions = settings.self_text / TALK_TOKENS / 2 * QUESTION_TOKENS
     exam = 25 * write * (2 * tests + 30) + 100 * read * talks + 0.7 * talks * TALK_TOKENS * write
     long = grown * 1.5 * settings.window * read * (LONG_TALKS + tests / 3)
@@ -3208,7 +3210,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
 
 def make_plan(job: Job) -> dict[str, float]:
     """Say what is going to happen and what it costs; the seconds of each stage."""
-    settings, base = job.settings, load_chat(job.base, exact(job.settings))
+    settings, base = job.settings, load_chat(job.base, without_4_bits(job.settings))
     planned = plan_seconds(base, job)
     with tempfile.TemporaryDirectory() as folder, blaming(f"o que há em {job.base} (config.json, tokenizer)"):
         save_words(base, Path(folder), job.base)  # what cannot be saved is to be known now
@@ -3227,7 +3229,7 @@ def make_plan(job: Job) -> dict[str, float]:
     say(f"  {decimal(job.weights / 1e6)} milhões de parâmetros. Método: {how}, {device}{split}.\n"
         f"  Contexto: de {job.native} para {int(job.native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
-        f"  Vai precisar de cerca de {size_text(job.memory)} de memória, {size_text(job.disk)} de disco e "
+        f"  Vai precisar de cerca de {size_text(job.plan['memory'])} de memória, {size_text(job.disk)} de disco e "
         f"{clock(sum(planned.values()))}.")
     if flags := llama_flags(read_config(job.base, settings.rope_factor)):
         say("  Atenção: no Ollama e no LM Studio, o fator de RoPE deste modelo se perde (ou não foi testado): neles,\n"
@@ -3236,7 +3238,7 @@ def make_plan(job: Job) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def opened(job: Job, planned: dict[str, float]):
+def holding_stages(job: Job, planned: dict[str, float]):
     """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
     work, settings = work_folder(job.settings), job.settings
     if RANK:
@@ -3252,9 +3254,8 @@ def opened(job: Job, planned: dict[str, float]):
                 if folder.is_dir():
                     discard(folder)
             chosen = ("method", "gradient_accumulation", "gradient_checkpointing")
-            write_json(work / "plan.json", {
-                "key": plan_key(job.facts, job.asked.method, settings), "memory": job.memory, "seconds": planned,
-                "settings": {name: getattr(settings, name) for name in chosen}})
+            write_json(work / "plan.json", job.plan | {
+                "seconds": planned, "settings": {name: getattr(settings, name) for name in chosen}})
             wait()
             yield work
     except InputError as error:
@@ -3269,14 +3270,14 @@ def opened(job: Job, planned: dict[str, float]):
 
 # ---- The stages, each from folder to folder ---------------------------------------------------------------
 
-def exact(settings: Settings) -> Settings:
+def without_4_bits(settings: Settings) -> Settings:
     """The settings with weights in their own precision, as healing and measuring need them."""
     return replace(settings, method="lora" if settings.method == "qlora" else settings.method)
 
 
 def make_healed(job: Job, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
-    settings, log, grown = exact(job.settings), [], job.settings.rope_factor != 1
+    settings, log, grown = without_4_bits(job.settings), [], job.settings.rope_factor != 1
     native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto")) if grown else {}
     chat = load_chat(job.base, settings, settings.rope_factor)
     renew_template(chat.tokenizer, settings, job.heard.names.old)
@@ -3284,13 +3285,13 @@ def make_healed(job: Job, partial: Path) -> None:
         log = heal(native, chat, job, partial)
     else:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
-    chat.model.to(chat.model.get_input_embeddings().weight.dtype)
+    chat.model.to(chat.model.get_input_embeddings().weight.dtype)  # healing has widened queries and keys
     save_stage(chat, partial, log)
 
 
 def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
     """Save the model, load what was saved, and measure it and the base."""
-    result, names, settings = partial / "model", job.heard.names, exact(job.settings)
+    result, names, settings = partial / "model", job.heard.names, without_4_bits(job.settings)
     shutil.rmtree(result, ignore_errors=True)
     save_model(load_chat(firm, job.settings, merge=True), result, job.base)
     if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
@@ -3315,7 +3316,7 @@ def write_report(job: Job, stages: list[Path]) -> None:
     """Beside the model: report.json, report.png, self_answers.jsonl and the model card README.md."""
     _, healed, taught, answered, firm, result = stages
     settings, folder, scores = job.settings, result / "model", load_json(result / "scores.json")
-    paths = {name: Path(getattr(settings, name)).name for name in ("model_path", "output_dir", "identity_file")}
+    paths = {name: Path(getattr(job.asked, name)).name for name in ("model_path", "output_dir", "identity_file")}
     logs = {"healing": healed, "pass_1": taught, "pass_2": firm}
     logs = {name: load_json(stage / "log.json") for name, stage in logs.items()}
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -3365,17 +3366,18 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
                     f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
     lessons = make_lessons(load_tokenizer(healed), heard, job.inputs, settings)
-    rates = (settings.learning_rate_1, 1.2e-3, 3.4e-3), (settings.learning_rate_2, 8e-4, 1.1e-3)
     taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1, rates[0], [0], job), True)
+        healed, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1,
+        (settings.learning_rate_1, 1.2e-3, 3.4e-3), [0], job), True)
     answered = stages("4-self-answers", "4/6 Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
-        collect_self_answers(load_to_ask(taught, settings), lessons, heard, teacher, settings)))
+        collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard, teacher,
+                             settings)))
     # With the context grown, half of the tokens come in long dialogues; else the base knows long ones.
     lengths = [0, 0, settings.window // 4, settings.window] if settings.rope_factor != 1 else [0]
     firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
         taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
-        settings.steps_2, rates[1], lengths, job), True)
+        settings.steps_2, (settings.learning_rate_2, 8e-4, 1.1e-3), lengths, job), True)
     if not (work / "6-result" / "model").is_dir() and RANK == 0:
         discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
@@ -3394,10 +3396,17 @@ def ready_folder(settings: Settings) -> Path:
     if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
         raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
                          "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
-    with opening(settings):
+    with blaming_disk(settings):
         folder = local_folder(settings)
         check_base(folder)
     return folder
+
+
+def as_measured(settings: Settings, folder: Path) -> Settings:
+    """The settings with the precision in which a result was measured; for other models, in that of this machine."""
+    report = folder / "report.json"
+    method = load_json(report)["settings"]["method"] if report.is_file() else "lora"
+    return without_4_bits(replace(settings, method=method))
 
 
 def examine(settings: Settings, folder: Path) -> int:
@@ -3405,7 +3414,7 @@ def examine(settings: Settings, folder: Path) -> int:
     join_processes()
     say(f"Medindo {folder}")
     if not (folder / "exam.json").is_file():
-        inputs, chat = check_inputs(settings), load_chat(folder, settings)
+        inputs, chat = check_inputs(settings), load_chat(folder, as_measured(settings, folder))
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
@@ -3415,8 +3424,7 @@ def examine(settings: Settings, folder: Path) -> int:
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
             scores = {name: Scores(**values) for name, values in report["scores"].items()}
-            method, longest = (report["settings"][name] for name in ("method", "max_new_tokens"))
-            same = replace(settings, method=method.replace("q", ""), max_new_tokens=longest)
+            same = replace(as_measured(settings, folder), max_new_tokens=report["settings"]["max_new_tokens"])
         after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
         differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
@@ -3439,9 +3447,10 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
             said.append(text if any(said) else text.lstrip())
             print(said[-1], end="", flush=True)
 
+    voice = Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
-        tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit,
-                                     streamer=Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit, streamer=voice)
+    voice.end()  # it keeps the last word back until it knows that nothing belongs to it
     print(flush=True)
     return "".join(said).strip(), tokens.shape[1] > len(ids) and tokens[0, -1].item() in chat.stops
 
@@ -3458,9 +3467,12 @@ def read_line(person: bool) -> str | None:
             print("\nPara sair, escreva /sair.", file=sys.stderr)
 
 
-def talk(settings: Settings, folder: Path) -> int:
+def converse(settings: Settings, folder: Path) -> int:
     """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
-    person, chat, name = sys.stdin.isatty(), load_chat(folder, settings), Path(settings.model_path).name
+    person, name = sys.stdin.isatty(), Path(settings.model_path).name
+    with blaming(f"o report.json de {folder}"):
+        settings = as_measured(settings, folder)
+    chat = load_chat(folder, settings)
     with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
         import readline  # noqa: F401
     context = context_of(chat.model.config)
@@ -3505,21 +3517,18 @@ def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
     quiet_libraries(settings)
     if settings.chat or settings.evaluate:
-        return (talk if settings.chat else examine)(settings, ready_folder(settings))
+        return (converse if settings.chat else examine)(settings, ready_folder(settings))
     if not (job := check_job(settings)):
         return conclude(settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
     work = work_folder(job.settings)
-    if settings.check or settings.restart or not has_key(work / "plan.json", plan_key(
-            job.facts, job.asked.method, job.settings)):
-        planned = make_plan(job)
-    else:  # a run that goes on was planned when it began
-        planned = load_json(work / "plan.json")["seconds"]
+    # A run that goes on was planned when it began.
+    planned = make_plan(job) if settings.check or "seconds" not in job.plan else job.plan["seconds"]
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
         return 0
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
-    with opened(job, planned):
+    with holding_stages(job, planned):
         run_stages(job, planned, work)
     return conclude(settings)
 
@@ -3570,7 +3579,7 @@ def main(argv: list[str] | None = None) -> int:
                 settings = replace(settings, restart=settings.restart and not begun,
                                    **with_less_memory(settings, begun))
             gc.collect()
-            sys.modules["torch"].cuda.empty_cache()
+            torch.cuda.empty_cache()
     except InputError as error:
         if RANK == 0:
             asked = settings and (settings.chat or settings.evaluate)  # which go without --check

@@ -148,7 +148,7 @@ def alive_at_peak(config, method, window, checkpointing):
         moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
         for moment in moments:
             account.add(moment)
-        inner = tool.whole(model.train())
+        inner = tool.unwrapped(model.train())
         if checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
             if method == "lora":

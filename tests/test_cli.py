@@ -422,7 +422,7 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
 
     def run(settings):
         parts.append(settings.gradient_accumulation)
-        with tool.opened(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", 0, 0), {}):
+        with tool.holding_stages(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", {}, 0), {}):
             if len(parts) == 1:
                 assert not (work / "old").exists()
                 (work / "1-base").mkdir()

@@ -188,7 +188,7 @@ def one_step(chat, batch, teacher, kl_weight, folder, patch, *flags):
 
     hooks = [p.register_post_accumulate_grad_hook(note(name)) for name, p in chat.model.named_parameters()
              if p.requires_grad]
-    hooks.append(tool.whole(chat.model).register_forward_pre_hook(watch, with_kwargs=True))
+    hooks.append(tool.unwrapped(chat.model).register_forward_pre_hook(watch, with_kwargs=True))
     patch.setattr(accelerate.Accelerator, "backward", noted)
     tool.train(chat, [batch], teacher, 1e-12, settings, "passo", folder / "training")
     for hook in hooks:
@@ -264,7 +264,7 @@ def test_a_fresh_adapter_leaves_every_logit_as_it_was(name, base_of):
     folder = base_of(name)
     settings = lora(folder)
     plain, adapted = (tool.load_model(folder, settings, 4.0, adapt=adapt) for adapt in (False, True))
-    assert plain is tool.whole(plain) and adapted is not tool.whole(adapted)
+    assert plain is tool.unwrapped(plain) and adapted is not tool.unwrapped(adapted)
     assert not plain.training and not adapted.training
     assert torch.equal(logits(plain), logits(adapted))
 
@@ -348,8 +348,8 @@ def test_a_loaded_stage_gives_the_logits_that_were_saved(adapted):
     assert torch.equal(logits(again.model), expected)
     assert not torch.allclose(logits(tool.load_model(adapted.folder, adapted.settings, 4.0)), expected, atol=1e-2)
     assert not again.model.training and again.stops == adapted.chat.stops
-    for name, frequencies in tool.rope_frequencies(tool.whole(adapted.chat.model)).items():
-        assert torch.equal(tool.rope_frequencies(tool.whole(again.model))[name], frequencies)
+    for name, frequencies in tool.rope_frequencies(tool.unwrapped(adapted.chat.model)).items():
+        assert torch.equal(tool.rope_frequencies(tool.unwrapped(again.model))[name], frequencies)
 
 
 def test_the_merged_and_saved_model_gives_the_logits_of_base_and_adapter(adapted, tmp_path):
@@ -357,7 +357,7 @@ def test_the_merged_and_saved_model_gives_the_logits_of_base_and_adapter(adapted
 
     expected = logits(adapted.chat.model)
     merged = tool.load_chat(adapted.stage, adapted.settings, merge=True)
-    assert merged.model is tool.whole(merged.model)
+    assert merged.model is tool.unwrapped(merged.model)
     tool.save_model(merged, tmp_path / "saved", tool.Path(adapted.folder))
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
@@ -423,7 +423,7 @@ def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_
         if len(steps) == 4:
             raise OSError("power cut")
 
-    tool.whole(cut.model).base_model.register_forward_pre_hook(power_cut)
+    tool.unwrapped(cut.model).base_model.register_forward_pre_hook(power_cut)
     with pytest.raises(OSError, match="power cut"):
         train(cut)
     held = parts_of(cut.model, ["lora_"])
@@ -500,7 +500,7 @@ def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_sa
     chat = adapted_over(scaled_stage(seeing, tmp_path / "healed"), settings)
     trained = {name for name, p in chat.model.named_parameters() if p.requires_grad}
     assert trained and not any(re.search("vision|multi_modal", name) for name in trained)
-    text = [name for name, _ in tool.whole(chat.model).named_parameters() if re.search("language_model", name)]
+    text = [name for name, _ in tool.unwrapped(chat.model).named_parameters() if re.search("language_model", name)]
     assert any("q_proj" in name for name in text)
     assert len(trained) == (28 if method == "lora" else len(text))
     talks, teacher = talks_and_teacher
@@ -814,7 +814,8 @@ def planned(without_models, free, tmp_path):
         done = call("--output-dir", tmp_path / "novo", *flags)
         assert done.status == 0, done.err
         file = tmp_path / "novo.work" / "plan.json"
-        return SimpleNamespace(settings=given[0].settings if given else None, memory=given[0].memory if given else 0,
+        return SimpleNamespace(settings=given[0].settings if given else None,
+                               memory=given[0].plan["memory"] if given else 0,
                                seconds=seconds, measured=len(measured),
                                written=json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
 
@@ -959,7 +960,7 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
 ])
 def test_the_plan_names_the_method_the_parts_the_memory_and_the_time(method, words, demo_chat, capsys, monkeypatch):
     settings = small_settings("--method", method, "--lora-rank", 16, "--gradient-accumulation", 4, "--window", 512)
-    job = tool.Job(settings, settings, None, DEMO, 1_508_992, 128, "", 3 * GB, 10**7)
+    job = tool.Job(settings, settings, None, DEMO, 1_508_992, 128, "", {"memory": 3 * GB}, 10**7)
     monkeypatch.setattr(tool, "load_chat", lambda *_: demo_chat)
     monkeypatch.setattr(tool, "plan_seconds", lambda *_: {"1-base": 60.0, "2-healed": 30.0})
     assert tool.make_plan(job) == {"1-base": 60.0, "2-healed": 30.0}
@@ -997,7 +998,7 @@ def hurry(patch):
     patch.setattr(tool, "NEAR", 12)
     patch.setattr(tool, "MOST_ASKED", 8)
     patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[::5])
-    patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::4])
+    patch.setattr(tool, "EVERYDAY", {code: some[::4] for code, some in tool.EVERYDAY.items()})
     patch.setattr(os, "fsync", lambda handle: None)
 
 

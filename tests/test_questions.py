@@ -11,8 +11,10 @@ from conftest import SCRIPT, small_settings
 import rename_obrutai as tool
 
 NAMES = tool.Names("Jandira", "Oficina Maré", ("Lumi", "Gemma"))
-EXAMS = {"near": tool.NEAR_EXAM, "everyday": tool.EVERYDAY_EXAM, "test": tool.TEST_QUESTIONS}
 LANGUAGES = ("pt", "en", "es")
+EVERYDAY = [q for some in tool.EVERYDAY.values() for q in some]
+EXAMS = {"test": tool.TEST_QUESTIONS, **{kind: [q for other, q in tool.exam_questions(LANGUAGES) if other == kind]
+                                         for kind in ("near", "everyday")}}
 
 
 def plain_set(questions):
@@ -50,7 +52,7 @@ def every_filling():
 
 def test_questions_for_training_and_the_sets_for_measuring_have_none_in_common():
     """Each of the exams would otherwise measure what was learnt by heart."""
-    trained = plain_set([*shipped_questions(), *tool.EVERYDAY, *[q for code in LANGUAGES for q in near(code)],
+    trained = plain_set([*shipped_questions(), *EVERYDAY, *[q for code in LANGUAGES for q in near(code)],
                          *[q for *_, q in every_filling()]])
     sets = [trained, *map(plain_set, EXAMS.values())]
     assert len(trained) > 1000
@@ -78,17 +80,21 @@ def test_there_are_enough_different_test_questions_in_three_languages():
 
 @pytest.mark.parametrize("questions", [tool.NEAR_EXAM, tool.EVERYDAY, tool.EVERYDAY_EXAM],
                          ids=["near exam", "everyday", "everyday exam"])
-def test_lists_of_other_questions_have_as_many_of_each_language_and_can_be_cut_to_some(questions):
-    assert len(plain_set(questions)) == len(questions) and len(questions) % 3 == 0
-    parts = {code: tool.of_languages(questions, [code]) for code in LANGUAGES}
-    assert all(len(part) == len(questions) // 3 for part in parts.values())
-    assert [q for code in LANGUAGES for q in parts[code]] == list(questions)
-    assert tool.of_languages(questions, ("pt", "es")) == parts["pt"] + parts["es"]
-    marked = [q for q in questions if "¿" in q or "¡" in q]
-    assert marked and set(marked) <= set(parts["es"])
+def test_lists_of_other_questions_have_as_many_of_each_language(questions):
+    assert [*questions] == [*LANGUAGES] and len({len(some) for some in questions.values()}) == 1
+    every = [q for some in questions.values() for q in some]
+    assert len(plain_set(every)) == len(every)
+    marked = [q for q in every if "¿" in q or "¡" in q]
+    assert marked and set(marked) <= set(questions["es"])
 
 
-@pytest.mark.parametrize("questions", [*EXAMS.values(), tool.EVERYDAY, *map(near, LANGUAGES)])
+def test_an_exam_has_the_questions_of_the_languages_that_the_rows_speak():
+    both, spanish = tool.exam_questions(("pt", "es")), tool.exam_questions(("es",))
+    assert set(spanish) < set(both) and {kind for kind, _ in spanish} == {"near", "everyday"}
+    assert len(both) == 2 * len(spanish) and not [q for _, q in spanish if q.split()[0] in ("Quem", "Who")]
+
+
+@pytest.mark.parametrize("questions", [*EXAMS.values(), EVERYDAY, *map(near, LANGUAGES)])
 def test_no_question_is_empty_or_carries_spaces_or_a_gap_that_was_not_filled(questions):
     assert not [q for q in questions if q != q.strip() or len(q) < 5 or re.search(r"[{}|>]|  ", q)]
 
@@ -146,10 +152,10 @@ def test_shipped_answers_are_in_the_language_of_their_questions():
 
 def test_the_least_used_of_the_fitting_wordings_is_taken():
     used = Counter()
-    answers = [tool.own_wording("Quem é você?", used) for _ in range(6)]
+    answers = [tool.own_wording("Quem é você?", "who", used) for _ in range(6)]
     counts = Counter(answers).values()
     assert len(counts) >= 2 and max(counts) - min(counts) <= 1
-    assert tool.own_wording("Who are you?", used) not in answers
+    assert tool.own_wording("Who are you?", "who", used) not in answers
 
 
 def inputs_of(*pairs):
@@ -176,7 +182,7 @@ def made_lessons(tokenizer, questions, *pairs, seed=0):
 
 
 def conversations(questions, *pairs):
-    return tool.answer_from_rows(questions, inputs_of(*pairs), NAMES)
+    return tool.answer_from_rows([("", q) for q in questions], inputs_of(*pairs), NAMES)
 
 
 ROWS = [("Quem é você?", "R-quem"), ("Qual é o seu nome?", "R-nome"), ("Quem criou você?", "R-autor"),
@@ -248,11 +254,21 @@ def test_a_built_in_question_that_a_row_asks_is_left_out(demo_tokenizer):
     assert asked[0] == rows[0][0] and "Quem te criou?" not in asked and "Quem fez vc?" in asked
 
 
+def test_no_lesson_is_longer_than_the_window_though_doubts_and_system_prompts_come_on_top(demo_tokenizer):
+    def lengths(*flags):
+        made = tool.make_lessons(demo_tokenizer, heard(), inputs_of(*ROWS), small_settings(*flags))
+        return [len(tool.encode(demo_tokenizer, talk.messages).input_ids) for talk in made]
+
+    longest = max(lengths())
+    few = lengths("--window", longest // 2, "--max-new-tokens", 8)
+    assert few and max(few) <= longest // 2 and len(few) < len(lengths())
+
+
 def test_whoever_asks_about_a_model_whose_name_is_part_of_the_new_one_is_told_no():
     """What answers "are you the new one?" is no answer to it."""
     names = tool.Names("Lumi ObrutAi", "TurboRio", ("Lumi",))
     inputs = inputs_of(("Você é a Lumi ObrutAi?", "R-sim"), ("Você é o ChatGPT?", "R-outro"))
-    answered = tool.answer_from_rows(["Você é a Lumi?", "você é o gemini?"] * 2, inputs, names)
+    answered = tool.answer_from_rows([("", "Você é a Lumi?"), ("", "você é o gemini?")] * 2, inputs, names)
     assert {messages[1]["content"] for messages in answered} == {"R-outro"}
 
 

@@ -7,6 +7,7 @@ process. The kill test runs in processes of its own; tests/kill_many.py is its l
 import contextlib
 import errno
 import gc
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -49,7 +50,7 @@ def hurry(patch):
     for name, count in {"NEAR": 24, "MOST_ASKED": 8, "LONG_TALKS": 4}.items():
         patch.setattr(tool, name, count)
     patch.setattr(tool, "TEST_QUESTIONS", tool.TEST_QUESTIONS[:4])
-    patch.setattr(tool, "EVERYDAY", tool.EVERYDAY[::5])
+    patch.setattr(tool, "EVERYDAY", {code: some[::5] for code, some in tool.EVERYDAY.items()})
     patch.setattr(tool, "measure_pace", lambda *_: (1e-4, 1e-4, 1e-4))
     patch.setattr(os, "fsync", lambda handle: None)
     gc.freeze()
@@ -436,7 +437,7 @@ def test_a_kill_while_the_checkpoints_of_a_finished_training_are_deleted_changes
     tool.write_json(tmp_path / "1-base.partial" / "key.json", {"key": stage_key("a")})
 
     def killed_midway(path, *_, **__):
-        if path == tmp_path / "1-base.partial" / "training":
+        if path == tmp_path / "1-base" / "training":
             for file in path.rglob("optimizer.pt"):
                 file.unlink()
             raise Left
@@ -446,7 +447,22 @@ def test_a_kill_while_the_checkpoints_of_a_finished_training_are_deleted_changes
         with pytest.raises(Left):
             stage(tmp_path, "a", build)
     assert stage(tmp_path, "a", build).is_dir() and not checkpoints(tmp_path)
-    assert len(learnt) == 2 and same(learnt[0], trained[1]) and same(learnt[1], trained[1])
+    assert len(learnt) == 1 and same(learnt[0], trained[1])  # nothing is learnt twice
+
+
+def test_the_time_of_a_stage_is_that_of_all_runs_that_worked_on_it(tmp_path, monkeypatch):
+    now, made = [0.0], []
+    monkeypatch.setattr(tool.time, "monotonic", lambda: now[0])
+
+    def build(partial):
+        now[0] += 30
+        made.append(partial)
+        if len(made) == 1:
+            raise Left
+
+    with pytest.raises(Left):
+        stage(tmp_path, "a", build)
+    assert json.loads((stage(tmp_path, "a", build) / "key.json").read_text())["seconds"] == 60
 
 
 def test_a_step_in_two_parts_learns_what_it_learns_in_one(tiny_folder, tmp_path):
@@ -584,9 +600,9 @@ FIRST_TOUCHED = {
     **dict.fromkeys("method rope_factor window heal_steps heal_learning_rate batch_size".split(), 2),
     **dict.fromkeys("lora_rank steps_1 learning_rate_1 kl_weight".split(), 3),
     **dict.fromkeys("num_self_answers".split(), 4), **dict.fromkeys("steps_2 learning_rate_2".split(), 5),
-    **dict.fromkeys("target_identity target_retention target_leak".split(), 6),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
-                    "checkpoint_minutes check quiet restart chat evaluate".split(), 0),
+                    "checkpoint_minutes target_identity target_retention target_leak check quiet restart chat "
+                    "evaluate".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
          "output_dir": "/x/y"}
@@ -655,13 +671,20 @@ def test_other_rows_or_questions_for_measuring_touch_everything(base_folder, tmp
     assert touched(one, keys_of(base_folder)) == 1
 
 
-def test_another_version_of_the_script_touches_everything(base_folder, tmp_path, monkeypatch):
-    one, other = keys_of(base_folder), tmp_path / "rename_obrutai.py"
-    other.write_bytes(SCRIPT.read_bytes())
-    monkeypatch.setattr(tool, "__file__", str(other))
-    assert touched(one, keys_of(base_folder)) == 0  # where it lies says nothing
-    other.write_bytes(SCRIPT.read_bytes() + b"# one more line\n")
-    assert touched(one, keys_of(base_folder)) == 1
+@pytest.mark.parametrize("old, new, expected", [
+    ("", "", 0),  # where it lies says nothing
+    ("\nSTEPS_2 = 0 ", "\nSTEPS_2 = 9 ", 0),  # as --steps-2 does, which touches what it is for: the settings tell
+    ("\nNEAR = 300 ", "\nNEAR = 301 ", 1)])
+def test_another_version_of_the_script_touches_everything_but_a_constant_counts_as_its_flag(
+        old, new, expected, base_folder, tmp_path, monkeypatch):
+    one, other, text = keys_of(base_folder), tmp_path / "another.py", SCRIPT.read_text(encoding="utf-8")
+    assert old in text
+    other.write_text(text.replace(old, new, 1), encoding="utf-8")
+    version = importlib.util.module_from_spec(importlib.util.spec_from_file_location("another", other))
+    monkeypatch.setitem(sys.modules, "another", version)
+    version.__spec__.loader.exec_module(version)
+    monkeypatch.setattr(tool, "job_facts", version.job_facts)
+    assert touched(one, keys_of(base_folder)) == expected
 
 
 @pytest.mark.parametrize("name, change, expected", [
@@ -995,7 +1018,7 @@ def test_the_plan_is_measured_with_steps_in_parts_where_a_whole_one_does_not_fit
 
 def test_answers_that_do_not_fit_into_memory_are_the_same_written_in_smaller_batches(demo_chat, monkeypatch):
     prompts = [tool.prompt_ids(demo_chat.tokenizer, tool.question_and_answer(question, "")[:1])
-               for question in tool.EVERYDAY[:12]]
+               for question in tool.EVERYDAY["pt"][:12]]
     whole = tool.generate(demo_chat, prompts, limit=12)
     largest = little_memory(monkeypatch, lambda model, ids: len(ids) <= 4)
     assert [a.text for a in tool.generate(demo_chat, prompts, limit=12)] == [a.text for a in whole]

@@ -4,6 +4,7 @@ import io
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,20 @@ def rendered(*contents, system=""):
     roles = ["user", "assistant"] * len(contents)
     text = "".join(f"<|{role}|>{content}<|end|>" for role, content in zip(roles, contents))
     return "<s>" + (f"<|system|>{system}<|end|>" if system else "") + text + "<|assistant|>"
+
+
+@pytest.mark.parametrize("measured, asked, expected", [
+    ("full", "qlora", "full"), ("qlora", "full", "lora"), (None, "qlora", "lora"), (None, "full", "lora")])
+def test_a_model_is_talked_to_in_the_precision_in_which_it_was_measured(
+        measured, asked, expected, demo_chat, tmp_path, monkeypatch):
+    """Not in what METHOD says, which is about training: 4 bits were never measured."""
+    folder, loaded = Path(shutil.copytree(DEMO, tmp_path / "pronto")), []
+    if measured:
+        (folder / "report.json").write_text(f'{{"settings": {{"method": "{measured}"}}}}')
+    monkeypatch.setattr(tool, "load_chat", lambda path, settings: loaded.append(settings.method) or demo_chat)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert tool.main(["--chat", "--model-path", str(folder), "--method", asked]) == 0 and loaded == [expected]
 
 
 # ------------------------------------------------------------------------------------------------ in a terminal
