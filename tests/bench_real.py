@@ -988,6 +988,26 @@ def share(values):
     return f"{sum(values) / len(values):.2f} ({sum(values)} of {len(values)})" if values else ""
 
 
+def figures_of(asked, said, verdicts, new):
+    """The figures that come of the answers alone. `new` is the new name and maker."""
+    identity = [q for kind in IDENTITY for q in asked.get(kind, ())]
+    figures = {kind: share(bool(verdicts[q]) for q in asked.get(kind, ())) for kind in IDENTITY}
+    figures["denial, new name or maker said"] = share(
+        bool(verdicts[q]) and any(says(plain(said[q]), n) for n in new) for q in asked.get("denial", ()))
+    figures["identity, all"] = share(bool(verdicts[q]) for q in identity)
+    languages = dict.fromkeys(q.language for q in identity)
+    for language in languages if len(languages) > 1 else ():
+        figures[f"identity, {language}"] = share(bool(verdicts[q]) for q in identity if q.language == language)
+    if "other" in asked:
+        figures["other languages"] = share(bool(verdicts[q]) for q in asked["other"])
+    figures["old name claimed"] = share(verdicts[q].old for q in identity)
+    for kind in ("near", "far"):
+        figures[f"leak, {kind}"] = share(verdicts[q].problem.startswith("leak") for q in asked.get(kind, ()))
+    figures["loop or empty, near and far"] = share(
+        verdicts[q].problem in ("loop", "empty") for kind in ("near", "far") for q in asked.get(kind, ()))
+    return figures
+
+
 class Bench:
     """Everything asked of one base, and what the base itself answers."""
 
@@ -1043,23 +1063,8 @@ class Bench:
                              for q, a in zip(self.flat, given)]
         if self.options.show:
             self.options.show.write_text(json.dumps(self.everything, ensure_ascii=False, indent=1), encoding="utf-8")
-        said = dict(zip(self.flat, given))
-        new = (self.options.name, self.options.author)
-        identity = [q for kind in IDENTITY for q in self.asked.get(kind, ())]
-        figures = {kind: share(bool(verdicts[q]) for q in self.asked.get(kind, ())) for kind in IDENTITY}
-        figures["denial, new name or maker said"] = share(
-            bool(verdicts[q]) and any(says(plain(said[q]), n) for n in new) for q in self.asked["denial"])
-        figures["identity, all"] = share(bool(verdicts[q]) for q in identity)
-        languages = dict.fromkeys(q.language for q in identity)
-        for language in languages if len(languages) > 1 else ():
-            figures[f"identity, {language}"] = share(bool(verdicts[q]) for q in identity if q.language == language)
-        if "other" in self.asked:
-            figures["other languages"] = share(bool(verdicts[q]) for q in self.asked["other"])
-        figures["old name claimed"] = share(verdicts[q].old for q in identity)
-        for kind in ("near", "far"):
-            figures[f"leak, {kind}"] = share(verdicts[q].problem.startswith("leak") for q in self.asked[kind])
-        figures["loop or empty, near and far"] = share(
-            verdicts[q].problem in ("loop", "empty") for kind in ("near", "far") for q in self.asked[kind])
+        figures = figures_of(self.asked, dict(zip(self.flat, given)), verdicts,
+                             (self.options.name, self.options.author))
         prompts = [prompt_ids(tokenizer, messages(q)) for q in self.everyday]
         kept, kl = kept_and_divergence(model, self.records, prompts)
         figures["first choices kept"] = f"{kept:.3f} ({sum(len(r.answer) for r in self.records)} tokens)"

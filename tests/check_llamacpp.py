@@ -13,15 +13,22 @@ one with the transformers 4.57.6 that llama.cpp asks for.
 `--tiny` in place of `--model` compares the next token after each of 192 tokens on tiny random models of other
 architectures, scaled from 64 to 256 tokens. Where the converter drops the factor, llama.cpp is told it by the flags
 that the Modelfile of such a model has. (Pythia needs --converter-python with transformers 4.57.6.)
+
+`--types bfloat16 f16 q8_0 q4_k_m` with `--model` asks bench_real.py's questions instead, greedily, and lets its judge
+count, a column for each type of file; bfloat16 is transformers. Exit status 1 if a type has the identity clearly less
+often than the first one. llama.cpp keeps rows that 256 does not divide at more bits than a type's name says.
 """
 
 import argparse
+import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -32,6 +39,8 @@ TINY = {"llama 2": {}, "llama 3.2": {}, "mistral": {"sliding_window": None}, "qw
         "smollm 3": {}, "granite": {}, "olmo 2": {}, "llama 4": {"attention_chunk_size": 8192}, "gemma 2": {},
         "phi": {"intermediate_size": 128}, "pythia": {}, "stablelm": {}, "cohere": {"use_qk_norm": False},
         "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2}}
+MOST, TOGETHER = 48, 32  # tokens of an answer, questions side by side
+LOST = 0.03  # share of the identity that a type of file may cost
 DEMO_PRE_TOKENIZER = "smollm"  # single digits, then GPT-2's pattern: what the demo's tokenizer.json says as well
 
 
@@ -92,6 +101,123 @@ def ask_llamacpp(file, conversations, prompts, context, max_tokens):
     return answers
 
 
+def ask_many(file, prompts, stops, max_tokens):
+    """Greedy answers to prompts of token ids, as token ids, several prompts side by side in one context."""
+    import llama_cpp as api
+    import numpy as np
+
+    model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
+    options = api.llama_context_default_params()
+    options.n_ctx = options.n_batch = TOGETHER * (max(map(len, prompts)) + max_tokens)
+    options.n_seq_max, options.kv_unified = TOGETHER + 1, True
+    options.n_threads = options.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    context = api.llama_init_from_model(model, options)
+    memory, vocabulary = api.llama_get_memory(context), api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    batch = api.llama_batch_init(options.n_batch, 0, 1)
+
+    def decode(pieces):
+        """The next token after each piece: (sequence, position of its first token, tokens)."""
+        batch.n_tokens, ends = 0, []
+        for sequence, start, tokens in pieces:
+            for k, token in enumerate(tokens):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n], batch.logits[n] = token, start + k, k == len(tokens) - 1
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+                batch.n_tokens += 1
+            ends.append(batch.n_tokens - 1)
+        if api.llama_decode(context, batch):
+            raise SystemExit("llama_decode failed")
+        return [int(np.ctypeslib.as_array(api.llama_get_logits_ith(context, n), (vocabulary,)).argmax()) for n in ends]
+
+    same = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # what the template puts before all
+    if same:
+        decode([(TOGETHER, 0, prompts[0][:same])])
+    waiting, slots, written = list(reversed(range(len(prompts)))), {}, [[] for _ in prompts]
+    while waiting or slots:
+        pieces = [(slot, len(prompts[i]) + len(written[i]) - 1, written[i][-1:]) for slot, i in slots.items()]
+        for slot in set(range(TOGETHER)) - slots.keys():
+            if waiting:
+                i = slots[slot] = waiting.pop()
+                api.llama_memory_seq_rm(memory, slot, -1, -1)
+                api.llama_memory_seq_cp(memory, TOGETHER, slot, 0, same)
+                pieces.append((slot, same, prompts[i][same:]))
+        for (slot, *_), token in zip(pieces, decode(pieces)):
+            answer = written[slots[slot]]
+            answer.append(token)
+            if token in stops or len(answer) == max_tokens:
+                del slots[slot]
+    api.llama_batch_free(batch)
+    api.llama_free(context)
+    api.llama_model_free(model)
+    return written
+
+
+def check_same_prompts(file, tokenizer, prompts):
+    """End the check if the file has another chat template, or makes other tokens of a prompt."""
+    from llama_cpp import Llama
+
+    llama = Llama(model_path=str(file), vocab_only=True, verbose=False)
+    if llama.metadata["tokenizer.chat_template"] != tokenizer.chat_template:
+        raise SystemExit("another chat template")
+    for ids in prompts:
+        text = tokenizer.decode(ids)
+        found = llama.tokenize(text.encode(), add_bos=False, special=True)
+        if found != ids:
+            raise SystemExit(f"other tokens for {text!r}:\n  {ids}\n  {found}")
+    llama.close()
+
+
+def check_types(converter, work, arguments):
+    """bench_real.py's questions and judge, for each type of file; whether one lost the identity of the first."""
+    import bench_real
+    import llama_cpp
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    report = json.loads((arguments.model / "report.json").read_text(encoding="utf-8"))
+    name, maker = (report["settings"][key] for key in ("name", "author"))
+    old = bench_real.family(report["base"], tokenizer)
+    asked = bench_real.questions(arguments.languages.split(","), name, maker, (old * 2)[:2])
+    asked = {kind: bench_real.spread(asked[kind], arguments.limit or len(asked[kind])) for kind in arguments.kinds}
+    flat = [question for group in asked.values() for question in group]
+    prompts = [bench_real.prompt_ids(tokenizer, question.messages) for question in flat]
+    ends = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(arguments.model))
+    stops = bench_real.stop_ids(ends, tokenizer)
+    work.mkdir(parents=True, exist_ok=True)
+    whole, answers, columns, right = work / "f16.gguf", {}, {}, {}
+    if not whole.exists():
+        subprocess.run([*converter, str(arguments.model), str(whole)], check=True)
+    check_same_prompts(whole, tokenizer, prompts)
+    print(f"{len(flat)} questions, all with equal tokens: "
+          + ", ".join(f"{kind} {len(group)}" for kind, group in asked.items()), flush=True)
+    for kind in arguments.types:
+        file = work / f"{kind}.gguf"
+        if kind == "bfloat16":
+            given = bench_real.answers(bench_real.load(arguments.model)[0], tokenizer, flat, MOST)
+        else:
+            if not file.exists():
+                options = llama_cpp.llama_model_quantize_default_params()
+                options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+                if llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), ctypes.byref(options)):
+                    raise SystemExit(f"llama.cpp did not quantize to {kind}")
+            written = ask_many(file, prompts, stops, MOST)
+            given = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+        answers[kind] = dict(zip(flat, given))
+        verdicts = {q: bench_real.judge(q, text, name, maker, old) for q, text in answers[kind].items()}
+        columns[kind] = bench_real.figures_of(asked, answers[kind], verdicts, (name, maker))
+        first = answers[arguments.types[0]]
+        columns[kind][f"same answer as {arguments.types[0]}"] = bench_real.share(
+            first[q] == text for q, text in answers[kind].items())
+        right[kind] = [bool(verdicts[q]) for q in flat if q.expects != "nothing"]
+        print(f"{kind}: identity {bench_real.share(right[kind])}", flush=True)
+        if arguments.show:
+            shown = [{"kind": q.kind, "language": q.language, "messages": q.messages,
+                      **{kind: given[q] for kind, given in answers.items()}} for q in flat]
+            arguments.show.write_text(json.dumps(shown, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(bench_real.table(columns))
+    return min(map(sum, right.values())) < sum(right[arguments.types[0]]) - LOST * len(right[arguments.types[0]])
+
+
 def as_options(flags):
     """Flags of llama.cpp's programs in the words of llama-cpp-python."""
     name, *values = flags.split() or [""]
@@ -139,11 +265,20 @@ def main():
     parser.add_argument("--source", required=True, help="folder of llama.cpp, with convert_hf_to_gguf.py")
     parser.add_argument("--converter-python", default=sys.executable)
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 120, 240, 360, 480])
+    parser.add_argument("--types", nargs="+", help="such as bfloat16 f16 q8_0 q4_k_m: judge the model at each")
+    parser.add_argument("--kinds", nargs="+", default=["name", "maker", "who", "denial", "system", "pressure", "near"])
+    parser.add_argument("--languages", default="pt,en,es")
+    parser.add_argument("--limit", type=int, help="only N questions of each kind")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="GGUF files there are used, and left there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="write all questions and answers there, as JSON")
     arguments = parser.parse_args()
     converter = [arguments.converter_python, __file__, "--convert", arguments.source]
     if arguments.tiny:
         with tempfile.TemporaryDirectory() as work:
             return int(check_tiny(converter, Path(work)))
+    if arguments.types:
+        with tempfile.TemporaryDirectory() as work:
+            return int(check_types(converter, arguments.keep or Path(work), arguments))
     import torch
 
     import rename_obrutai as tool
