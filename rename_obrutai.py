@@ -3345,19 +3345,19 @@ def write_report(job: Job, stages: list[Path]) -> None:
 
 
 def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
-    """exam.json and exam.safetensors: all that it takes to measure the model again."""
+    """exam.json and exam.tensors: all that it takes to measure the model again."""
     talks, rows = [], []
     for tokens, talk in exam.talks:
         talks.append((tokens, talk._replace(row=len(rows))))
         rows += range(talk.row, talk.row + len(talk.ids))
     write_json(folder / "exam.json", {"questions": exam.questions, "talks": talks, "names": names})
-    tensor_files.save_file({key: value[rows] for key, value in teacher._asdict().items()}, folder / "exam.safetensors")
+    tensor_files.save_file({key: value[rows] for key, value in teacher._asdict().items()}, folder / "exam.tensors")
 
 
 def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
     saved = load_json(folder / "exam.json")
     exam = Exam([*map(tuple, saved["questions"])], [(tokens, Talk(*talk)) for tokens, talk in saved["talks"]])
-    return exam, read_names(saved["names"]), Teacher(**tensor_files.load_file(folder / "exam.safetensors"))
+    return exam, read_names(saved["names"]), Teacher(**tensor_files.load_file(folder / "exam.tensors"))
 
 
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:

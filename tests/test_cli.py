@@ -152,7 +152,7 @@ def test_the_output_has_all_that_a_reader_of_models_expects(whole_run):
     names = {path.name for path in whole_run.output.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja", "report.json", "report.png", "README.md",
-                     "self_answers.jsonl", "exam.json", "exam.safetensors", "Modelfile"}
+                     "self_answers.jsonl", "exam.json", "exam.tensors", "Modelfile"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
 
 
@@ -375,8 +375,13 @@ def test_a_published_report_that_says_more_than_the_model_does_is_contradicted(p
     assert re.search(r"(?m)^Metas não atingidas: identidade nova, identidade antiga", said.out)
 
 
+def test_the_only_safetensors_file_of_a_result_is_the_model(published):
+    """vLLM loads every file of that name in the folder, and ends where one has a tensor that the model has not."""
+    assert [path.name for path in published.glob("*.safetensors")] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("name, text", [("exam.json", "{"), ("exam.json", "[]"), ("exam.json", '{"questions": []}'),
-                                        ("exam.safetensors", "{"), ("exam.safetensors", None),
+                                        ("exam.tensors", "{"), ("exam.tensors", None),
                                         ("report.json", "{}"), ("report.json", None)])
 def test_a_published_result_with_a_damaged_exam_or_report_is_refused(name, text, published, capsys):
     (published / name).unlink()
