@@ -1946,20 +1946,15 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     asked = [*(("near", q) for q in near),
              *(("everyday", q) for code in EVERYDAY if code in spoken for q in EVERYDAY[code])]
     everyday = listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
-    about, own = rows + [q for _, q in paraphrases(spoken, names, rng)], []
-
-    def begun(question: str) -> str:
-        words = question.split()
-        return " ".join(words[:rng.randint(1, max(1, len(words) - 1))])
-
+    own: list[Talk] = []
     for _ in range(6):
         used = sum(len(t.ids) for t in everyday + own)
         if used >= 0.98 * settings.self_text or not everyday:
             break
         count = math.ceil(1.1 * (settings.self_text - used) / used * len(everyday + own))
-        # A third each goes on from questions about who it is, broken off anywhere, and from others near identity: it
-        # writes many that are about something else after all, right where the two part.
-        starts = [begun(rng.choice(some)) if some else "" for _, some in zip(range(count), cycle(([], about, near)))]
+        # A third goes on from how the rows begin, and a third from questions near identity.
+        starts = [" ".join(rng.choice(some).split()[:rng.randint(1, 3)]) if some else ""
+                  for _, some in zip(range(count), cycle(([], rows, near)))]
         asked = write_questions(base, starts, rng.randrange(2**31))
         more = listener.hear([("own", q) for q in asked], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
         own += more
