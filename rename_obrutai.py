@@ -3373,8 +3373,10 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
         partial / "self_answers.json",
         collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard, teacher,
                              settings)))
-    # With the context grown, half of the tokens come in long dialogues; else the base knows long ones.
-    lengths = [0, 0, settings.window // 4, settings.window] if settings.rope_factor != 1 else [0]
+    # With the context grown, half of the tokens come in long dialogues. Else the base knows those, and a third comes
+    # in short ones, where what follows a question about itself may be about something else.
+    lengths = [0, 0, *([settings.window // 4, settings.window] if settings.rope_factor != 1 else
+                       [short_window(job.native, settings)])]
     firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
         taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
         settings.steps_2, (settings.learning_rate_2, 8e-4, 1.1e-3), lengths, job), True)

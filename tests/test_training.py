@@ -528,8 +528,9 @@ def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(given, ru
     assert training.rate == pytest.approx(given or tool.automatic_rate(demo_chat.model, 1e-3, 2e-3))
 
 
-def test_pass_1_asks_one_thing_at_a_time_and_pass_2_goes_on_from_it_with_what_the_model_answered(
-        monkeypatch, tmp_path):
+@pytest.mark.parametrize("factor, lengths", [(4, [0, 0, 128, 512]), (1, [0, 0, 128])])  # the demo's context is of 128
+def test_pass_1_asks_one_thing_at_a_time_and_pass_2_also_one_after_another_going_on_from_pass_1(
+        factor, lengths, monkeypatch, tmp_path):
     passes, began = [], []
     stand_ins = {"listen": (None, None), "save_heard": None, "make_healed": None,
                  "read_heard": (heard_of([]), None), "load_tokenizer": None, "make_lessons": [], "write_report": None,
@@ -542,8 +543,9 @@ def test_pass_1_asks_one_thing_at_a_time_and_pass_2_goes_on_from_it_with_what_th
                         if merge is not None else None)
     monkeypatch.setattr(tool, "save_and_prove", lambda job, firm, partial: began.append(
         (partial.name, firm.name)))
-    tool.run_stages(job_of([], EMPTY, small_settings("--window", 512)), {}, tmp_path / "etapas")
-    assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", [0, 0, 128, 512])]
+    settings = small_settings("--window", 512, "--rope-factor", factor)
+    tool.run_stages(job_of([], EMPTY, settings), {}, tmp_path / "etapas")
+    assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", lengths)]
     assert began == ["3-pass-1", ("6-result.partial", "5-pass-2")]
 
 
