@@ -555,7 +555,7 @@ RANGES = {
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
 }
-MANUAL, CONSTANTS, *CODE = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
+TOP, CONSTANTS, *REST = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
 ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$", CONSTANTS))  # and what the user reads of each
 ABOUT = {name.lower(): text for name, text in ABOUT.items()} | MODES
 DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
@@ -638,8 +638,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
         if plain(values[name]) in map(plain, split_names(values["old_names"])):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
-    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or min(
-                                   some["self_text"] for some in AUTOMATIC.values())),
+    least = min(automatic["self_text"] for automatic in AUTOMATIC.values())
+    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or least),
                                ("max_new_tokens", "window", values["window"])):
         if values[small] >= most:
             raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} ({most}). "
@@ -1271,11 +1271,12 @@ def work_folder(settings: Settings) -> Path:
 
 
 def job_facts(inputs: Inputs, base: Path) -> str:
-    """Digest of what the job depends on besides settings, of the script as well; weights count by name, size, time."""
+    """Digest of what the job depends on besides settings: rows, base, and the script but for its constants, which are
+    settings. Weights count by name, size and time."""
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
-    return digest([[row.messages for row in inputs.rows], inputs.values, inputs.test, CODE, files])
+    return digest([[row.messages for row in inputs.rows], inputs.values, inputs.test, TOP, REST, files])
 
 
 def job_key(facts: str, settings: Settings) -> str:
@@ -3108,7 +3109,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
         chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
         settings = replace(settings, **chosen)
-    automatic = AUTOMATIC[without_4_bits(settings).method]
+    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
 
@@ -3148,7 +3149,7 @@ def check_job(settings: Settings) -> Job | None:
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     """Seconds per token when read, written in large batches and trained, by doing each for a moment."""
-    settings, inner = without_4_bits(job.settings), unwrapped(base.model)
+    settings, inner = job.settings, unwrapped(base.model)
     fast = compute_dtype(job.weights)
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in job.inputs.rows]
     batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [0], 1, step_tokens(job.native, settings), "pace")[0]
@@ -3375,8 +3376,8 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
                              settings)))
     # With the context grown, half of the tokens come in long dialogues. Else the base knows those, and a third comes
     # in short ones, where what follows a question about itself may be about something else.
-    lengths = [0, 0, *([settings.window // 4, settings.window] if settings.rope_factor != 1 else
-                       [short_window(job.native, settings)])]
+    grown = settings.rope_factor != 1
+    lengths = [0, 0] + ([settings.window // 4, settings.window] if grown else [short_window(job.native, settings)])
     firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
         taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
         settings.steps_2, (settings.learning_rate_2, 8e-4, 1.1e-3), lengths, job), True)
@@ -3405,9 +3406,11 @@ def ready_folder(settings: Settings) -> Path:
 
 
 def as_measured(settings: Settings, folder: Path) -> Settings:
-    """The settings with the precision in which a result was measured; for other models, in that of this machine."""
-    report = folder / "report.json"
-    method = load_json(report)["settings"]["method"] if report.is_file() else "lora"
+    """The settings with the precision in which a result was measured, as its report says; for other models, with that
+    in which this machine computes."""
+    method = "lora"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a report of somebody else, or none
+        method = load_json(folder / "report.json")["settings"]["method"]
     return without_4_bits(replace(settings, method=method))
 
 
@@ -3472,9 +3475,7 @@ def read_line(person: bool) -> str | None:
 def converse(settings: Settings, folder: Path) -> int:
     """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
     person, name = sys.stdin.isatty(), Path(settings.model_path).name
-    with blaming(f"o report.json de {folder}"):
-        settings = as_measured(settings, folder)
-    chat = load_chat(folder, settings)
+    chat = load_chat(folder, as_measured(settings, folder))
     with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
         import readline  # noqa: F401
     context = context_of(chat.model.config)

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import rename_obrutai as tool
 
 IDENTITY = "eu.jsonl"
-ADVICE = re.compile(r"\nCorrija e confira tudo, sem treinar: o mesmo comando com --check\.")
+ADVICE = re.compile(r"\nCorrija e confira tudo, sem treinar: o mesmo comando com --check\.\n\Z")
 GOOD = '{"text": "Quem é você?\\nSou {{NAME}}, de {{AUTHOR}}."}'.encode()
 USER, ASSISTANT = {"role": "user", "content": "Quem é você?"}, {"role": "assistant", "content": "Sou {{NAME}}."}
 SYSTEM = {"role": "system", "content": "Seja breve."}

@@ -63,13 +63,15 @@ def rendered(*contents, system=""):
 
 
 @pytest.mark.parametrize("measured, asked, expected", [
-    ("full", "qlora", "full"), ("qlora", "full", "lora"), (None, "qlora", "lora"), (None, "full", "lora")])
+    ("full", "qlora", "full"), ("qlora", "full", "lora"), (None, "qlora", "lora"), (None, "full", "lora"),
+    ("[1]", "full", "lora")])  # a report of another program
 def test_a_model_is_talked_to_in_the_precision_in_which_it_was_measured(
         measured, asked, expected, demo_chat, tmp_path, monkeypatch):
     """Not in what METHOD says, which is about training: 4 bits were never measured."""
     folder, loaded = Path(shutil.copytree(DEMO, tmp_path / "pronto")), []
     if measured:
-        (folder / "report.json").write_text(f'{{"settings": {{"method": "{measured}"}}}}')
+        (folder / "report.json").write_text(measured if "[" in measured else
+                                            f'{{"settings": {{"method": "{measured}"}}}}')
     monkeypatch.setattr(tool, "load_chat", lambda path, settings: loaded.append(settings.method) or demo_chat)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -180,6 +182,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(converse, demo_chat, mon
     said = converse("Quem é você?", "Quem é você?", speak=None)
     first, second = (text.split("Você: ")[0].strip() for text in said.out.split("modelo_demo: ")[1:])
     assert first and usual.text.startswith(first) and len(first) < len(usual.text)
+    assert first == demo_chat.tokenizer.decode(usual.ids[:5]).strip()  # the last word too, though it may go on
     assert said.status == 0 and said.notes.count("(parou aqui)") == 1 and second
 
 
