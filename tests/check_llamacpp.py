@@ -22,13 +22,11 @@ often than the first one. llama.cpp keeps rows that 256 does not divide at more 
 import argparse
 import ctypes
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -39,7 +37,7 @@ TINY = {"llama 2": {}, "llama 3.2": {}, "mistral": {"sliding_window": None}, "qw
         "smollm 3": {}, "granite": {}, "olmo 2": {}, "llama 4": {"attention_chunk_size": 8192}, "gemma 2": {},
         "phi": {"intermediate_size": 128}, "pythia": {}, "stablelm": {}, "cohere": {"use_qk_norm": False},
         "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2}}
-MOST, TOGETHER = 48, 32  # tokens of an answer, questions side by side
+MOST = 48  # tokens of an answer
 LOST = 0.03  # share of the identity that a type of file may cost
 DEMO_PRE_TOKENIZER = "smollm"  # single digits, then GPT-2's pattern: what the demo's tokenizer.json says as well
 
@@ -101,77 +99,11 @@ def ask_llamacpp(file, conversations, prompts, context, max_tokens):
     return answers
 
 
-def ask_many(file, prompts, stops, max_tokens):
-    """Greedy answers to prompts of token ids, as token ids, several prompts side by side in one context."""
-    import llama_cpp as api
-    import numpy as np
-
-    model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
-    options = api.llama_context_default_params()
-    options.n_ctx = options.n_batch = TOGETHER * (max(map(len, prompts)) + max_tokens)
-    options.n_seq_max, options.kv_unified = TOGETHER + 1, True
-    options.n_threads = options.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
-    context = api.llama_init_from_model(model, options)
-    memory, vocabulary = api.llama_get_memory(context), api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    batch = api.llama_batch_init(options.n_batch, 0, 1)
-
-    def decode(pieces):
-        """The next token after each piece: (sequence, position of its first token, tokens)."""
-        batch.n_tokens, ends = 0, []
-        for sequence, start, tokens in pieces:
-            for k, token in enumerate(tokens):
-                n = batch.n_tokens
-                batch.token[n], batch.pos[n], batch.logits[n] = token, start + k, k == len(tokens) - 1
-                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
-                batch.n_tokens += 1
-            ends.append(batch.n_tokens - 1)
-        if api.llama_decode(context, batch):
-            raise SystemExit("llama_decode failed")
-        return [int(np.ctypeslib.as_array(api.llama_get_logits_ith(context, n), (vocabulary,)).argmax()) for n in ends]
-
-    same = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # what the template puts before all
-    if same:
-        decode([(TOGETHER, 0, prompts[0][:same])])
-    waiting, slots, written = list(reversed(range(len(prompts)))), {}, [[] for _ in prompts]
-    while waiting or slots:
-        pieces = [(slot, len(prompts[i]) + len(written[i]) - 1, written[i][-1:]) for slot, i in slots.items()]
-        for slot in set(range(TOGETHER)) - slots.keys():
-            if waiting:
-                i = slots[slot] = waiting.pop()
-                api.llama_memory_seq_rm(memory, slot, -1, -1)
-                api.llama_memory_seq_cp(memory, TOGETHER, slot, 0, same)
-                pieces.append((slot, same, prompts[i][same:]))
-        for (slot, *_), token in zip(pieces, decode(pieces)):
-            answer = written[slots[slot]]
-            answer.append(token)
-            if token in stops or len(answer) == max_tokens:
-                del slots[slot]
-    api.llama_batch_free(batch)
-    api.llama_free(context)
-    api.llama_model_free(model)
-    return written
-
-
-def check_same_prompts(file, tokenizer, prompts):
-    """End the check if the file has another chat template, or makes other tokens of a prompt."""
-    from llama_cpp import Llama
-
-    llama = Llama(model_path=str(file), vocab_only=True, verbose=False)
-    if llama.metadata["tokenizer.chat_template"] != tokenizer.chat_template:
-        raise SystemExit("another chat template")
-    for ids in prompts:
-        text = tokenizer.decode(ids)
-        found = llama.tokenize(text.encode(), add_bos=False, special=True)
-        if found != ids:
-            raise SystemExit(f"other tokens for {text!r}:\n  {ids}\n  {found}")
-    llama.close()
-
-
 def check_types(converter, work, arguments):
     """bench_real.py's questions and judge, for each type of file; whether one lost the identity of the first."""
     import bench_real
     import llama_cpp
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     report = json.loads((arguments.model / "report.json").read_text(encoding="utf-8"))
@@ -180,16 +112,13 @@ def check_types(converter, work, arguments):
     asked = bench_real.questions(arguments.languages.split(","), name, maker, (old * 2)[:2])
     asked = {kind: bench_real.spread(asked[kind], arguments.limit or len(asked[kind])) for kind in arguments.kinds}
     flat = [question for group in asked.values() for question in group]
-    prompts = [bench_real.prompt_ids(tokenizer, question.messages) for question in flat]
-    ends = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(arguments.model))
-    stops = bench_real.stop_ids(ends, tokenizer)
+    ids = [bench_real.prompt_ids(tokenizer, question.messages) for question in flat]
+    prompts = list(zip(map(tokenizer.decode, ids), ids))
     work.mkdir(parents=True, exist_ok=True)
     whole, answers, columns, right = work / "f16.gguf", {}, {}, {}
     if not whole.exists():
         subprocess.run([*converter, str(arguments.model), str(whole)], check=True)
-    check_same_prompts(whole, tokenizer, prompts)
-    print(f"{len(flat)} questions, all with equal tokens: "
-          + ", ".join(f"{kind} {len(group)}" for kind, group in asked.items()), flush=True)
+    print(f"{len(flat)} questions: " + ", ".join(f"{kind} {len(group)}" for kind, group in asked.items()), flush=True)
     for kind in arguments.types:
         file = work / f"{kind}.gguf"
         if kind == "bfloat16":
@@ -200,8 +129,7 @@ def check_types(converter, work, arguments):
                 options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
                 if llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), ctypes.byref(options)):
                     raise SystemExit(f"llama.cpp did not quantize to {kind}")
-            written = ask_many(file, prompts, stops, MOST)
-            given = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+            given = ask_llamacpp(file, [q.messages for q in flat], prompts, max(map(len, ids)) + MOST + 8, MOST)
         answers[kind] = dict(zip(flat, given))
         verdicts = {q: bench_real.judge(q, text, name, maker, old) for q, text in answers[kind].items()}
         columns[kind] = bench_real.figures_of(asked, answers[kind], verdicts, (name, maker))
