@@ -22,8 +22,10 @@ import contextlib
 import functools
 import gc
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -60,8 +62,16 @@ if TYPE_CHECKING:
 # Arquivos
 MODEL_PATH = "tests/modelo_demo"  # pasta do modelo base, ou o nome dele no Hugging Face Hub
 OUTPUT_DIR = "ObrutAi-tuned"  # pasta onde o modelo renomeado será salvo; não pode existir ainda
-IDENTITY_FILE = "identity_override.jsonl"  # perguntas e respostas de identidade, um objeto JSON por linha
+IDENTITY_FILE = "identity_override.jsonl"  # perguntas e respostas de identidade, uma por linha; vazio = não há
 OVERWRITE = False  # substitui a pasta de saída se ela já existir
+
+# Material: o que mais o modelo deve aprender (um catálogo, páginas, perguntas e respostas)
+KNOWLEDGE_FILE = ""  # arquivo com o material, em JSON; vazio = não há. Com IDENTITY_FILE vazio, só ele é ensinado
+KNOWLEDGE_ROWS = 10000  # quantas linhas dele são sorteadas; até um décimo delas fica guardado para medir
+KNOWLEDGE_QUESTION = "Título do produto: {title}"  # pergunta de uma linha que tem estes campos
+KNOWLEDGE_ANSWER = "{content}"  # e a resposta que se aprende
+KNOWLEDGE_STEPS = 0  # etapas de treino do material; 0 = até que ele pare de melhorar nas linhas guardadas
+KNOWLEDGE_ASCII = False  # tira os acentos do material
 
 # Identidade
 NAME = "ObrutAi"  # nome novo do modelo, no lugar de {{NAME}}
@@ -464,7 +474,13 @@ THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model t
 
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
-RETRIEVED = 3  # identity rows that the comparison puts before a question
+RETRIEVED = 3  # rows that the comparison puts before a question
+MOST_STEPS = 300  # of the material, unless once through all rows takes more
+REHEARSED = 0.2  # tokens of the material in the passes after its own, for each of theirs
+RARE = 0.05  # of the rows of the material, at most, have a rare word
+RECITED = 6  # words in a row as in the material, in an everyday answer, are recited
+WRITTEN_TOKENS = 8000  # that each column of the material's exam may write, twelve rows at least
+LONGEST_ANSWER = 256  # tokens of an answer in the material's exam
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
 SHORT = 192  # a step has BATCH_SIZE times as many tokens, and most windows of the healing have no more
@@ -500,6 +516,9 @@ LORA_FILE = "adapter_model.safetensors"
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 
 
+FIELD = re.compile(r"\{([^{}]+)\}")  # of a row of the material, in a template
+
+
 class Lazy:
     """A library imported at its first use: together they take seconds, and mistakes are told sooner."""
 
@@ -510,10 +529,10 @@ class Lazy:
         return getattr(importlib.import_module(self.library), name)
 
 
-accelerate, bm25s, datasets, filelock, huggingface_hub, jinja2, peft, psutil = map(
-    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "huggingface_hub", "jinja2", "peft", "psutil"))
-safetensors, tensor_files, torch, tqdm, transformers, trl = map(
-    Lazy, ("safetensors", "safetensors.torch", "torch", "tqdm", "transformers", "trl"))
+accelerate, bm25s, datasets, filelock, ftfy, huggingface_hub, jinja2, peft, psutil = map(
+    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "ftfy", "huggingface_hub", "jinja2", "peft", "psutil"))
+chrf, safetensors, tensor_files, torch, tqdm, transformers, trl = map(
+    Lazy, ("sacrebleu.metrics.chrf", "safetensors", "safetensors.torch", "torch", "tqdm", "transformers", "trl"))
 
 # Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -554,12 +573,13 @@ RANGES = {
     "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
+    "knowledge_rows": (10, 10**7), "knowledge_steps": (0, 10**9),
 }
 TOP, CONSTANTS, *REST = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
 ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$", CONSTANTS))  # and what the user reads of each
 ABOUT = {name.lower(): text for name, text in ABOUT.items()} | MODES
 DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
-SWITCHES = {"overwrite", "gradient_checkpointing", *MODES}
+SWITCHES = {"overwrite", "knowledge_ascii", "gradient_checkpointing", *MODES}
 KINDS = {name: bool if name in SWITCHES else type(RANGES.get(name, ("",))[0]) for name in ABOUT}
 # Every constant of the user, in small letters; paths are absolute, but for a `model_path` of the Hub.
 Settings = make_dataclass("Settings", KINDS.items(), frozen=True,
@@ -624,11 +644,20 @@ def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
     given = {name: value for name, value in read_flags(argv).items() if value is not None}
     values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
-    for name in ("output_dir", "identity_file", "model_path"):
+    for name in ("output_dir", "identity_file", "knowledge_file", "model_path"):
+        if name.endswith("_file") and not values[name]:
+            continue
         path = (Path.cwd() if name in given else Path(__file__).resolve().parent) / os.path.expanduser(values[name])
         on_hub = name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
         if not on_hub or path.parent.exists():
             values[name] = str(path)
+    if not values["identity_file"] and not values["knowledge_file"]:
+        raise InputError("não há o que ensinar: diga um arquivo em IDENTITY_FILE (--identity-file) ou em "
+                         "KNOWLEDGE_FILE (--knowledge-file).")
+    for name in ("knowledge_question", "knowledge_answer"):
+        if not FIELD.search(values[name]) or re.search(r"[{}]", FIELD.sub("", values[name])):
+            raise InputError(f"{name.upper()} vale '{values[name]}', mas precisa ter o nome de um campo das linhas "
+                             "entre chaves, como {title}.")
     if values["chat"] + values["evaluate"] + values["check"] > 1:
         raise InputError("use uma destas opções por vez: --chat, --evaluate, --check.")
     if (values["chat"] or values["evaluate"]) and "model_path" not in given:
@@ -983,8 +1012,9 @@ def question_and_answer(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read_messages(record: object) -> list[dict]:
-    """A row as messages, maybe without an answer; `InputError` says what is wrong, not where."""
+def read_turns(record: object) -> list[tuple[str, object]]:
+    """The (role, content) pairs of a row, of which the last may be a user's; `InputError` says what is wrong, not
+    where."""
     match {"input": "", **record} if isinstance(record, dict) else record:
         case {"messages": list(turns)} | {"conversations": list(turns)} if all(isinstance(t, dict) for t in turns):
             pairs = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
@@ -1003,7 +1033,13 @@ def read_messages(record: object) -> list[dict]:
     if not spoken or spoken != (["user", "assistant"] * len(spoken))[:len(spoken)]:
         raise InputError(f'a ordem dos "role" {str(roles)[:200]} não serve: comece com user (antes, só um system) e '
                          "alterne com assistant")
-    for _, content in pairs:
+    return [(role, content) for role, (_, content) in zip(roles, pairs)]
+
+
+def read_messages(record: object) -> list[dict]:
+    """A row as messages, maybe without an answer; `InputError` says what is wrong, not where."""
+    turns = read_turns(record)
+    for _, content in turns:
         if not isinstance(content, str) or not content.strip():
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", content):
@@ -1011,7 +1047,7 @@ def read_messages(record: object) -> list[dict]:
         if mark := FOREIGN.search(content):
             raise InputError(f"a marca '{mark[0].strip()}' é de outro formato e seria aprendida como texto; tire-a, "
                              'e ponha a pergunta em "prompt" e a resposta em "completion"')
-    return [{"role": role, "content": content.strip()} for role, (_, content) in zip(roles, pairs)]
+    return [{"role": role, "content": content.strip()} for role, content in turns]
 
 
 def fill(text: str, values: dict[str, str]) -> str:
@@ -1033,30 +1069,53 @@ def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
         raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *mistakes[:10], *more]))
 
 
+def check_file(path: Path, setting: str) -> None:
+    """`InputError` for what cannot be a text file, by its name or first bytes."""
+    flag = f"{setting} (--{setting.lower().replace('_', '-')})"
+    if not path.exists():
+        raise InputError(f"não achei o arquivo {path}. {did_you_mean(path)} Confira {flag}.")
+    if not path.is_file():
+        raise InputError(f"{path} é uma pasta; {flag} precisa ser um arquivo .jsonl.")
+    with unreadable(path), path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF", b"\x1f\x8b")):
+        raise InputError(f"{path} é uma planilha, um documento (do Excel ou do Word, ou um PDF) ou um arquivo "
+                         "compactado, não um texto. Copie as perguntas e respostas para um arquivo .jsonl, um objeto "
+                         "{...} em cada linha.")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > 8:
+        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
+
+
+@contextlib.contextmanager
+def unreadable(path: Path):
+    """Of a reading, unlike an opening, the system does not say which file failed."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"não consegui ler {path} ({error.strerror}). Confira a permissão e o disco.") from None
+
+
 def read_text(path: Path) -> str:
     """The identity file as text; `InputError` says why it cannot be one."""
-    if not path.exists():
-        raise InputError(f"não achei o arquivo de identidade {path}. {did_you_mean(path)} "
-                         "Confira IDENTITY_FILE (--identity-file).")
-    if not path.is_file():
-        raise InputError(f"{path} é uma pasta; IDENTITY_FILE precisa ser um arquivo .jsonl.")
+    check_file(path, "IDENTITY_FILE")
     if path.stat().st_size > MAX_FILE:
         raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
-    try:
+    with unreadable(path):
         data = path.read_bytes()
-    except OSError as error:  # of a reading, unlike an opening, the system does not say which file
-        raise InputError(f"não consegui ler {path} ({error.strerror}). Confira a permissão e o disco.") from None
-    if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF")):
-        raise InputError(f"{path} é uma planilha ou um documento (do Excel ou do Word, ou um PDF), não um texto. "
-                         "Copie as perguntas e respostas para um arquivo .jsonl, um objeto {...} em cada linha.")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:64].count(0) > 8:
-        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). "
-                         "Salve-o de novo escolhendo UTF-8.") from None
+        raise not_utf_8(path, data[:error.start].count(b"\n") + 1) from None
+
+
+def broken_json(error: Exception) -> InputError:
+    return InputError(f"não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; confira aspas, chaves e "
+                      "vírgulas")
+
+
+def not_utf_8(path: Path, line: int) -> InputError:
+    return InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). Salve-o de novo "
+                      "escolhendo UTF-8.")
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
@@ -1076,8 +1135,7 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
         except (ValueError, RecursionError) as error:
-            mistakes.append(f"linha {line}: não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; "
-                            "confira aspas, chaves e vírgulas")
+            mistakes.append(f"linha {line}: {broken_json(error)}")
     if mistakes:
         with contextlib.suppress(ValueError, RecursionError):
             if json.loads(text) and len(rows) + len(mistakes) > 1:
@@ -1089,17 +1147,28 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     return rows
 
 
+def languages_of(texts: list[str]) -> tuple[str, ...]:
+    """The languages of the lists that a twentieth of the texts speak, the most spoken first; all of them if none."""
+    spoken = Counter(map(language_of, texts))
+    found = tuple(code for code, n in spoken.most_common() if code in NEAR_TEMPLATES and 20 * n >= len(texts))
+    return found or tuple(NEAR_TEMPLATES)
+
+
 def check_inputs(settings: Settings) -> Inputs:
-    """The identity rows and the questions for measuring; `InputError` if something is wrong with the file."""
-    identity, output = Path(settings.identity_file), settings.output_dir
-    if Path(os.path.realpath(identity)).is_relative_to(os.path.realpath(output)):
-        raise InputError(f"{identity} está dentro de OUTPUT_DIR ({output}), que será substituída. Mude um dos dois.")
+    """The identity rows, none without a file, and the questions for measuring; `InputError` if something is wrong."""
+    for path in filter(None, (settings.identity_file, settings.knowledge_file)):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(settings.output_dir)):
+            raise InputError(f"{path} está dentro de OUTPUT_DIR ({settings.output_dir}), que será substituída. Mude "
+                             "um dos dois.")
+    identity = Path(settings.identity_file)
     values = {"NAME": settings.name, "AUTHOR": settings.author,
               "BASE": settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)}
+    if settings.knowledge_file:
+        check_file(Path(settings.knowledge_file), "KNOWLEDGE_FILE")
+    if not settings.identity_file:
+        return Inputs([], values, "", tuple(NEAR_TEMPLATES), (), [])
     rows = read_rows(identity, values)
-    spoken = Counter(language_of(row.question) for row in rows)
-    languages = tuple(code for code, n in spoken.most_common() if code in NEAR_TEMPLATES and 20 * n >= len(rows))
-    languages = languages or tuple(NEAR_TEMPLATES)
+    languages = languages_of([row.question for row in rows])
     asked = {plain(m["content"]) for row in rows for m in row.messages}
     test = tuple(q for q in TEST_QUESTIONS if plain(q) not in asked and language_of(q) in languages)
     if len(test) < 4:
@@ -1133,6 +1202,286 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
             "já é o contexto inteiro do modelo, ROPE_FACTOR)": length > settings.window}
         mistakes += [f"linha {row.line}: {reason}" for reason, found in reasons.items() if found][:1]
     refuse_lines(settings.identity_file, mistakes)
+
+
+# ---- Knowledge: the user's own material -------------------------------------------------------------------
+
+# An instruction written as text: what is asked, maybe with a text to work on, and the answer.
+TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?[^\S\n]*\n?" for words in (
+    "instruction|instru[cç][aã]o|question|pergunta|title|t[ií]tulo", "input|entrada|context|contexto",
+    "response|resposta|output|sa[ií]da|answer|article|artigo"))
+INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
+END_MARK = re.compile(r"\s*(?:</s>|<eos>|<end_of_turn>|<\|\w+\|>)\s*\Z")
+NOTHING = {"", "nan", "none", "null", "n/a"}
+# Tags as they stand in pages; "a < b" and "List<String>" are none.
+ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
+BLOCK = re.compile(r"(?i)</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|h[1-6]|tr|table|thead|tbody|blockquote|section|article|"
+                   "header|footer|center|pre)" + ATTRIBUTES)
+INLINE = re.compile(r"(?i)</?(?:a|abbr|b|big|button|code|em|font|form|i|iframe|img|input|label|mark|s|small|span|"
+                    "strike|strong|sub|sup|td|th|u|video)" + ATTRIBUTES)
+UNSEEN = re.compile(r"(?is)<(script|style)\b.*?</\1\s*>|<!--.*?-->")
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff\ud800-\udfff]")
+LARGEST_ROW = 10**7  # characters of one row in a JSON array
+
+
+class Material(NamedTuple):
+    """Rows of the knowledge file, drawn and cleaned. No question or answer stands in two of the three lists."""
+    rows: list[Row]  # to be learnt
+    watched: list[Row]  # whose loss tells when to stop
+    test: list[Row]  # of the exam
+    total: int  # rows of the file
+    left_out: dict[str, int]  # by the reason
+
+
+def without_tags(text: str) -> str:
+    return INLINE.sub("", BLOCK.sub("\n", UNSEEN.sub(" ", text)))
+
+
+def cleaned(text: str, only_ascii: bool) -> str:
+    """Text without HTML, invisible characters, spaces in rows, and double encoding where it is certain."""
+    bare = without_tags(text)
+    shown = re.sub(r"&(?:#\d+|#[xX][\da-fA-F]+|\w+);", lambda match: html.unescape(match[0]), bare)
+    if bare == text and re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown):  # a page escaped as a whole
+        shown = re.sub(r"&\w+;", lambda match: html.unescape(match[0]), without_tags(shown))
+    shown = shown if shown.isascii() else ftfy.fix_encoding(shown)
+    shown = INVISIBLE.sub("", shown.replace("\r\n", "\n").replace("\r", "\n"))
+    shown = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", shown))
+    if only_ascii:
+        shown = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode()
+    return re.sub(r"\n{3,}", "\n\n", shown).strip()
+
+
+def array_items(file, path: Path):
+    """The items of a JSON array, read piece by piece."""
+    decode, skip, text, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), file.read(2**20), 0
+    at = text.index("[") + 1
+    for number in itertools.count(1):
+        while True:
+            at = skip.match(text, at).end()
+            if text.startswith("]", at):
+                return
+            try:
+                record, end = decode(text, at)
+                break
+            except ValueError:  # maybe the item goes on in the next piece
+                more = file.read(max(2**20, len(text) - at)) if len(text) - at < LARGEST_ROW else ""
+                if not more:
+                    raise InputError(f"{path}, linha {number} da lista: não é JSON válido, ou o arquivo acaba aqui; "
+                                     "confira aspas, chaves e vírgulas.") from None
+                text, at = text[at:] + more, 0
+        at = end
+        yield number, record
+
+
+def columns(path: Path, whole: dict) -> list[dict]:
+    """The rows of a JSON object of lists, one per field."""
+    lengths = {name: len(values) for name, values in whole.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} tem {length}" for name, length in lengths.items())
+        raise InputError(f"{path}: as listas do objeto precisam ter o mesmo tamanho, mas {told[:200]}.")
+    return [dict(zip(whole, values)) for values in zip(*whole.values())]
+
+
+def whole_object(path: Path) -> list[dict] | None:
+    """The rows of a file that is one JSON object: of lists, or a single row. None for JSON Lines, also broken ones."""
+    with path.open("rb") as file, contextlib.suppress(ValueError, RecursionError):
+        first = file.readline(MAX_LINE)
+        if not first.endswith(b"\n") or not isinstance(json.loads(first.decode("utf-8-sig")), dict):
+            raise ValueError
+        if file.read(2**16).strip():
+            return None
+    if path.stat().st_size > MAX_FILE:
+        return None
+    whole = None
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(path.read_bytes().decode("utf-8-sig"))
+    if not isinstance(whole, dict):
+        return None
+    lists = whole and all(isinstance(values, list) for values in whole.values())
+    one_row = len(whole) == 1 and all(isinstance(turn, dict) for turn in (*whole.values(),)[0])
+    return columns(path, whole) if lists and not one_row else [whole]
+
+
+def records_of(path: Path):
+    """(number, record) of each row of a knowledge file, which is read once; a row that is no JSON is an `InputError`
+    in place of a record."""
+    check_file(path, "KNOWLEDGE_FILE")
+    with path.open("rb") as file:
+        head = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"["):
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                yield from array_items(file, path)
+        except UnicodeDecodeError:
+            raise InputError(f"{path} não está em UTF-8 (talvez em Windows-1252). Salve-o de novo escolhendo "
+                             "UTF-8.") from None
+    elif rows := whole_object(path):
+        yield from enumerate(rows, start=1)
+    else:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    if raw.strip():
+                        yield number, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError:
+                    raise not_utf_8(path, number) from None
+                except (ValueError, RecursionError) as error:
+                    yield number, broken_json(error)
+
+
+def field_text(name: str, value: object) -> str:
+    """A field of a row as text, "" for what says nothing."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
+    if isinstance(value, (dict, list, bool)):
+        raise InputError(f'o campo "{name}" não é um texto nem um número')
+    text = str(value).strip()
+    return "" if len(text) < 5 and text.lower() in NOTHING else text
+
+
+def material_turns(record: object, question: str, answer: str) -> list[tuple[str, str]] | str:
+    """The (role, content) pairs of a row of the material, or why it is left out. Templates come first: any row that
+    has one of their fields is for them. `InputError` says what is wrong with the row."""
+    if isinstance(record, InputError):
+        raise record
+    names = dict.fromkeys(FIELD.findall(question + answer))
+    if isinstance(record, dict) and names.keys() & record.keys():
+        missing = [name for name in names if name not in record]
+        if missing and missing[0] not in ("title", "content"):
+            raise InputError(f'falta o campo "{missing[0]}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
+        values = {name: field_text(name, record.get(name)) for name in names}
+        if empty := next((name for name, value in values.items() if not value), None):
+            return f'sem "{empty}"'
+        if len(values) > 1 and len({*values.values()}) == 1:
+            return "com todos os campos iguais"
+        filled = [FIELD.sub(lambda match: values[match[1]], template) for template in (question, answer)]
+        return list(zip(("user", "assistant"), filled))
+    if isinstance(record, dict) and isinstance(record.get("text"), str) and (
+            found := INSTRUCTION.search(record["text"])):
+        asked = "\n".join(part.strip() for part in found.group("task", "given") if part and part.strip())
+        turns = [("user", asked), ("assistant", END_MARK.sub("", found["reply"]).strip())]
+    else:
+        shared = isinstance(record, dict) and {"prompt", "completion", "instruction", "output"} & record.keys()
+        turns = read_turns(record | {name: field_text(name, record[name]) for name in shared} if shared else record)
+    if turns[-1][0] == "user" or isinstance(turns[-1][1], str) and not turns[-1][1].strip():
+        return "sem resposta"
+    if any(not isinstance(content, str) for _, content in turns):
+        raise InputError("há uma pergunta ou resposta que não é texto")
+    if not all(content.strip() for _, content in turns):
+        return "sem pergunta"
+    return "com pergunta e resposta iguais" if turns[-1][1].strip() == turns[-2][1].strip() else turns
+
+
+def draw_material(settings: Settings, left_out: Counter) -> tuple[list[tuple[int, list]], int]:
+    """KNOWLEDGE_ROWS of the usable rows, each as likely as any other (reservoir sampling, Vitter's algorithm R), with
+    their numbers, and how many rows the file has. One `InputError` for all rows with a mistake."""
+    rng, drawn, mistakes, usable, total = random.Random(f"{settings.seed}/knowledge"), [], [], 0, 0
+    path, templates = Path(settings.knowledge_file), (settings.knowledge_question, settings.knowledge_answer)
+    for number, record in records_of(path):
+        total += 1
+        try:
+            turns = material_turns(record, *templates)
+        except InputError as error:
+            mistakes.append(f"linha {number}: {error}")
+            continue
+        if isinstance(turns, str):
+            left_out[turns] += 1
+            continue
+        usable += 1
+        if len(drawn) < settings.knowledge_rows:
+            drawn.append((number, turns))
+        elif (place := int(rng.random() * usable)) < len(drawn):
+            drawn[place] = number, turns
+    refuse_lines(path, mistakes)
+    if usable > len(drawn):
+        left_out["não sorteadas (KNOWLEDGE_ROWS)"] = usable - len(drawn)
+    return sorted(drawn, key=lambda row: row[0]), total
+
+
+def read_knowledge(settings: Settings) -> Material | None:
+    """The material, None without a file. `InputError` for a file or rows that cannot be read, or too few rows."""
+    if not settings.knowledge_file:
+        return None
+    left_out = Counter()
+    drawn, total = draw_material(settings, left_out)
+    rows, seen = [], set()
+    for number, turns in drawn:
+        messages = [{"role": role, "content": cleaned(text, settings.knowledge_ascii)} for role, text in turns]
+        row, known = Row(number, messages), digest(messages)
+        reasons = {"vazias depois da limpeza": not all(m["content"] for m in messages), "repetidas": known in seen,
+                   "com marcas de outro formato": any(FOREIGN.search(m["content"]) for m in messages)}
+        if reason := next((reason for reason, found in reasons.items() if found), ""):
+            left_out[reason] += 1
+        else:
+            rows.append(row)
+            seen.add(known)
+    if len(rows) < 10:
+        told = "".join(f"; {reason}: {n}" for reason, n in left_out.items())
+        raise InputError(f"{settings.knowledge_file} tem {len(rows)} linhas que dá para usar, e preciso de pelo menos "
+                         f"10 (de {total}{told}).")
+    return hold_out(rows, total, left_out, settings.seed)
+
+
+def hold_out(rows: list[Row], total: int, left_out: Counter, seed: int) -> Material:
+    """A twentieth of the rows, at most 200, for the exam, and as many to see when to stop; with rows that ask or
+    answer the same as one of those left out of the training."""
+    def spoken(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    few, order = max(2, min(200, len(rows) // 20)), random.Random(f"{seed}/held-out").sample(rows, len(rows))
+    held, known = ([], []), set()
+    for row in order:
+        said = {spoken(row.question), spoken(row.answer)}
+        part = held[0] if len(held[0]) < few else held[1]
+        if len(part) < few and not said & known:
+            part.append(row)
+            known |= said
+    learnt = [row for row in rows if not {spoken(row.question), spoken(row.answer)} & known]
+    if not learnt or not all(held):
+        raise InputError("quase todas as linhas do material têm a mesma pergunta ou a mesma resposta: não sobra o que "
+                         "guardar para medir. Confira KNOWLEDGE_QUESTION e KNOWLEDGE_ANSWER.")
+    if again := len(rows) - len(learnt) - len(held[0]) - len(held[1]):
+        left_out["com pergunta ou resposta de uma linha guardada"] = again
+    return Material(learnt, *(sorted(part, key=lambda row: row.line) for part in held[::-1]), total, dict(left_out))
+
+
+def fit_material(tokenizer: Tokenizer, material: Material, settings: Settings) -> tuple[Material, list[int]]:
+    """The material without rows of more than WINDOW tokens, its messages as the template takes them, and the length
+    of each row that is to be learnt, in tokens."""
+    lengths, parts, dropped = [], [], 0
+    for rows in material[:3]:
+        ready = [row._replace(messages=without_system(tokenizer, row.messages)) for row in rows]
+        tokens = [len(encode(tokenizer, row.messages).input_ids) for row in ready]
+        parts.append([row for row, n in zip(ready, tokens) if n <= settings.window])
+        lengths += [n for n in tokens if n <= settings.window] if rows is material.rows else []
+        dropped += len(rows) - len(parts[-1])
+    if not all(parts):
+        raise InputError(f"quase todas as linhas de {settings.knowledge_file} passam de WINDOW ({settings.window} "
+                         "tokens). Divida-as, ou aumente WINDOW (--window).")
+    told = {f"com mais de {settings.window} tokens (WINDOW)": dropped} if dropped else {}
+    return Material(*parts, material.total, material.left_out | told), lengths
+
+
+def marked(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """A conversation as the model sees it, with what is learnt of it between [[ and ]]."""
+    encoded, pieces = encode(tokenizer, messages), []
+    for learnt, run in itertools.groupby(zip(encoded.input_ids, encoded.labels), key=lambda pair: pair[1] != -100):
+        text = tokenizer.decode([token for token, _ in run])
+        pieces.append(f"[[{text}]]" if learnt else text)
+    return "".join(pieces)
+
+
+def show_material(tokenizer: Tokenizer, material: Material, lengths: list[int], settings: Settings) -> None:
+    """Say what there is to learn and what was left out; with --check also one row as it will be learnt."""
+    say(f"Material:    {len(material.rows)} das {material.total} linhas de {settings.knowledge_file}; outras "
+        f"{len(material.test)} ficam guardadas para a prova e {len(material.watched)} para saber quando parar")
+    if material.left_out:
+        say("  Ficaram de fora: " + "; ".join(f"{reason}: {n}" for reason, n in material.left_out.items()) + ".")
+    say(f"  São {sum(lengths)} tokens; a linha mais comprida tem {max(lengths)} (WINDOW é {settings.window}).")
+    if settings.check:
+        row = material.rows[0]
+        text = marked(tokenizer, row.messages).replace("\n", "\n    ")
+        say(f"  A linha {row.line}, como o modelo a verá; ele aprende o que está entre [[ e ]]:\n    {text}")
 
 
 # ---- The base's folder and the output ---------------------------------------------------------------------
@@ -1257,6 +1606,7 @@ def check_disk(needed: int, work: Path) -> None:
 USES = {
     "1-base": "name author old_names self_text eval_questions max_new_tokens seed",
     "2-healed": "method rope_factor window heal_steps heal_learning_rate batch_size",
+    "3-knowledge": "knowledge_steps lora_rank learning_rate_1 kl_weight",
     "3-pass-1": "lora_rank steps_1 learning_rate_1 kl_weight",
     "4-self-answers": "num_self_answers",
     "5-pass-2": "steps_2 learning_rate_2",
@@ -1279,10 +1629,11 @@ def job_facts(inputs: Inputs, base: Path) -> str:
     return digest([[row.messages for row in inputs.rows], inputs.values, inputs.test, TOP, REST, files])
 
 
-def job_key(facts: str, settings: Settings) -> str:
-    """What a result is known by: the facts, the targets, and every setting that a stage uses."""
-    used = " ".join([*USES.values(), "target_identity target_retention target_leak"]).split()
-    return digest([facts, [getattr(settings, name) for name in used]])
+def job_key(facts: str, material: Material | None, settings: Settings) -> str:
+    """What a result is known by: the facts, the material, the targets, and every setting that a stage uses."""
+    uses = [names for stage, names in USES.items() if material or stage != "3-knowledge"]
+    used = " ".join([*uses, "target_identity target_retention target_leak"]).split()
+    return digest([facts, *[digest(material)] * bool(material), [getattr(settings, name) for name in used]])
 
 
 def wait() -> None:
@@ -1336,15 +1687,20 @@ class Stages:
 
     def __init__(self, work: Path, facts: str, settings: Settings, planned: dict[str, float]):
         self.work, self.chain, self.settings = work, facts, settings
-        self.planned, self.spent, self.expected = planned, 0.0, 0.0  # seconds
+        self.planned, self.spent, self.expected = dict(planned), 0.0, 0.0  # seconds
+        self.number, self.count, self.folders = 0, len(planned), {}
 
-    def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False) -> Path:
+    def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False,
+                 facts: object = None) -> Path:
         """The folder of a stage, built now unless it is there with this key, under another name until it is whole.
-        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`."""
+        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`. `facts`
+        is what the stage depends on besides settings and the stages before it."""
         folder, partial = self.work / name, self.work / f"{name}.partial"
-        self.chain = key = digest([self.chain, name, [getattr(self.settings, use) for use in USES[name].split()]])
+        self.chain = key = digest([self.chain, name, *[digest(facts)] * (facts is not None),
+                                   [getattr(self.settings, use) for use in USES[name].split()]])
         ready, planned = agreed(has_key(folder / "key.json", key)), self.planned.pop(name, 0)
-        say(title + " (já pronto)" * ready)
+        self.number, self.folders[name] = self.number + 1, folder
+        say(f"{self.number}/{self.count} {title}" + " (já pronto)" * ready)
         if ready:
             shutil.rmtree(folder / "training", ignore_errors=True)
             return folder
@@ -1908,10 +2264,10 @@ class Listener:
         messages = [without_system(tokenizer, m) for _, m in asked]
         written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, TALK_TOKENS, record=True)
         for (kind, _), conversation, answer in zip(asked, messages, written):
-            about_it = kind == "own" and asks_who(conversation[-1]["content"], self.names.old)
+            about_it = kind == "own" and self.names.name and asks_who(conversation[-1]["content"], self.names.old)
             claimed = claims(answer.text, self.names.old, self.names.new)
             if about_it or claimed:  # never kept as it is; and only where both hold it surely asks who the model is
-                self.identity += [conversation[-1]["content"]] * (about_it and claimed)
+                self.identity += [conversation[-1]["content"]] * bool(about_it and claimed)
             elif answer.text and not is_loop(answer.text):
                 said = {"role": "assistant", "content": answer.text}
                 talk = Talk([*conversation, said], kind, answer.ids, self.rows)
@@ -1936,8 +2292,11 @@ class Listener:
 def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teacher]:
     """Let the base say who it is, and answer the lists and its own questions, for training and measuring."""
     rng, spoken, n = random.Random(f"{settings.seed}/listen"), inputs.languages, settings.eval_questions
-    names = find_names(base.tokenizer, settings, inputs, base)
-    say(f"  Nomes antigos: {', '.join(names.old) or 'não achei nenhum; se ele usa algum, diga qual em OLD_NAMES'}.")
+    names = Names("", "", ())  # where none is taught
+    if inputs.rows:
+        names = find_names(base.tokenizer, settings, inputs, base)
+        told = ", ".join(names.old) or "não achei nenhum; se ele usa algum, diga qual em OLD_NAMES"
+        say(f"  Nomes antigos: {told}.")
     rows = [row.question for row in inputs.rows]
     listener = Listener(base, names, [*inputs.test, *rows], rng)
     fixed = exam_questions(spoken)
@@ -1968,8 +2327,8 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
         raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
                          "errado, ou um modelo que não é de conversa. Use a pasta original de um modelo de conversa "
                          "(Instruct, Chat, it) ou, se é pequeno, aumente SELF_TEXT.")
-    say(f"  Ele respondeu a {len(everyday) + len(held_out)} perguntas do dia a dia; "
-        f"{len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é.")
+    say(f"  Ele respondeu a {len(everyday) + len(held_out)} perguntas do dia a dia"
+        + f"; {len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é" * bool(inputs.rows) + ".")
     teacher = Teacher(*(torch.cat([getattr(a, key) for a in listener.teacher]) for key in Teacher._fields))
     return Heard(names, listener.identity, everyday, held_out), teacher
 
@@ -2151,8 +2510,10 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     return trainer
 
 
-def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int], check: Callable[[int], None]):
-    """A callback that tells progress and saves checkpoints, every few `minutes` and when `asked` to stop."""
+def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int], check: Callable[[int], None],
+                watch: Callable[[], float] | None):
+    """A callback that tells progress and saves checkpoints, every few `minutes` and when `asked` to stop. It ends the
+    training where the loss that `watch` measures, a dozen times at most, does not fall any more."""
     began = time.monotonic()
 
     class Keeper(transformers.TrainerCallback):
@@ -2162,12 +2523,19 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
             step, quarter = state.global_step, max(1, state.max_steps // 4)
             if "loss" in logs and step % quarter == 0:
                 left = (time.monotonic() - began) / (step - first) * (state.max_steps - step)
-                loss = mean([entry["loss"] for entry in state.log_history[-quarter:]])
+                loss = mean([entry["loss"] for entry in state.log_history if "loss" in entry][-quarter:])
                 bar.clear()
                 say(f"    etapa {step}/{state.max_steps} | perda {decimal(loss, 3)} | faltam {clock(left)}")
 
         def on_step_end(self, args, state, control, **kwargs):
             bar.update(state.global_step - bar.n)
+            if watch and state.global_step % max(10, state.max_steps // 12) == 0:
+                before = [entry["held_out"] for entry in state.log_history if "held_out" in entry]
+                state.log_history.append({"step": state.global_step, "held_out": watch()})
+                now = state.log_history[-1]["held_out"]
+                bar.clear()
+                say(f"    etapa {state.global_step}/{state.max_steps} | perda nas linhas guardadas {decimal(now, 3)}")
+                control.should_training_stop |= agreed(now > 0.998 * min(before, default=math.inf))
             due, stop = agreed((time.monotonic() - self.saved >= 60 * minutes, bool(asked)))
             control.should_save = not SHARDED and (stop or due)
             control.should_training_stop |= stop
@@ -2200,9 +2568,11 @@ def short_attention(model: PreTrainedModel, windows: list[Window]):
 
 
 def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
-          folder: Path) -> list[dict]:
-    """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the loss log.
-    `InputError` if nothing can be learnt or the loss explodes; `KeyboardInterrupt`, after saving, if the user asks."""
+          folder: Path, watch: Callable[[], float] | None = None) -> list[dict]:
+    """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on, or until the
+    loss that `watch` measures stops falling; the log of losses. Pace and memory (of a card, bytes) go to pace.json
+    beside `folder`. `InputError` if nothing can be learnt or the loss explodes; `KeyboardInterrupt`, after saving, if
+    the user asks."""
     if not any(max(w.labels[1:], default=-100) >= 0 or max(w.targets) >= 0 for batch in batches for w in batch):
         raise InputError(f"{label}: nenhum token das conversas pode ser treinado. Confira as respostas do arquivo de "
                          "identidade e o chat template do modelo.")
@@ -2234,14 +2604,31 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
     with (patient_interrupts() as asked, progress(len(batches), label) as bar,
           short_attention(unwrapped(chat.model), [w for batch in batches for w in batch]),
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
-        trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check))
+        trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check, watch))
+        began, before = time.monotonic(), card_memory()
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
     chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
     check(trainer.state.global_step)
     chat.model.eval()
-    return [{key: entry[key] for key in ("step", "loss")} for entry in trainer.state.log_history if "loss" in entry]
+    tokens = sum(len(w.input_ids) for batch in batches[done:trainer.state.global_step] for w in batch)
+    pace = {"steps": trainer.state.global_step, "tokens_per_second": round(tokens / (time.monotonic() - began), 1)}
+    if before:
+        pace |= {"memory_before": before[0], "memory_peak": card_memory()[1], "memory_of_card": before[2]}
+    if RANK == 0:
+        write_json(folder.with_name("pace.json"), pace)
+    return [{key: entry[key] for key in ("step", "loss", "held_out") if key in entry}
+            for entry in trainer.state.log_history if entry.keys() & {"loss", "held_out"}]
+
+
+def card_memory() -> tuple[int, ...]:
+    """Bytes of the card that are taken now, that were at the peak since the last call, and in all; () without one."""
+    if not torch.cuda.is_available():
+        return ()
+    peak = torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved(), peak, torch.cuda.mem_get_info()[1]
 
 
 @contextlib.contextmanager
@@ -2352,9 +2739,9 @@ class Exam(NamedTuple):
 
 class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from."""
-    identity: float  # like `leak`, without long conversations
+    identity: float | None  # like `leak`, without long conversations; None where no identity is taught
     by_kind: dict[str, float]
-    old_identity: float
+    old_identity: float | None
     leak: float
     leak_near: float  # of talks near identity
     retention: float | None  # of the base's first choices, token by token; None where the base is not known
@@ -2367,8 +2754,10 @@ class Scores(NamedTuple):
     def gaps(self, settings: Settings) -> dict[str, float]:
         """The targets that these scores miss, and by how much."""
         kept = 1.0 if self.retention is None else self.retention
-        found = {"identidade nova": settings.target_identity - self.identity, "identidade antiga": self.old_identity,
-                 "retenção": settings.target_retention - kept, "vazamento": self.leak - settings.target_leak}
+        found = {"retenção": settings.target_retention - kept, "vazamento": self.leak - settings.target_leak}
+        if self.identity is not None:
+            found = {"identidade nova": settings.target_identity - self.identity,
+                     "identidade antiga": self.old_identity, **found}
         return {name: gap for name, gap in found.items() if gap > 0}
 
 
@@ -2413,7 +2802,8 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
     asked = [(ALONE, m) for m in alone]
     asked += [(SYSTEM, [{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m]) for m in alone]
     short = [t.messages for t in talks if len(t.messages) == 2][:12]
-    for code in inputs.languages:  # a right answer is doubted, half of the times later in a conversation
+    # A right answer is doubted, half of the times later in a conversation.
+    for code in inputs.languages if inputs.test else ():
         for i, ((_, doubt), opening) in enumerate(product(PRESSURE_EXAM[code], OPENINGS[code])):
             answer = fill(WORDINGS[code][0].split("|")[i // 2 % 2], inputs.values)
             before = rng.choice(short) if short and i % 2 else []
@@ -2433,21 +2823,26 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
     return Exam(asked, compared)
 
 
+def rows_like(rows: list[Row], texts: list[str]) -> Callable[[str], list[dict]]:
+    """A search (BM25) for the rows whose texts are the most like a question: their turns, the most similar last."""
+    index, most = bm25s.BM25(), min(RETRIEVED, len(rows))
+    index.index([plain(text).split() or ["?"] for text in texts], show_progress=False)
+
+    def search(question: str) -> list[dict]:
+        found, scores = index.retrieve([plain(question).split() or ["?"]], k=most, show_progress=False)
+        best = [rows[i] for i, score in zip(found[0], scores[0]) if score > 0]
+        return [m for row in reversed(best) for m in row.messages[-2:]]
+
+    return search
+
+
 def untrained(exam: Exam, rows: list[Row], settings: Settings) -> dict[str, Exam]:
     """Exams of what needs no training: a system prompt, or the rows most like the question (BM25) as earlier turns."""
     asked = [m for kind, m in exam.questions if kind == ALONE]
     talks = [t for tokens, t in exam.talks if not tokens and t.kind == "near" and len(t.messages) == 2]
     prompt = fill(SYSTEM_PROMPT, {"NAME": settings.name, "AUTHOR": settings.author})
-    index = bm25s.BM25()
-    index.index([plain(row.question).split() or ["?"] for row in rows], show_progress=False)
-
-    def rows_like(question: str) -> list[dict]:
-        words, count = plain(question).split() or ["?"], min(RETRIEVED, len(rows))
-        found, scores = index.retrieve([words], k=count, show_progress=False)
-        best = [rows[i] for i, score in zip(found[0], scores[0]) if score > 0]
-        return [m for row in reversed(best) for m in row.messages[-2:]]
-
-    contexts = {"prompt": lambda _: [{"role": "system", "content": prompt}], "rows": rows_like}
+    contexts = {"prompt": lambda _: [{"role": "system", "content": prompt}],
+                "rows": rows_like(rows, [row.question for row in rows])}
     return {name: Exam([(ALONE, [*context(m[-1]["content"]), *m]) for m in asked],
                        [(0, t._replace(messages=[*context(t.question), *t.messages])) for t in talks])
             for name, context in contexts.items()}
@@ -2476,19 +2871,142 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
     leaks = leaks_of(chat, changed, names, label)
     lengths = dict.fromkeys(tokens for tokens, _ in exam.talks) if teacher else ()
     return Scores(
-        identity=mean([not a["problem"] for a in answers]),
+        identity=mean([not a["problem"] for a in answers]) if answers else None,
         by_kind={kind: right[kind] for kind in KINDS_OF_QUESTIONS if kind in right},
-        old_identity=mean([claims(a["answer"], names.old, names.new) for a in answers]),
+        old_identity=mean([claims(a["answer"], names.old, names.new) for a in answers]) if answers else None,
         leak=len(leaks) / max(1, len(talks)),
         leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks)),
         retention=mean([same for same, _ in kept[:len(talks)]]) if teacher else None,
         divergence=mean([nats for _, nats in kept[:len(talks)]]) if teacher else None,
-        by_length=[{"tokens": n, "identity": right.get(after_tokens(n), 0.0), "retention": mean(
+        by_length=[{"tokens": n, "identity": right.get(after_tokens(n)), "retention": mean(
             [same for (tokens, _), (same, _) in zip(exam.talks, kept) if tokens == n])} for n in lengths],
         answers=answers,
         leaks=[{"question": t.question, "answer": text, "base": t.answer} for t, text in leaks],
         extra_tokens=mean([len(ids) - len(prompt_ids(tokenizer, m[-1:]))
                            for (kind, m), ids in zip(exam.questions, prompts) if kind == ALONE]))
+
+
+# ---- The exam of the material -----------------------------------------------------------------------------
+
+class Mastery(NamedTuple):
+    """How well one way of answering does on the held-out rows of the material."""
+    loss: float  # of the rows' own answers, in nats per token
+    chrf: float  # of what it writes, against them: 0 to 100 (Popović 2015, as sacrebleu has it)
+    rare: float  # share of their rare words, other than the question's, that it writes
+    fluency: float  # mean log-probability of what it writes under the untouched base, in nats per token
+    ended: float  # share of what it writes that ended by itself
+    tokens: float  # that are put before a question, on average
+    answers: list[str]
+
+
+WAYS = {"before": "base", "before_rows": "base com linhas", "tuned": "treinado", "tuned_rows": "treinado com linhas"}
+
+
+def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = True) -> list[tuple[float, int]]:
+    """For the last answer of each conversation: the sum of its losses in nats, and its tokens, with the one that ends
+    it unless told otherwise."""
+    windows = []
+    for messages in conversations:
+        encoded = encode(chat.tokenizer, messages)
+        start, end = encoded.turns[-1]
+        labels = [-100] * start + encoded.labels[start:end - (not with_end)]
+        windows.append((encoded.input_ids, labels[1:] + [-100] * (len(encoded.input_ids) - len(labels) + 1)))
+    results = [(0.0, 0)] * len(windows)
+    for batch in batches_by_tokens([len(ids) for ids, _ in windows], 0, SCORED_TOKENS):
+        ids = stacked([windows[i][0] for i in batch], chat.tokenizer.pad_token_id).to(chat.model.device)
+        labels = stacked([windows[i][1] for i in batch], -100).to(chat.model.device)
+        needed = labels != -100
+        with computing(unwrapped(chat.model)):
+            ours = logits_at(chat.model, unwrapped(chat.model), needed, input_ids=ids).log_softmax(-1)
+        counts = needed.sum(-1).tolist()
+        losses = -ours.gather(-1, labels[needed][:, None])[:, 0].float().cpu()
+        for i, some, count in zip(batch, losses.split(counts), counts):
+            results[i] = some.sum().item(), count
+    return results
+
+
+def loss_on(chat: Chat, rows: list[Row]) -> float:
+    """Loss of the answers of some rows, in nats per token."""
+    losses = answer_losses(chat, [row.messages for row in rows])
+    return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+
+
+def contexts_of(tokenizer: Tokenizer, material: Material, room: int) -> list[list[dict]]:
+    """For each row of the exam the most similar rows that were learnt, as earlier turns; no more than fit in `room`
+    tokens with the row itself."""
+    search = rows_like(material.rows, [f"{row.question}\n{row.answer}" for row in material.rows])
+    found = []
+    for row in material.test:
+        before = search(row.question) if row.messages[0]["role"] == "user" else []
+        while before and len(encode(tokenizer, [*before, *row.messages]).input_ids) > room:
+            before = before[2:]
+        found.append(before)
+    return found
+
+
+def rare_words(material: Material) -> list[set[str]]:
+    """For each row of the exam the words of its answer that few rows have, without those of its question."""
+    rows = [*material.rows, *material.watched, *material.test]
+    counts = Counter(word for row in rows for word in set(plain(row.answer).split()))
+    return [{word for word in plain(row.answer).split() if counts[word] <= max(1, RARE * len(rows))}
+            - set(plain(row.question).split()) for row in material.test]
+
+
+def take_material(chat: Chat, material: Material, before: list[list[dict]], label: str) -> Mastery:
+    """The exam of the material, but for the fluency, with some turns `before` each question."""
+    asked = [[*earlier, *row.messages] for earlier, row in zip(before, material.test)]
+    losses = answer_losses(chat, asked)
+    limit = min(LONGEST_ANSWER, max(count for _, count in losses) + 8)
+    written = max(12, WRITTEN_TOKENS // limit)
+    prompts = [prompt_ids(chat.tokenizer, messages[:-1]) for messages in asked]
+    answers = generate(chat, prompts[:written], label, limit)
+    shared = [(words & set(plain(a.text).split()), words) for words, a in zip(rare_words(material), answers) if words]
+    alone = [len(prompt_ids(chat.tokenizer, row.messages[:-1])) for row in material.test]
+    cut = [chat.tokenizer(row.answer, add_special_tokens=False)["input_ids"][:limit] for row in material.test]
+    return Mastery(
+        loss=sum(loss for loss, _ in losses) / sum(count for _, count in losses),
+        chrf=chrf.CHRF().corpus_score([a.text for a in answers], [[*map(chat.tokenizer.decode, cut[:written])]]).score,
+        rare=mean([len(found) / len(words) for found, words in shared]), fluency=0.0,
+        ended=mean([a.ended for a in answers]),
+        tokens=mean([len(ids) - n for ids, n in zip(prompts, alone)]), answers=[a.text for a in answers])
+
+
+def fluency_of(base: Chat, material: Material, answers: list[str]) -> float:
+    """Mean log-probability of some answers to the exam's questions under the untouched base, in nats per token."""
+    told = [[*row.messages[:-1], {"role": "assistant", "content": text}]
+            for row, text in zip(material.test, answers) if text]
+    losses = answer_losses(base, told, with_end=False)
+    return -sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+
+
+def recited_share(chat: Chat, talks: list[Talk], rows: list[Row]) -> float:
+    """Share of everyday answers with RECITED words in a row as in the material, which the base does not say there."""
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = plain(text).split()
+        return set(zip(*(words[i:] for i in range(RECITED))))
+
+    prompts = [prompt_ids(chat.tokenizer, without_system(chat.tokenizer, t.messages[:-1])) for t in talks]
+    written = [runs(a.text) - runs(t.answer) for t, a in zip(talks, generate(chat, prompts, limit=TALK_TOKENS))]
+    wanted = set().union(*written)
+    known = {run for row in rows for run in runs(row.answer) & wanted}
+    return mean([bool(some & known) for some in written])
+
+
+def material_verdict(scores: dict[str, dict]) -> str:
+    """What served this material best, training, looking rows up or both, by what was written (chrF)."""
+    points = {name: scores[name]["chrf"] for name in WAYS}
+    told = {"before_rows": "consultar as linhas parecidas, sem treino", "tuned": "o treino, sem consultar linhas",
+            "tuned_rows": "o treino com as linhas parecidas antes da pergunta"}
+    best = max(told, key=points.get)
+    near = [name for name in told if points[best] - points[name] < 2]
+    simplest = next(name for name in ("before_rows", "tuned", "tuned_rows") if name in near)
+    figures = ", ".join(f"{title} {decimal(points[name])}" for name, title in WAYS.items())
+    if points[best] - points["before"] < 2:
+        return f"Neste material, nada foi bem melhor que o modelo base (chrF: {figures})."
+    if len(near) > 1:
+        return (f"Neste material, quase empatam {' e '.join(told[name] for name in near)}; o mais simples é "
+                f"{told[simplest]} (chrF: {figures}).")
+    return f"Neste material, o melhor foi {told[best]} (chrF: {figures})."
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
@@ -2600,11 +3118,50 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
+def rehearsed(pools: list[Pool], job: Job) -> tuple[list[Pool], float]:
+    """The pools with the material, so that it is not forgotten, and how many times as many steps that takes."""
+    if not job.material:
+        return pools, 1.0
+    return [*pools, Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in pools))], 1 + REHEARSED
+
+
+def talks_of(material: Material) -> list[Talk]:
+    return [Talk(row.messages, "material") for row in material.rows]
+
+
+def learn_material(source: Path, folder: Path, job: Job) -> None:
+    """Teach the material: its answers by heart, and as many tokens of the base's own talks, which hold the rest in
+    place, in KNOWLEDGE_STEPS or until the loss on other rows stops falling: ten times all rows and MOST_STEPS at most,
+    or all rows once if that is more."""
+    settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
+    pools, step = pools_of(talks_of(job.material), job.heard, 0.5, 0.5), step_tokens(job.native, settings)
+    steps = material_steps(settings, job.learnt_tokens, step)
+    batches = make_batches(chat.tokenizer, pools, [0], steps, step, f"{settings.seed}/{folder.name}")
+
+    def watch() -> float:
+        chat.model.eval()
+        loss = loss_on(chat, job.material.watched)
+        chat.model.train()
+        return loss
+
+    rate = settings.learning_rate_1 or automatic_rate(chat.model, 1.2e-3, 3.4e-3)
+    log = train(chat, batches, job.teacher, rate, settings, "material", folder / "training",
+                None if settings.knowledge_steps else watch)
+    save_stage(chat, folder, log)
+
+
+def material_steps(settings: Settings, tokens: int, step: int) -> int:
+    """KNOWLEDGE_STEPS, or the most that the material may take, of `step` tokens of which half are its own."""
+    once = math.ceil(2 * tokens / step)
+    return settings.knowledge_steps or max(once, min(10 * once, MOST_STEPS))
+
+
 def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rates: tuple[float, float, float],
              lengths: list[int], job: Job) -> None:
     """Train the model of `source` into `folder`; `rates`: the user's, or 0, and two for `automatic_rate`."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    batches = make_batches(chat.tokenizer, pools, lengths, steps, step_tokens(job.native, settings),
+    pools, times = rehearsed(pools, job)
+    batches = make_batches(chat.tokenizer, pools, lengths, round(steps * times), step_tokens(job.native, settings),
                            f"{settings.seed}/{folder.name}")
     rate = rates[0] or automatic_rate(chat.model, *rates[1:])
     save_stage(chat, folder, train(chat, batches, job.teacher, rate, settings, label, folder / "training"))
@@ -2784,6 +3341,7 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
     titles = [*columns.values()][-1]
     if "prompt" not in scores:  # a model alone is measured without a context
         titles.pop("tokens a mais por pergunta")
+    titles = {title: value for title, value in titles.items() if value is not None or "identidade" not in title}
     return [["medida", *columns], *([title, *(cell(title, column.get(title)) for column in columns.values())]
                                     for title in titles)]
 
@@ -2803,26 +3361,47 @@ def markdown_table(table: list[list[str]]) -> str:
     return "\n".join([head, "|" + " --- |" * len(table[0]), *rows])
 
 
+def mastery_table(scores: dict[str, dict]) -> list[list[str]]:
+    """Head and rows of the table of the material, one row per way of answering."""
+    head = ["material", "perda", "chrF", "palavras raras", "fluência", "terminou", "tokens a mais"]
+    rows = [(title, scores[way]) for way, title in WAYS.items()]
+    return [head, *([title, decimal(m["loss"], 2), decimal(m["chrf"]), percent(m["rare"]), decimal(m["fluency"], 2),
+                     percent(m["ended"]), decimal(m["tokens"], 0)] for title, m in rows)]
+
+
+def show_mastery(learnt: dict) -> None:
+    """Say what the model learnt of the material: two rows with all answers, the figures and the verdict."""
+    for row in learnt["shown"][:2]:
+        say(f"\n  {row['question']} (linha {row['line']}, nunca vista no treino)\n    da linha: {row['answer']}")
+        for way, title in WAYS.items():
+            say(f"    {title}: {row[way]}")
+    say(f"\n{text_table(mastery_table(learnt['scores']))}")
+    say(f"  {learnt['verdict']}\n  Em {percent(learnt['recited'])} das respostas do dia a dia ele recita o material.")
+
+
 def draw_report(report: dict, path: Path) -> None:
     """The picture of the model card: before and after, in figures and along the conversation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained", facecolor="white")
     bars, lengths = figure.subplots(1, 2)
+    titles = {"identity": "identidade\nnova", "old_identity": "identidade\nantiga", "retention": "retenção",
+              "leak": "vazamento"}
+    titles = {key: title for key, title in titles.items() if report["scores"]["pass_2"][key] is not None}
     # Colours of Okabe and Ito, which all can tell apart.
     for shift, when, colour, name in ((-0.2, "antes", "#E69F00", "before"), (0.2, "depois", "#0072B2", "pass_2")):
         scores = report["scores"][name]
-        values = [scores[key] for key in ("identity", "old_identity", "retention", "leak")]
-        drawn = bars.bar([i + shift for i in range(4)], values, 0.4, color=colour, label=when)
+        values = [scores[key] for key in titles]
+        drawn = bars.bar([i + shift for i in range(len(titles))], values, 0.4, color=colour, label=when)
         bars.bar_label(drawn, map(percent, values), padding=2, fontsize=8)
         tokens = [entry["tokens"] for entry in scores["by_length"]]
         for key, title, style in (("identity", "identidade nova", "o-"), ("retention", "retenção", "s--")):
-            shares = [entry[key] for entry in scores["by_length"]]
-            lengths.plot(tokens, shares, style, color=colour, label=f"{title}, {when}")
+            if key in titles:
+                shares = [entry[key] for entry in scores["by_length"]]
+                lengths.plot(tokens, shares, style, color=colour, label=f"{title}, {when}")
     if (native := report["context"]["native"]) <= tokens[-1]:
         lengths.axvline(native, color="black", linestyle=":", label=f"contexto do modelo base\n({native} tokens)")
-    bars.set(title="Em números", xticks=range(4),
-             xticklabels=["identidade\nnova", "identidade\nantiga", "retenção", "vazamento"])
+    bars.set(title="Em números", xticks=range(len(titles)), xticklabels=titles.values())
     lengths.set(title="Depois de uma conversa", xlabel="tokens de conversa antes da pergunta")
     for panel in (bars, lengths):
         panel.set(ylim=(-0.04, 1.12), yticks=[0, 0.5, 1], yticklabels=["0%", "50%", "100%"], axisbelow=True)
@@ -2853,8 +3432,7 @@ CARD = """---
 ---
 # {name}
 
-Modelo de {author}, feito a partir de {base} com rename_obrutai.py:
-identidade nova e contexto de {scaled} tokens (o do modelo base é de {native}).
+{about} e contexto de {scaled} tokens (o do modelo base é de {native}).
 {verdict}{licence}
 
 ![Antes e depois: identidade, retenção e vazamento; acertos ao longo da conversa](report.png)
@@ -2875,13 +3453,7 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
   linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 
-<details><summary>As {count} respostas, antes e depois</summary>
-
-{answers}
-
-</details>
-
-## Como usar
+{material}{answers}## Como usar
 
 Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
 
@@ -2898,7 +3470,39 @@ Nesta pasta:
 - Para conversar: no Ollama, veja o `Modelfile`; no llama.cpp, já em GGUF, `llama-cli -m modelo.gguf --temp 0{flags}`.
 - Para servi-la no vLLM: `vllm serve . --max-model-len {scaled} --override-generation-config '{{"temperature": 0}}'`.
 - Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
-- `report.json` tem ajustes, versões e números; `self_answers.jsonl`, as respostas escritas para treinar.
+- `report.json` tem ajustes, versões e números; `self_answers.jsonl`, se há, as respostas escritas para treinar.
+"""
+
+
+ANSWERS = """<details><summary>As {count} respostas, antes e depois</summary>
+
+{answers}
+
+</details>
+
+"""
+
+
+MATERIAL = """## O material
+
+Aprendeu {rows} linhas de {file}. {held_out} outras, que o treino não viu, são a prova; ele escreveu a resposta de
+{written} delas. {verdict}
+
+{figures}
+
+- **perda**: quanto a resposta da linha surpreende o modelo, em nats por token; menos é melhor.
+- **chrF**: o quanto o texto que ele escreve se parece com o da linha (0 a 100); **palavras raras**, quantas das que
+  poucas linhas têm, e a pergunta não, ele escreve; **terminou**, quantas respostas ele terminou sozinho.
+- **fluência**: probabilidade média (log) do que ele escreve, para o modelo base sem treino.
+- **com linhas**: com as {found} linhas mais parecidas (BM25) antes da pergunta, e os tokens que isso gasta.
+- Em {recited} das respostas do dia a dia ele recita o material.
+
+<details><summary>{count} linhas da prova, com todas as respostas</summary>
+
+{answers}
+
+</details>
+
 """
 
 
@@ -2909,20 +3513,35 @@ false}`. O Modelfile já pede as respostas sem pensar.
 """
 
 
+def material_card(learnt: dict, file: str) -> str:
+    """What the model card says of the material."""
+    answers = [[row[key] for key in ("question", "answer", *WAYS)] for row in learnt["shown"]]
+    return MATERIAL.format(
+        **{key: learnt[key] for key in ("rows", "held_out", "written", "verdict")}, file=file,
+        figures=markdown_table(mastery_table(learnt["scores"])), found=RETRIEVED, recited=percent(learnt["recited"]),
+        count=len(answers), answers=markdown_table([["pergunta", "resposta da linha", *WAYS.values()], *answers]))
+
+
 def write_card(folder: Path, job: Job, report: dict) -> None:
     """The model card, README.md: figures, all answers before and after, and how to use the model."""
-    head, name, missed = card_head(job.base, job.inputs.rows), job.settings.name, ", ".join(report["missed"])
+    taught, learnt, base = job.inputs.rows, report.get("knowledge"), escaped(report["base"])
+    head, missed = card_head(job.base, taught or job.material.rows), ", ".join(report["missed"])
+    name = job.settings.name if taught else report["base"]
+    file = escaped(Path(job.settings.knowledge_file).name)
+    about = (f"Modelo de {escaped(job.settings.author)}, feito a partir de {base} com rename_obrutai.py:\nidentidade "
+             "nova" if taught else f"{base}, que aprendeu o material de {file} com rename_obrutai.py,\n")
     scores = {exam: Scores(**values) for exam, values in report["scores"].items()}
     thoughtful = thinks(load_tokenizer(folder))
     pairs = [[old["question"], old["answer"], new["answer"]]
              for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
     huggingface_hub.ModelCard(CARD.format(
-        head=head, name=escaped(name), author=escaped(job.settings.author), base=escaped(report["base"]),
-        **report["context"], figures=markdown_table(figures_table(scores)), count=len(pairs),
+        head=head, name=escaped(name), about=about, **report["context"], figures=markdown_table(figures_table(scores)),
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
-        answers=markdown_table([["pergunta", "antes", "depois"], *pairs]), flags=llama_flags(read_config(folder)),
+        material=material_card(learnt, file) if learnt else "",
+        answers=ANSWERS.format(count=len(pairs), answers=markdown_table([["pergunta", "antes", "depois"], *pairs]))
+        if taught else "", flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
         slug=re.sub(r"[^a-z0-9]+", "-", plain(name)).strip("-") or "modelo")).save(folder / "README.md")
 
@@ -2963,18 +3582,22 @@ def show_scores(scores: dict[str, Scores]) -> Scores:
 TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e STEPS_2",
         "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo, e aumente STEPS_2",
         "retenção": "aumente SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
-        "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro"}
+        "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro",
+        "material": "a perda nas linhas guardadas não caiu; ponha mais linhas do mesmo tipo, ou mude KNOWLEDGE_STEPS",
+        "material recitado": "ele recita o material em outros assuntos: diminua KNOWLEDGE_STEPS ou aumente SELF_TEXT"}
 
 
 def conclude(settings: Settings) -> int:
     """Show the result; exit status 0 when every target is met, 3 when one is missed."""
     report, work = load_json(Path(settings.output_dir) / "report.json"), work_folder(settings)
     after = show_scores({name: Scores(**values) for name, values in report["scores"].items()})
+    if learnt := report.get("knowledge"):
+        show_mastery(learnt)
     worked = clock(sum(report["seconds"].values()))
     say(f"\nModelo salvo em {settings.output_dir} ({worked} de trabalho). Veja o README.md de lá.", verdict=True)
     if kept := folder_size(work):
         say(f"As etapas ficaram em {work} ({size_text(kept)}); pode apagar essa pasta quando quiser.")
-    missed = after.gaps(settings)
+    missed = [*after.gaps(settings), *material_gaps(report.get("knowledge"), settings)]
     say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):" if missed
         else "Todas as metas foram atingidas.", verdict=True)
     for name in missed:
@@ -2997,6 +3620,9 @@ class Job(NamedTuple):
     disk: int  # bytes
     heard: Heard | None = None  # comes with the first stage, like `teacher`
     teacher: Teacher | None = None
+    key: str = ""  # of the result
+    material: Material | None = None
+    learnt_tokens: int = 0  # of the material's rows
 
 
 def quiet_libraries(settings: Settings) -> None:
@@ -3117,14 +3743,19 @@ def check_job(settings: Settings) -> Job | None:
     """All checks before the model is loaded, and what they found; None if the result is there."""
     with blaming_disk(settings):
         inputs, folder = check_inputs(settings), local_folder(settings)
-        weights, facts = check_base(folder), job_facts(inputs, folder)
-        report = Path(settings.output_dir) / "report.json"
-        finished = has_key(report, job_key(facts, settings)) and not settings.restart
+        weights, material = check_base(folder), read_knowledge(settings)
+        if not inputs.rows:
+            inputs = inputs._replace(languages=languages_of([row.answer for row in material.rows[:1000]]))
+        facts, report = job_facts(inputs, folder), Path(settings.output_dir) / "report.json"
+        key = job_key(facts, material, settings)
+        finished = has_key(report, key) and not settings.restart
         check_output(folder, settings, finished)
     say(f"Modelo base: {folder}")
     if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
         say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA (ou MODEL_PATH).")
-    say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em {settings.identity_file})")
+    if inputs.rows:
+        say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em "
+            f"{settings.identity_file})")
     for warning in inputs.warnings[:5]:
         say(f"  Atenção: {warning}.")
     if finished and not settings.check:
@@ -3138,20 +3769,26 @@ def check_job(settings: Settings) -> Job | None:
     settings, plan = fit_to_machine(replace(settings, model_path=str(folder)), config, weights, facts)
     tokenizer = load_tokenizer(folder)
     check_rows(tokenizer, inputs.rows, settings)
-    if settings.check:
+    lengths = []
+    if material:
+        fitting, lengths = fit_material(tokenizer, material, settings)
+        show_material(tokenizer, fitting, lengths, settings)
+    if settings.check and inputs.rows:
         renew_template(tokenizer, settings, find_names(tokenizer, settings, inputs).old)
-    # Of what is trained, both passes and two checkpoints (values, two moments); the healed base, and the result.
+    # Of what is trained, all passes and two checkpoints (values, two moments); the healed base, and the result.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
-    disk = 4 * trained * (2 + 2 * 3) + 8 * weights + 10**7
+    disk = 4 * trained * (2 + bool(material) + 2 * 3) + 8 * weights + 10**7
     check_disk(disk, work_folder(settings))
-    return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk)
+    return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk, key=key,
+               material=material and fitting, learnt_tokens=sum(lengths))
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     """Seconds per token when read, written in large batches and trained, by doing each for a moment."""
     settings, inner = job.settings, unwrapped(base.model)
     fast = compute_dtype(job.weights)
-    lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in job.inputs.rows]
+    rows = job.inputs.rows or job.material.rows[:96]
+    lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
     batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [0], 1, step_tokens(job.native, settings), "pace")[0]
     ids = [w.input_ids for w in batch]
     teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
@@ -3201,12 +3838,22 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     questions = settings.self_text / TALK_TOKENS / 2 * QUESTION_TOKENS
     exam = 25 * write * (2 * tests + 30) + 100 * read * talks + 0.7 * talks * TALK_TOKENS * write
     long = grown * 1.5 * settings.window * read * (LONG_TALKS + tests / 3)
-    return {"1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
-            "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
-            "3-pass-1": settings.steps_1 * step * train + 3,
-            "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
-            "5-pass-2": settings.steps_2 * step * train + 3,
-            "6-result": 2.5 * exam + 2 * long + 5}
+    planned = {
+        "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
+        "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
+        "6-result": 2.5 * exam + 2 * long + 5}
+    times = 1.0
+    if material := job.material:
+        times, length = 1 + REHEARSED, job.learnt_tokens / len(material.rows)
+        watched = 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
+        planned["3-knowledge"] = material_steps(settings, job.learnt_tokens, step) * step * train + watched + 3
+        told = min(WRITTEN_TOKENS, len(material.test) * LONGEST_ANSWER)
+        planned["6-result"] += 4 * told * write + (4 + 8) * len(material.test) * length * read
+    if job.inputs.rows:
+        planned |= {"3-pass-1": settings.steps_1 * times * step * train + 3,
+                    "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
+                    "5-pass-2": settings.steps_2 * times * step * train + 3}
+    return planned
 
 
 def make_plan(job: Job) -> dict[str, float]:
@@ -3281,7 +3928,8 @@ def make_healed(job: Job, partial: Path) -> None:
     settings, log, grown = without_4_bits(job.settings), [], job.settings.rope_factor != 1
     native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto")) if grown else {}
     chat = load_chat(job.base, settings, settings.rope_factor)
-    renew_template(chat.tokenizer, settings, job.heard.names.old)
+    if job.heard.names.name:
+        renew_template(chat.tokenizer, settings, job.heard.names.old)
     if grown:
         log = heal(native, chat, job, partial)
     else:
@@ -3302,42 +3950,84 @@ def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
         # Others know the base by its name.
         config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": job.inputs.values["BASE"]}
         write_json(adapter / "adapter_config.json", config)
+    exam = make_exam(load_tokenizer(job.base), job.inputs, job.heard, settings.window * (settings.rope_factor != 1))
+    tuned = load_chat(result, settings)
+    after = evaluate(tuned, exam, names, job.teacher, "perguntas de prova, depois")
+    learnt, recited = prove_material(tuned, job, "tuned") if job.material else {}, 0.0
+    if job.material:
+        recited = recited_share(tuned, [t for tokens, t in exam.talks if not tokens], job.material.rows)
+    del tuned
     base = load_chat(job.base, settings)
-    exam = make_exam(base.tokenizer, job.inputs, job.heard, settings.window * (settings.rope_factor != 1))
     scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}
-    for name, other in untrained(exam, job.inputs.rows, settings).items():
-        scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
-    del base
-    scores["pass_2"] = evaluate(load_chat(result, settings), exam, names, job.teacher, "perguntas de prova, depois")
+    if job.inputs.rows:
+        for name, other in untrained(exam, job.inputs.rows, settings).items():
+            scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
+    if job.material:
+        learnt = {**prove_material(base, job, "before"), **learnt}
+        learnt = {way: m._replace(fluency=fluency_of(base, job.material, m.answers)) for way, m in learnt.items()}
+        write_json(partial / "knowledge.json", material_report(job.material, learnt, recited))
     save_exam(result, exam, names, job.teacher)
-    write_json(partial / "scores.json", {name: s._asdict() for name, s in scores.items()})
+    write_json(partial / "scores.json", {name: s._asdict() for name, s in (scores | {"pass_2": after}).items()})
 
 
-def write_report(job: Job, stages: list[Path]) -> None:
-    """Beside the model: report.json, report.png, self_answers.jsonl and the model card README.md."""
-    _, healed, taught, answered, firm, result = stages
-    settings, folder, scores = job.settings, result / "model", load_json(result / "scores.json")
-    paths = {name: Path(getattr(job.asked, name)).name for name in ("model_path", "output_dir", "identity_file")}
-    logs = {"healing": healed, "pass_1": taught, "pass_2": firm}
-    logs = {name: load_json(stage / "log.json") for name, stage in logs.items()}
+def prove_material(chat: Chat, job: Job, name: str) -> dict[str, Mastery]:
+    """The exam of the material without and with the most similar rows, as many as the model has room for."""
+    room = min(context_of(chat.model.config), job.settings.window)
+    before = contexts_of(chat.tokenizer, job.material, room)
+    return {name: take_material(chat, job.material, [[] for _ in before], "linhas guardadas"),
+            f"{name}_rows": take_material(chat, job.material, before, "linhas guardadas, com as parecidas")}
+
+
+def material_report(material: Material, learnt: dict[str, Mastery], recited: float) -> dict:
+    """What the report holds of the material: figures, verdict, and twelve rows with all answers."""
+    scores = {way: {key: value for key, value in m._asdict().items() if key != "answers"} for way, m in learnt.items()}
+    shown = [{"line": row.line, "question": row.question, "answer": row.answer,
+              **{way: m.answers[i] for way, m in learnt.items()}} for i, row in enumerate(material.test[:12])]
+    return {"rows": len(material.rows), "held_out": len(material.test), "watched": len(material.watched),
+            "written": len(learnt["tuned"].answers), "total": material.total, "left_out": material.left_out,
+            "scores": scores, "recited": recited, "verdict": material_verdict(scores), "shown": shown}
+
+
+def write_report(job: Job, stages: dict[str, Path]) -> None:
+    """Beside the model: report.json, report.png, the model card README.md, and self_answers.jsonl of an identity."""
+    settings, result = job.settings, stages["6-result"]
+    folder, scores = result / "model", load_json(result / "scores.json")
+    paths = {name: Path(getattr(job.asked, name)).name for name in ("model_path", "output_dir", "identity_file",
+                                                                    "knowledge_file")}
+    passes = {"healing": "2-healed", "material": "3-knowledge", "pass_1": "3-pass-1", "pass_2": "5-pass-2"}
+    trained = {name: stages[stage] for name, stage in passes.items() if stage in stages}
+    trained = {name: stage for name, stage in trained.items() if (stage / "pace.json").is_file()}
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    learnt = load_json(result / "knowledge.json") if job.material else None
     report = {
-        "key": job_key(job.facts, job.asked), "base": job.inputs.values["BASE"],
-        "missed": list(Scores(**scores["pass_2"]).gaps(settings)),
-        "seconds": {stage.name: load_json(stage / "key.json")["seconds"] for stage in stages},
+        "key": job.key, "base": job.inputs.values["BASE"],
+        "missed": [*Scores(**scores["pass_2"]).gaps(settings), *material_gaps(learnt, settings)],
+        "seconds": {name: load_json(stage / "key.json")["seconds"] for name, stage in stages.items()},
+        "pace": {name: load_json(stage / "pace.json") for name, stage in trained.items()},
         "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
         "data_hash": job.inputs.data_hash,
         "context": {"native": job.native, "scaled": int(job.native * settings.rope_factor)},
         "versions": {name: importlib.metadata.version(name) for name in libraries},
-        "old_names": job.heard.names.old, "scores": scores,
-        "losses": {name: log for name, log in logs.items() if log}}
+        "old_names": job.heard.names.old, "scores": scores, "knowledge": learnt,
+        "losses": {name: load_json(stage / "log.json") for name, stage in trained.items()}}
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
-    answers = load_json(answered / "self_answers.json")["answers"]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answers]
-    (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    if job.inputs.rows:
+        answers = load_json(stages["4-self-answers"] / "self_answers.json")["answers"]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answers]
+        (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
     write_card(folder, job, report)
     flush(folder)
+
+
+def material_gaps(learnt: dict | None, settings: Settings) -> list[str]:
+    """What of the material was missed: that the loss on held-out rows falls, and that everyday answers stay clear."""
+    if not learnt:
+        return []
+    scores = learnt["scores"]
+    missed = {"material": scores["tuned"]["loss"] >= scores["before"]["loss"],
+              "material recitado": learnt["recited"] > settings.target_leak}
+    return [name for name, found in missed.items() if found]
 
 
 def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
@@ -3359,37 +4049,48 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     """The job itself: listen, heal, teach, let the model answer, insist, prove."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
-    said = stages("1-base", "1/6 Ouvindo o modelo base: quem ele diz que é e o que ele sabe",
+    said = stages("1-base", f"Ouvindo o modelo base: {'quem ele diz que é e ' * bool(job.inputs.rows)}o que ele sabe",
                   lambda partial: save_heard(partial, *listen(
                       load_chat(job.base, replace(settings, method="lora")), settings, job.inputs)))
     heard, teacher = read_heard(said)
     job = job._replace(heard=heard, teacher=teacher)
-    healed = stages("2-healed", f"2/6 Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
-                    f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
-    lessons = make_lessons(load_tokenizer(healed), heard, job.inputs, settings)
-    taught = stages("3-pass-1", "3/6 Passo 1: aprender a identidade", lambda partial: run_pass(
-        healed, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1,
+    tuned = stages("2-healed", f"Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
+                   f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
+    if job.material:
+        healed = tuned
+        tuned = stages("3-knowledge", "Material: aprender as linhas",
+                       lambda partial: learn_material(healed, partial, job), True, job.material)
+    if job.inputs.rows:
+        tuned = teach_identity(tuned, job, stages)
+    if not (work / "6-result" / "model").is_dir() and RANK == 0:
+        discard(work / "6-result")  # its model was moved to an output that is there no more
+    wait()
+    result = stages("6-result", "Salvando, carregando de novo e medindo: antes e depois",
+                    lambda partial: save_and_prove(job, tuned, partial))
+    if RANK == 0:
+        write_report(job, stages.folders)
+    publish(result / "model", settings)
+    wait()
+
+
+def teach_identity(source: Path, job: Job, stages: Stages) -> Path:
+    """Pass 1, self-answers and pass 2; the stage with the model that knows who it is."""
+    settings, heard = job.settings, job.heard
+    lessons = make_lessons(load_tokenizer(source), heard, job.inputs, settings)
+    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: run_pass(
+        source, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1,
         (settings.learning_rate_1, 1.2e-3, 3.4e-3), [0], job), True)
-    answered = stages("4-self-answers", "4/6 Respostas do próprio modelo", lambda partial: write_json(
+    answered = stages("4-self-answers", "Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
-        collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard, teacher,
-                             settings)))
+        collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard,
+                             job.teacher, settings)))
     # With the context grown, half of the tokens come in long dialogues. Else the base knows those, and a third comes
     # in short ones, where what follows a question about itself may be about something else.
     grown = settings.rope_factor != 1
     lengths = [0, 0] + ([settings.window // 4, settings.window] if grown else [short_window(job.native, settings)])
-    firm = stages("5-pass-2", "5/6 Passo 2: firmar a identidade", lambda partial: run_pass(
+    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: run_pass(
         taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
         settings.steps_2, (settings.learning_rate_2, 8e-4, 1.1e-3), lengths, job), True)
-    if not (work / "6-result" / "model").is_dir() and RANK == 0:
-        discard(work / "6-result")  # its model was moved to an output that is there no more
-    wait()
-    result = stages("6-result", "6/6 Salvando, carregando de novo e medindo: antes e depois",
-                    lambda partial: save_and_prove(job, firm, partial))
-    if RANK == 0:
-        write_report(job, [said, healed, taught, answered, firm, result])
-    publish(result / "model", settings)
-    wait()
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def test_every_setting_has_a_flag_of_the_same_name_that_overrides_it(name, defau
     if isinstance(default, bool):
         assert given(flag(name)) is True and given("--no-" + flag(name)[2:]) is False
     elif isinstance(default, str):
-        other = {"METHOD": "lora"}.get(name, str(tmp_path / "outro"))
+        other = {"METHOD": "lora", "KNOWLEDGE_QUESTION": "{nome}", "KNOWLEDGE_ANSWER": "{preço}"}.get(
+            name, str(tmp_path / "outro"))
         assert given(flag(name), other) == other
     else:
         # SELF_TEXT must be more than NUM_SELF_ANSWERS; learning rates, whose default is 0, are at most 1.

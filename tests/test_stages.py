@@ -601,11 +601,13 @@ FIRST_TOUCHED = {
     **dict.fromkeys("lora_rank steps_1 learning_rate_1 kl_weight".split(), 3),
     **dict.fromkeys("num_self_answers".split(), 4), **dict.fromkeys("steps_2 learning_rate_2".split(), 5),
     **dict.fromkeys("model_path output_dir identity_file overwrite gradient_accumulation gradient_checkpointing "
+                    "knowledge_file knowledge_rows knowledge_question knowledge_answer knowledge_steps "
+                    "knowledge_ascii "
                     "checkpoint_minutes target_identity target_retention target_leak check quiet restart chat "
                     "evaluate".split(), 0),
 }
 OTHER = {"name": "Jandira", "author": "Oficina", "base_name": "Outro", "old_names": "Lumi", "method": "lora",
-         "output_dir": "/x/y"}
+         "output_dir": "/x/y", "knowledge_question": "{nome}", "knowledge_answer": "{preço}"}
 
 
 def keys_of(base, rows=None, **values):
@@ -644,6 +646,8 @@ def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(base_folder
             two = keys_of(Path(shutil.copytree(base_folder, tmp_path / "moved")))
         elif name == "identity_file":
             two = keys_of(base_folder, shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "moved.jsonl"))
+        elif name == "knowledge_file":  # it has a stage of its own
+            two = keys_of(base_folder, knowledge_file=str(base_folder.parent / "linhas.jsonl"))
         else:
             two = keys_of(base_folder, **{name: other_value(name, default)})
         found[name] = touched(one, two)
