@@ -3129,12 +3129,13 @@ def talks_of(material: Material) -> list[Talk]:
     return [Talk(row.messages, "material") for row in material.rows]
 
 
-def learn_material(source: Path, folder: Path, job: Job) -> None:
+def learn_material(source: Path, folder: Path, lessons: list[Talk], job: Job) -> None:
     """Teach the material: its answers by heart, and as many tokens of the base's own talks, which hold the rest in
-    place, in KNOWLEDGE_STEPS or until the loss on other rows stops falling: ten times all rows and MOST_STEPS at most,
-    or all rows once if that is more."""
+    place, and of identity lessons, if any. It takes KNOWLEDGE_STEPS, or until the loss on other rows stops falling:
+    ten times all rows and MOST_STEPS at most, or all rows once if that is more."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    pools, step = pools_of(talks_of(job.material), job.heard, 0.5, 0.5), step_tokens(job.native, settings)
+    step = step_tokens(job.native, settings)
+    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, 0.1 * bool(lessons), 0.4)]
     steps = material_steps(settings, job.learnt_tokens, step)
     batches = make_batches(chat.tokenizer, pools, [0], steps, step, f"{settings.seed}/{folder.name}")
 
@@ -4056,12 +4057,13 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     job = job._replace(heard=heard, teacher=teacher)
     tuned = stages("2-healed", f"Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
                    f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
+    lessons = make_lessons(load_tokenizer(tuned), heard, job.inputs, settings) if job.inputs.rows else []
     if job.material:
         healed = tuned
         tuned = stages("3-knowledge", "Material: aprender as linhas",
-                       lambda partial: learn_material(healed, partial, job), True, job.material)
+                       lambda partial: learn_material(healed, partial, lessons, job), True, job.material)
     if job.inputs.rows:
-        tuned = teach_identity(tuned, job, stages)
+        tuned = teach_identity(tuned, lessons, job, stages)
     if not (work / "6-result" / "model").is_dir() and RANK == 0:
         discard(work / "6-result")  # its model was moved to an output that is there no more
     wait()
@@ -4073,10 +4075,9 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     wait()
 
 
-def teach_identity(source: Path, job: Job, stages: Stages) -> Path:
+def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) -> Path:
     """Pass 1, self-answers and pass 2; the stage with the model that knows who it is."""
     settings, heard = job.settings, job.heard
-    lessons = make_lessons(load_tokenizer(source), heard, job.inputs, settings)
     taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: run_pass(
         source, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1,
         (settings.learning_rate_1, 1.2e-3, 3.4e-3), [0], job), True)

@@ -371,7 +371,7 @@ def test_training_leaves_at_most_one_checkpoint_which_is_complete_and_nothing_el
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=2)
     train(chat, batches, 1e-3, flags=("--output-dir", tmp_path / "saida", "--checkpoint-minutes", minutes))
-    assert {path.name for path in tmp_path.iterdir()} <= {"training"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"training", "pace.json"}
     assert {path.name for path in tmp_path.glob("training/*")} - {"README.md"} == kept
     assert all((tmp_path / "training" / name / "complete.json").is_file() for name in kept)
     assert all(p.grad is None for p in chat.model.parameters())  # nor do gradients take memory
