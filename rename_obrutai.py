@@ -3767,7 +3767,8 @@ def check_job(settings: Settings) -> Job | None:
     read_config(folder, settings.rope_factor)  # says what cannot be scaled
     asked, native = settings, context_of(config)
     join_processes()
-    settings, plan = fit_to_machine(replace(settings, model_path=str(folder)), config, weights, facts)
+    planned_for = facts + "/material" * bool(material)  # a plan knows the stages that there are
+    settings, plan = fit_to_machine(replace(settings, model_path=str(folder)), config, weights, planned_for)
     tokenizer = load_tokenizer(folder)
     check_rows(tokenizer, inputs.rows, settings)
     lengths = []
