@@ -516,7 +516,7 @@ LORA_FILE = "adapter_model.safetensors"
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
 
 
-FIELD = re.compile(r"\{([^{}]+)\}")  # of a row of the material, in a template
+FIELD = re.compile(r"\{ *([^{} ][^{}]*?) *\}")  # of a row of the material, in a template
 
 
 class Lazy:
@@ -1003,7 +1003,8 @@ def digest(value: object) -> str:
 def did_you_mean(path: Path) -> str:
     """Advice on a path that does not exist, from the names beside it."""
     if not path.parent.is_dir():
-        return f"A pasta {path.parent} também não existe."
+        near = " " + did_you_mean(path.parent) if path.parent.parent.is_dir() else ""
+        return f"A pasta {path.parent} também não existe.{near}"
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
     return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
 
@@ -1078,10 +1079,11 @@ def check_file(path: Path, setting: str) -> None:
         raise InputError(f"{path} é uma pasta; {flag} precisa ser um arquivo .jsonl.")
     with unreadable(path), path.open("rb") as file:
         head = file.read(64)
-    if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF", b"\x1f\x8b")):
-        raise InputError(f"{path} é uma planilha, um documento (do Excel ou do Word, ou um PDF) ou um arquivo "
-                         "compactado, não um texto. Copie as perguntas e respostas para um arquivo .jsonl, um objeto "
-                         "{...} em cada linha.")
+    if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF", b"\x1f\x8b", b"PAR1", b"ARROW1", b"SQLite format",
+                        b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
+        raise InputError(f"{path} é uma planilha, um documento (do Excel ou do Word, ou um PDF), um banco de dados "
+                         "ou um arquivo compactado, não um texto. Copie as perguntas e respostas para um arquivo "
+                         ".jsonl, um objeto {...} em cada linha.")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > 8:
         raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
 
@@ -1165,6 +1167,9 @@ def check_inputs(settings: Settings) -> Inputs:
               "BASE": settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)}
     if settings.knowledge_file:
         check_file(Path(settings.knowledge_file), "KNOWLEDGE_FILE")
+        if settings.identity_file and identity.exists() and identity.samefile(settings.knowledge_file):
+            raise InputError(f"{settings.knowledge_file} está em IDENTITY_FILE e em KNOWLEDGE_FILE "
+                             "(--knowledge-file). Ponha o material num arquivo só dele.")
     if not settings.identity_file:
         return Inputs([], values, "", tuple(NEAR_TEMPLATES), (), [])
     rows = read_rows(identity, values)
@@ -1259,11 +1264,14 @@ def array_items(file, path: Path):
         while True:
             at = skip.match(text, at).end()
             if text.startswith("]", at):
+                if (text[at + 1:] + file.read(2**16)).strip():
+                    raise InputError(f"{path}: há texto depois do ] que fecha a lista. Junte tudo numa lista só, ou "
+                                     "escreva um objeto {...} em cada linha, sem lista.")
                 return
             try:
                 record, end = decode(text, at)
                 break
-            except ValueError:  # maybe the item goes on in the next piece
+            except (ValueError, RecursionError):  # maybe the item goes on in the next piece
                 more = file.read(max(2**20, len(text) - at)) if len(text) - at < LARGEST_ROW else ""
                 if not more:
                     raise InputError(f"{path}, linha {number} da lista: não é JSON válido, ou o arquivo acaba aqui; "
@@ -1313,16 +1321,17 @@ def records_of(path: Path):
             with path.open(encoding="utf-8-sig") as file:
                 yield from array_items(file, path)
         except UnicodeDecodeError:
-            raise InputError(f"{path} não está em UTF-8 (talvez em Windows-1252). Salve-o de novo escolhendo "
-                             "UTF-8.") from None
-    elif rows := whole_object(path):
+            with path.open("rb") as file:
+                line = next(n for n, raw in enumerate(file, start=1) if raw != raw.decode(errors="ignore").encode())
+            raise not_utf_8(path, line) from None
+    elif (rows := whole_object(path)) is not None:
         yield from enumerate(rows, start=1)
     else:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
-                    if raw.strip():
-                        yield number, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if text := raw.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                        yield number, json.loads(text)
                 except UnicodeDecodeError:
                     raise not_utf_8(path, number) from None
                 except (ValueError, RecursionError) as error:
@@ -1355,13 +1364,17 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
         if len(values) > 1 and len({*values.values()}) == 1:
             return "com todos os campos iguais"
         filled = [FIELD.sub(lambda match: values[match[1]], template) for template in (question, answer)]
-        return list(zip(("user", "assistant"), filled))
-    if isinstance(record, dict) and isinstance(record.get("text"), str) and (
+        turns = list(zip(("user", "assistant"), filled))
+    elif isinstance(record, dict) and isinstance(record.get("text"), str) and (
             found := INSTRUCTION.search(record["text"])):
         asked = "\n".join(part.strip() for part in found.group("task", "given") if part and part.strip())
         turns = [("user", asked), ("assistant", END_MARK.sub("", found["reply"]).strip())]
     else:
-        shared = isinstance(record, dict) and {"prompt", "completion", "instruction", "output"} & record.keys()
+        known = {"text", "prompt", "completion", "instruction", "input", "output"}
+        if isinstance(record, dict) and not (known | {"messages", "conversations"}) & record.keys():
+            raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "
+                             "KNOWLEDGE_ANSWER os que fazem a pergunta e a resposta, entre chaves")
+        shared = isinstance(record, dict) and known & record.keys()
         turns = read_turns(record | {name: field_text(name, record[name]) for name in shared} if shared else record)
     if turns[-1][0] == "user" or isinstance(turns[-1][1], str) and not turns[-1][1].strip():
         return "sem resposta"
@@ -1415,20 +1428,22 @@ def read_knowledge(settings: Settings) -> Material | None:
         else:
             rows.append(row)
             seen.add(known)
+    if not total:
+        raise InputError(f"{settings.knowledge_file} está vazio. Escreva um objeto {{...}} em cada linha.")
     if len(rows) < 10:
         told = "".join(f"; {reason}: {n}" for reason, n in left_out.items())
-        raise InputError(f"{settings.knowledge_file} tem {len(rows)} linhas que dá para usar, e preciso de pelo menos "
-                         f"10 (de {total}{told}).")
-    return hold_out(rows, total, left_out, settings.seed)
+        raise InputError(f"{settings.knowledge_file} tem {len(rows)} linha(s) que dá para usar, e preciso de pelo "
+                         f"menos 10 (de {total}{told}). Ponha mais, ou confira KNOWLEDGE_QUESTION e KNOWLEDGE_ANSWER.")
+    return hold_out(rows, total, left_out, settings)
 
 
-def hold_out(rows: list[Row], total: int, left_out: Counter, seed: int) -> Material:
+def hold_out(rows: list[Row], total: int, left_out: Counter, settings: Settings) -> Material:
     """A twentieth of the rows, at most 200, for the exam, and as many to see when to stop; with rows that ask or
     answer the same as one of those left out of the training."""
     def spoken(text: str) -> str:
         return " ".join(text.casefold().split())
 
-    few, order = max(2, min(200, len(rows) // 20)), random.Random(f"{seed}/held-out").sample(rows, len(rows))
+    few, order = max(2, min(200, len(rows) // 20)), random.Random(f"{settings.seed}/held-out").sample(rows, len(rows))
     held, known = ([], []), set()
     for row in order:
         said = {spoken(row.question), spoken(row.answer)}
@@ -1438,8 +1453,9 @@ def hold_out(rows: list[Row], total: int, left_out: Counter, seed: int) -> Mater
             known |= said
     learnt = [row for row in rows if not {spoken(row.question), spoken(row.answer)} & known]
     if not learnt or not all(held):
-        raise InputError("quase todas as linhas do material têm a mesma pergunta ou a mesma resposta: não sobra o que "
-                         "guardar para medir. Confira KNOWLEDGE_QUESTION e KNOWLEDGE_ANSWER.")
+        raise InputError(f"quase todas as linhas de {settings.knowledge_file} têm a mesma pergunta ou a mesma "
+                         "resposta: não sobra o que guardar para medir. Confira KNOWLEDGE_QUESTION e "
+                         "KNOWLEDGE_ANSWER.")
     if again := len(rows) - len(learnt) - len(held[0]) - len(held[1]):
         left_out["com pergunta ou resposta de uma linha guardada"] = again
     return Material(learnt, *(sorted(part, key=lambda row: row.line) for part in held[::-1]), total, dict(left_out))
@@ -1456,8 +1472,9 @@ def fit_material(tokenizer: Tokenizer, material: Material, settings: Settings) -
         lengths += [n for n in tokens if n <= settings.window] if rows is material.rows else []
         dropped += len(rows) - len(parts[-1])
     if not all(parts):
-        raise InputError(f"quase todas as linhas de {settings.knowledge_file} passam de WINDOW ({settings.window} "
-                         "tokens). Divida-as, ou aumente WINDOW (--window).")
+        raise InputError(f"{dropped} das {sum(map(len, material[:3]))} linhas de {settings.knowledge_file} passam de "
+                         f"WINDOW ({settings.window} tokens), e falta o que aprender ou o que guardar para medir. "
+                         "Divida-as, ou aumente WINDOW (--window).")
     told = {f"com mais de {settings.window} tokens (WINDOW)": dropped} if dropped else {}
     return Material(*parts, material.total, material.left_out | told), lengths
 
