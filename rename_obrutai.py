@@ -22,7 +22,7 @@ import contextlib
 import functools
 import gc
 import hashlib
-import html
+import html.entities
 import importlib.metadata
 import importlib.util
 import itertools
@@ -1220,12 +1220,13 @@ END_MARK = re.compile(r"\s*(?:</s>|<eos>|<end_of_turn>|<\|\w+\|>)\s*\Z")
 NOTHING = {"", "nan", "none", "null", "n/a"}
 # Tags as they stand in pages; "a < b" and "List<String>" are none.
 ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
-BLOCK = re.compile(r"(?i)</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|h[1-6]|tr|table|thead|tbody|blockquote|section|article|"
-                   "header|footer|center|pre)" + ATTRIBUTES)
+BLOCK = re.compile(r"(?i)</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|h[1-6]|t[rdh]|table|thead|tbody|blockquote|section|"
+                   "article|header|footer|center|pre)" + ATTRIBUTES)
 INLINE = re.compile(r"(?i)</?(?:a|abbr|b|big|button|code|em|font|form|i|iframe|img|input|label|mark|s|small|span|"
-                    "strike|strong|sub|sup|td|th|u|video)" + ATTRIBUTES)
+                    "strike|strong|sub|sup|u|video)" + ATTRIBUTES)
 UNSEEN = re.compile(r"(?is)<(script|style)\b.*?</\1\s*>|<!--.*?-->")
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff\ud800-\udfff]")
+NEAREST = str.maketrans("‐‑‒–—―−×⁄“”‘’", "-------x/\"\"''")  # in ASCII
 LARGEST_ROW = 10**7  # characters of one row in a JSON array
 
 
@@ -1242,17 +1243,24 @@ def without_tags(text: str) -> str:
     return INLINE.sub("", BLOCK.sub("\n", UNSEEN.sub(" ", text)))
 
 
+def without_entities(text: str) -> str:
+    """Text with the characters that HTML entities stand for; "&ltda;" is none, as "&lt" is without a semicolon."""
+    return re.sub(r"&(#\d+|#[xX][\da-fA-F]+|\w+);", lambda match: html.unescape(match[0]) if match[1][0] == "#" else
+                  html.entities.html5.get(match[1] + ";", match[0]), text)
+
+
 def cleaned(text: str, only_ascii: bool) -> str:
     """Text without HTML, invisible characters, spaces in rows, and double encoding where it is certain."""
     bare = without_tags(text)
-    shown = re.sub(r"&(?:#\d+|#[xX][\da-fA-F]+|\w+);", lambda match: html.unescape(match[0]), bare)
+    shown = without_entities(bare)
     if bare == text and re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown):  # a page escaped as a whole
-        shown = re.sub(r"&\w+;", lambda match: html.unescape(match[0]), without_tags(shown))
+        shown = without_entities(without_tags(shown))
     shown = shown if shown.isascii() else ftfy.fix_encoding(shown)
     shown = INVISIBLE.sub("", shown.replace("\r\n", "\n").replace("\r", "\n"))
+    if only_ascii:  # a sign that has no like becomes a space: "10±2" is not 102
+        shown = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", shown)).translate(NEAREST)
+        shown = re.sub(r"[^\w\x00-\x7f]", " ", shown).encode("ascii", "ignore").decode()
     shown = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", shown))
-    if only_ascii:
-        shown = unicodedata.normalize("NFKD", shown).encode("ascii", "ignore").decode()
     return re.sub(r"\n{3,}", "\n\n", shown).strip()
 
 
