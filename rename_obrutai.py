@@ -3143,11 +3143,20 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
-def rehearsed(pools: list[Pool], job: Job) -> tuple[list[Pool], float]:
-    """The pools with the material, so that it is not forgotten, and how many times as many steps that takes."""
+def rehearsed(tokenizer: Tokenizer, pools: list[Pool], job: Job) -> tuple[list[Pool], float, float]:
+    """The pools with the material, so that it is not forgotten; how many times as many steps that takes; and what
+    to multiply KL_WEIGHT by, so that a token of the lessons weighs against the base as it does without the material:
+    the loss is a mean over all that is learnt by heart."""
     if not job.material:
-        return pools, 1.0
-    return [*pools, Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in pools))], 1 + REHEARSED
+        return pools, 1.0, 1.0
+
+    def learnt(pool: Pool) -> float:
+        some = [encode(tokenizer, talk.messages).labels for talk in pool.talks[:200]]
+        return pool.share * sum(label != -100 for labels in some for label in labels) / sum(map(len, some))
+
+    added = Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in pools))
+    lessons = sum(learnt(pool) for pool in pools if pool.talks and pool.talks[0].kind == "lesson")
+    return [*pools, added], 1 + REHEARSED, lessons / (lessons + learnt(added))
 
 
 def talks_of(material: Material) -> list[Talk]:
@@ -3186,10 +3195,11 @@ def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: i
              lengths: list[int], job: Job) -> None:
     """Train the model of `source` into `folder`; `rates`: the user's, or 0, and two for `automatic_rate`."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    pools, times = rehearsed(pools, job)
+    pools, times, weight = rehearsed(chat.tokenizer, pools, job)
     batches = make_batches(chat.tokenizer, pools, lengths, round(steps * times), step_tokens(job.native, settings),
                            f"{settings.seed}/{folder.name}")
     rate = rates[0] or automatic_rate(chat.model, *rates[1:])
+    settings = replace(settings, kl_weight=settings.kl_weight * weight)
     save_stage(chat, folder, train(chat, batches, job.teacher, rate, settings, label, folder / "training"))
 
 
