@@ -1430,7 +1430,8 @@ def read_knowledge(settings: Settings) -> Material | None:
         messages = [{"role": role, "content": cleaned(text, settings.knowledge_ascii)} for role, text in turns]
         row, known = Row(number, messages), digest(messages)
         reasons = {"vazias depois da limpeza": not all(m["content"] for m in messages), "repetidas": known in seen,
-                   "com marcas de outro formato": any(FOREIGN.search(m["content"]) for m in messages)}
+                   "com marcas de outro formato ou raciocínio":
+                       any(FOREIGN.search(m["content"]) or "</think>" in m["content"] for m in messages)}
         if reason := next((reason for reason, found in reasons.items() if found), ""):
             left_out[reason] += 1
         else:

@@ -146,7 +146,8 @@ def test_rows_that_are_left_out_are_counted_by_the_reason(tmp_path):
            "sem pergunta": [pair("", "a"), alpaca("", None, "a"), {"text": "### Instruction:\n### Response:\na"}],
            "vazias depois da limpeza": [pair("<br>", "a"), pair("a", "\u200b")],
            "repetidas": [GOOD[3], {**GOOD[3], "title": " Produto  4"}],
-           "com marcas de outro formato": [pair("a", "[INST] b"), pair("### Human: a", "b")]}
+           "com marcas de outro formato ou raciocínio": [
+               pair("a", "[INST] b"), pair("### Human: a", "b"), pair("a", "<think>b</think>c")]}
     material = read(tmp_path, [*GOOD, *(row for rows in bad.values() for row in rows)])
     assert material.left_out == {reason: len(rows) for reason, rows in bad.items()}
     assert material.total == len(GOOD) + sum(map(len, bad.values()))
