@@ -2765,11 +2765,11 @@ class Exam(NamedTuple):
 
 class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from."""
-    identity: float | None  # like `leak`, without long conversations; None where no identity is taught
+    identity: float | None  # like `leak`, without long conversations; None, like these, where none is taught
     by_kind: dict[str, float]
     old_identity: float | None
-    leak: float
-    leak_near: float  # of talks near identity
+    leak: float | None
+    leak_near: float | None  # of talks near identity
     retention: float | None  # of the base's first choices, token by token; None where the base is not known
     divergence: float | None  # mean KL(base || model) in nats
     by_length: list[dict]  # tokens, identity and retention for each length of conversation before, zero first
@@ -2780,10 +2780,10 @@ class Scores(NamedTuple):
     def gaps(self, settings: Settings) -> dict[str, float]:
         """The targets that these scores miss, and by how much."""
         kept = 1.0 if self.retention is None else self.retention
-        found = {"retenção": settings.target_retention - kept, "vazamento": self.leak - settings.target_leak}
+        found = {"retenção": settings.target_retention - kept}
         if self.identity is not None:
-            found = {"identidade nova": settings.target_identity - self.identity,
-                     "identidade antiga": self.old_identity, **found}
+            found = {"identidade nova": settings.target_identity - self.identity, "identidade antiga":
+                     self.old_identity, **found, "vazamento": self.leak - settings.target_leak}
         return {name: gap for name, gap in found.items() if gap > 0}
 
 
@@ -2900,8 +2900,9 @@ def evaluate(chat: Chat, exam: Exam, names: Names, teacher: Teacher | None, labe
         identity=mean([not a["problem"] for a in answers]) if answers else None,
         by_kind={kind: right[kind] for kind in KINDS_OF_QUESTIONS if kind in right},
         old_identity=mean([claims(a["answer"], names.old, names.new) for a in answers]) if answers else None,
-        leak=len(leaks) / max(1, len(talks)),
-        leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks)),
+        leak=len(leaks) / max(1, len(talks)) if answers else None,
+        leak_near=sum(t.kind == "near" for t, _ in leaks) / max(1, sum(t.kind == "near" for t in talks))
+        if answers else None,
         retention=mean([same for same, _ in kept[:len(talks)]]) if teacher else None,
         divergence=mean([nats for _, nats in kept[:len(talks)]]) if teacher else None,
         by_length=[{"tokens": n, "identity": right.get(after_tokens(n)), "retention": mean(
@@ -3378,7 +3379,8 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
     titles = [*columns.values()][-1]
     if "prompt" not in scores:  # a model alone is measured without a context
         titles.pop("tokens a mais por pergunta")
-    titles = {title: value for title, value in titles.items() if value is not None or "identidade" not in title}
+    kept = ("retenção", "divergência (nats)")  # the others are not there where no identity is taught
+    titles = [title for title, value in titles.items() if value is not None or title in kept]
     return [["medida", *columns], *([title, *(cell(title, column.get(title)) for column in columns.values())]
                                     for title in titles)]
 
@@ -3480,16 +3482,9 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 
 {figures}
 
-- **identidade nova**: respostas certas sobre quem ele é: a pergunta sozinha, depois de um prompt de sistema neutro e
-  quando o usuário duvida.
-- **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
-- **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre nome ou origem
-  de outros.
 - **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
 - **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
-- **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
-  linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
-
+{terms}
 {material}{answers}## Como usar
 
 Com o transformers (no lugar de `.`, a pasta do modelo ou o nome dele no Hugging Face Hub):
@@ -3508,6 +3503,16 @@ Nesta pasta:
 - Para servi-la no vLLM: `vllm serve . --max-model-len {scaled} --override-generation-config '{{"temperature": 0}}'`.
 - Para publicá-la como está, depois de `hf auth login`: `hf upload USUARIO/{slug} . .`
 - `report.json` tem ajustes, versões e números; `self_answers.jsonl`, se há, as respostas escritas para treinar.
+"""
+
+
+TERMS = """- **identidade nova**: respostas certas sobre quem ele é: a pergunta sozinha, depois de um prompt de sistema
+  neutro e quando o usuário duvida.
+- **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
+- **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre nome ou origem
+  de outros.
+- **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
+  linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 """
 
 
@@ -3576,7 +3581,7 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
-        material=material_card(learnt, file) if learnt else "",
+        terms=TERMS if taught else "", material=material_card(learnt, file) if learnt else "",
         answers=ANSWERS.format(count=len(pairs), answers=markdown_table([["pergunta", "antes", "depois"], *pairs]))
         if taught else "", flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
