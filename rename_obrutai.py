@@ -2555,16 +2555,18 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
 
         def on_step_end(self, args, state, control, **kwargs):
             bar.update(state.global_step - bar.n)
+            ended = False
             if watch and state.global_step % max(10, state.max_steps // 12) == 0:
                 before = [entry["held_out"] for entry in state.log_history if "held_out" in entry]
                 state.log_history.append({"step": state.global_step, "held_out": watch()})
                 now = state.log_history[-1]["held_out"]
                 bar.clear()
                 say(f"    etapa {state.global_step}/{state.max_steps} | perda nas linhas guardadas {decimal(now, 3)}")
-                control.should_training_stop |= agreed(now > 0.998 * min(before, default=math.inf))
+                ended = agreed(now > 0.998 * min(before, default=math.inf))
             due, stop = agreed((time.monotonic() - self.saved >= 60 * minutes, bool(asked)))
-            control.should_save = not SHARDED and (stop or due)
-            control.should_training_stop |= stop
+            # Not at its end, where nothing tells the next run that there is no going on.
+            control.should_save = not SHARDED and not ended and (stop or due)
+            control.should_training_stop |= stop or ended
 
         def on_save(self, args, state, control, **kwargs):
             check(state.global_step)

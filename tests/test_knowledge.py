@@ -143,8 +143,9 @@ def result_of(folder):
     return [(folder / name).read_bytes() for name in ("model.safetensors", "log.json")]
 
 
-@pytest.mark.parametrize("kept", [15])
-def test_a_training_broken_off_ends_with_the_bytes_of_one_that_was_not(kept, learn, monkeypatch, tmp_path):
+@pytest.mark.parametrize("killed, kept", [("between", 15), ("after the last look", 30)])
+def test_a_training_broken_off_ends_with_the_bytes_of_one_that_was_not(killed, kept, learn, monkeypatch, tmp_path):
+    """Also where it was to end by itself: there is no going on beyond the look that ended it."""
     losses = {10: 3.0, 20: 2.0, 30: 2.0, 40: 1.0, 50: 0.9}
     keeper, now = tool.make_keeper, []
 
@@ -161,7 +162,10 @@ def test_a_training_broken_off_ends_with_the_bytes_of_one_that_was_not(kept, lea
     unbroken = learn("unbroken")
     assert looks(unbroken)[-1][0] == 30
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_step(patch, kept + 1)
+        if killed == "between":
+            kill_in_step(patch, kept + 1)
+        else:
+            patch.setattr(tool, "save_stage", kill)
         learn("broken", "--checkpoint-minutes", 0)
     begun = max(int(path.name[11:]) for path in tmp_path.glob("broken/**/checkpoint-*"))
     assert 10 < begun <= kept
