@@ -1647,12 +1647,13 @@ def work_folder(settings: Settings) -> Path:
 
 
 def job_facts(inputs: Inputs, base: Path) -> str:
-    """Digest of what the job depends on besides settings: rows, base, and the script but for its constants, which are
-    settings. Weights count by name, size and time."""
+    """Digest of what the job depends on besides settings: rows (without any, the languages of the material), base, and
+    the script but for its constants, which are settings. Weights count by name, size and time."""
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
-    return digest([[row.messages for row in inputs.rows], inputs.values, inputs.test, TOP, REST, files])
+    rows = [row.messages for row in inputs.rows] or inputs.languages
+    return digest([rows, inputs.values, inputs.test, TOP, REST, files])
 
 
 def job_key(facts: str, material: Material | None, settings: Settings) -> str:

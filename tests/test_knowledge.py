@@ -544,6 +544,15 @@ def test_with_material_a_setting_of_it_makes_its_stage_again(flags, staged):
     assert other.made == BOTH_STAGES[2:] and other.key != first.key
 
 
+def test_material_in_another_language_is_taught_to_a_base_heard_in_that_language(staged):
+    """Without an identity it is the material that tells in which languages the base is asked."""
+    english = [(f"Table {i}", f"This is the table that you want, and it costs {i} dollars.") for i in range(30)]
+    staged(identity=False, rows=FEW)
+    assert staged(identity=False, rows=english).made == ALONE_STAGES
+    staged(rows=FEW)
+    assert staged(rows=english).made == BOTH_STAGES[2:]
+
+
 def test_without_material_no_stage_and_no_key_knows_its_settings(staged):
     first = staged()
     assert list(first.keys) == [name for name in BOTH_STAGES if name != "3-knowledge"]
