@@ -4165,6 +4165,7 @@ def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
     join_processes()
     say(f"Medindo {folder}")
+    of_material: list[str] = []
     if not (folder / "exam.json").is_file():
         inputs, chat = check_inputs(settings), load_chat(folder, as_measured(settings, folder))
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
@@ -4176,12 +4177,13 @@ def examine(settings: Settings, folder: Path) -> int:
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
             scores = {name: Scores(**values) for name, values in report["scores"].items()}
+            of_material = material_gaps(report.get("knowledge"), settings)  # which is not measured again
             same = replace(as_measured(settings, folder), max_new_tokens=report["settings"]["max_new_tokens"])
         after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
         differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         scores = {**scores, **differs, "pass_2": after}
-    missed = show_scores(scores).gaps(settings)
+    missed = [*show_scores(scores).gaps(settings), *of_material]
     say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0
 

@@ -688,6 +688,17 @@ def test_a_model_that_was_taught_a_catalogue_is_measured_again_with_the_same_fig
     status, said = run_here(capsys, *asked)
     assert status == catalogue.done.returncode and "iguais aos do report.json" in said
     assert table_of(said) == table_of(catalogue.done.stdout)
+    assert "material" not in said.splitlines()[-1]
+    file = catalogue.output / "report.json"
+    report = file.read_text(encoding="utf-8")
+    try:
+        spoilt = json.loads(report)
+        spoilt["knowledge"]["recited"] = 0.5
+        file.write_text(json.dumps(spoilt), encoding="utf-8")
+        status, said = run_here(capsys, *asked)
+        assert status == 3 and "material recitado" in said.splitlines()[-1]
+    finally:
+        file.write_text(report, encoding="utf-8")
 
 
 @slow
