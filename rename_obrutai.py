@@ -3574,7 +3574,8 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
     name = job.settings.name if taught else report["base"]
     file = escaped(Path(job.settings.knowledge_file).name)
     about = (f"Modelo de {escaped(job.settings.author)}, feito a partir de {base} com rename_obrutai.py:\nidentidade "
-             "nova" if taught else f"{base}, que aprendeu o material de {file} com rename_obrutai.py,\n")
+             "nova" if taught else f"{base}, que aprendeu o material de {file} com rename_obrutai.py:\n"
+             "material novo")
     scores = {exam: Scores(**values) for exam, values in report["scores"].items()}
     thoughtful = thinks(load_tokenizer(folder))
     pairs = [[old["question"], old["answer"], new["answer"]]

@@ -662,6 +662,7 @@ def test_without_an_identity_nothing_of_one_is_measured_or_left_and_the_template
     assert not (output / "self_answers.jsonl").exists()
     card = (output / "README.md").read_text(encoding="utf-8")
     assert report["knowledge"]["verdict"] in card.replace("\n", " ") and r"de catalogo\_demo.jsonl" in card
+    assert "_demo.jsonl com rename_obrutai.py:\nmaterial novo e contexto de 128 tokens (o do" in card
     assert "11 linhas da prova, com todas as respostas" in card and "ObrutAi" not in card
     for shown in report["knowledge"]["shown"]:
         cells = [tool.escaped(shown[key]) for key in ("question", "answer", *WAYS)]
