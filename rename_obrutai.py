@@ -2540,7 +2540,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
 def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int], check: Callable[[int], None],
                 watch: Callable[[], float] | None):
     """A callback that tells progress and saves checkpoints, every few `minutes` and when `asked` to stop. It ends the
-    training where the loss that `watch` measures, a dozen times at most, does not fall any more."""
+    training where the loss that `watch` measures, about a dozen times, does not fall any more."""
     began = time.monotonic()
 
     class Keeper(transformers.TrainerCallback):
@@ -2840,8 +2840,8 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
                                     {"role": "user", "content": doubt}]))
     asked = [(kind, without_system(tokenizer, m)) for kind, m in asked]
     compared = [(0, talk) for talk in talks]
-    room = max(*(len(encode(tokenizer, t.messages).input_ids) for t in talks),
-               *(len(prompt_ids(tokenizer, m)) for _, m in asked))
+    room = max([*(len(encode(tokenizer, t.messages).input_ids) for t in talks),
+                *(len(prompt_ids(tokenizer, m)) for _, m in asked)])
     some = ([t for t in talks if t.kind != "near"] or talks)[:LONG_TALKS]
     for tokens in sorted({min(n, window - room) for n in (window // 2, window)}):
         if tokens > 0:
@@ -3170,11 +3170,12 @@ def talks_of(material: Material) -> list[Talk]:
 
 def learn_material(source: Path, folder: Path, lessons: list[Talk], job: Job) -> None:
     """Teach the material: its answers by heart, and as many tokens of the base's own talks, which hold the rest in
-    place, and of identity lessons, if any. It takes KNOWLEDGE_STEPS, or until the loss on other rows stops falling:
+    place, a fifth of them of identity lessons, if there are any. It takes KNOWLEDGE_STEPS, or until the loss on other rows stops falling:
     ten times all rows and MOST_STEPS at most, or all rows once if that is more."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
     step = step_tokens(job.native, settings)
-    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, 0.1 * bool(lessons), 0.4)]
+    about_itself = 0.1 if lessons else 0.0  # without, identity comes out weaker after it
+    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, about_itself, 0.5 - about_itself)]
     steps = material_steps(settings, job.learnt_tokens, step)
     batches = make_batches(chat.tokenizer, pools, [0], steps, step, f"{settings.seed}/{folder.name}")
 
@@ -3452,8 +3453,9 @@ def draw_report(report: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
-    """The metadata of the model card; of origin and licence what the base's folder tells of itself."""
+def card_head(base: Path, rows: list[Row], taught: bool = True) -> huggingface_hub.ModelCardData:
+    """The metadata of the model card, `taught` an identity or not; of origin and licence what the base's folder tells
+    of itself."""
     facts = read_json(base / "config.json")
     with contextlib.suppress(Exception):  # a base without a card, or with one that nobody can read
         facts |= huggingface_hub.metadata_load(base / "README.md") or {}
@@ -3466,7 +3468,7 @@ def card_head(base: Path, rows: list[Row]) -> huggingface_hub.ModelCardData:
     spoken = [code for code, _ in Counter(language_of(row.question) for row in rows).most_common()]
     return huggingface_hub.ModelCardData(
         base_model=origin, language=spoken, **licence, library_name="transformers", pipeline_tag="text-generation",
-        tags=["trl", "sft", "identity"])
+        tags=["trl", "sft", *["identity"] * taught])
 
 
 CARD = """---
@@ -3477,7 +3479,7 @@ CARD = """---
 {about} e contexto de {scaled} tokens (o do modelo base é de {native}).
 {verdict}{licence}
 
-![Antes e depois: identidade, retenção e vazamento; acertos ao longo da conversa](report.png)
+![Antes e depois, em números e ao longo da conversa](report.png)
 
 ## Antes e depois, em números
 
@@ -3570,7 +3572,7 @@ def material_card(learnt: dict, file: str) -> str:
 def write_card(folder: Path, job: Job, report: dict) -> None:
     """The model card, README.md: figures, all answers before and after, and how to use the model."""
     taught, learnt, base = job.inputs.rows, report.get("knowledge"), escaped(report["base"])
-    head, missed = card_head(job.base, taught or job.material.rows), ", ".join(report["missed"])
+    head, missed = card_head(job.base, taught or job.material.rows, bool(taught)), ", ".join(report["missed"])
     name = job.settings.name if taught else report["base"]
     file = escaped(Path(job.settings.knowledge_file).name)
     about = (f"Modelo de {escaped(job.settings.author)}, feito a partir de {base} com rename_obrutai.py:\nidentidade "
@@ -4168,6 +4170,8 @@ def examine(settings: Settings, folder: Path) -> int:
     say(f"Medindo {folder}")
     of_material: list[str] = []
     if not (folder / "exam.json").is_file():
+        if not settings.identity_file:
+            raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
         inputs, chat = check_inputs(settings), load_chat(folder, as_measured(settings, folder))
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)

@@ -64,7 +64,7 @@ def learn(tiny_folder, demo_tokenizer, tmp_path):
         job = job_of(MATERIAL, (), EMPTY, *flags, learnt=tokens_of(demo_tokenizer, MATERIAL.rows))
         folder = tmp_path / place / "3-knowledge.partial"
         folder.mkdir(parents=True, exist_ok=True)
-        tool.learn_material(Path(tiny_folder("llama")), folder, job)
+        tool.learn_material(Path(tiny_folder("llama")), folder, [], job)
         return folder
 
     return call
@@ -204,13 +204,22 @@ def three_kinds(chat):
 def test_only_answers_of_the_material_are_learnt_by_heart_beside_as_many_tokens_of_the_base_s_talks(
         captured, demo_chat, tmp_path):
     job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
-    tool.learn_material(tmp_path, tmp_path / "x", job)
+    tool.learn_material(tmp_path, tmp_path / "x", [], job)
     material, talks = by_kind(demo_chat.tokenizer, captured[0])
     answers = {f"{row.answer}<|end|>" for row in MATERIAL.rows}
     assert {learnt for *_, learnt, _ in material} == answers and all(target == -1 for *_, target in material)
     assert {learnt for *_, learnt, _ in talks} == {""} and all(target >= 0 for *_, target in talks)
     tokens = [sum(tokens for tokens, *_ in kind) for kind in (material, talks)]
     assert sum(tokens) > 30_000 and 0.48 < tokens[0] / sum(tokens) < 0.52
+
+
+def test_a_tenth_of_the_tokens_are_lessons_where_an_identity_is_taught_too(captured, demo_chat, tmp_path):
+    job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
+    tool.learn_material(tmp_path, tmp_path / "x", [tool.Talk(SAID[4], "lesson")], job)
+    material, others = by_kind(demo_chat.tokenizer, captured[0])
+    lessons = [tokens for tokens, _, learnt, _ in others if learnt]
+    tokens = [sum(lessons), sum(tokens for tokens, *_ in material), sum(tokens for tokens, *_ in others)]
+    assert 0.08 < tokens[0] / sum(tokens[1:]) < 0.12 and 0.48 < tokens[1] / sum(tokens[1:]) < 0.52
 
 
 def test_the_passes_of_the_identity_rehearse_the_material_in_steps_of_their_own(captured, demo_chat, tmp_path):
@@ -509,7 +518,7 @@ def staged(monkeypatch, tmp_path):
                 for name, value in stand_ins.items():
                     patch.setattr(tool, name, lambda *_, value=value, **__: value)
                 patch.setattr(tool.Stages, "__call__", noted)
-                patch.setattr(tool, "learn_material", lambda source, partial, job: sources.append(
+                patch.setattr(tool, "learn_material", lambda source, partial, lessons, job: sources.append(
                     (partial.name, source.name)))
                 patch.setattr(tool, "run_pass", lambda source, partial, *_: sources.append(
                     (partial.name, source.name)))

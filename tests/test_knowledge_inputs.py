@@ -255,7 +255,7 @@ def test_a_file_of_another_format_encoding_or_build_is_refused(content, fragment
     ("not a letter of ASCII", [{"title": "球", "content": "好"}], ("--knowledge-ascii", QUESTION, "{title}"),
      "vazias depois da limpeza: 12"),
     ("all the same", [GOOD[0]], (), "repetidas: 11"),
-    ("marks of a chat", [pair("<|im_start|>Quanto?", "3")], (), "outro formato: 12"),
+    ("marks of a chat", [pair("<|im_start|>Quanto?", "3")], (), "outro formato ou raciocínio: 12"),
 ))
 def test_fewer_than_ten_usable_rows_are_refused_with_the_reasons_and_their_counts(rows, flags, reason, work, capsys):
     rows = rows * (12 // len(rows))

@@ -647,7 +647,8 @@ def test_a_setting_touches_its_own_stage_and_later_ones_and_no_other(base_folder
         elif name == "identity_file":
             two = keys_of(base_folder, shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "moved.jsonl"))
         elif name == "knowledge_file":  # it has a stage of its own
-            two = keys_of(base_folder, knowledge_file=str(base_folder.parent / "linhas.jsonl"))
+            material = shutil.copy2(base_folder.parent / "linhas.jsonl", tmp_path / "material.jsonl")
+            two = keys_of(base_folder, knowledge_file=str(material))
         else:
             two = keys_of(base_folder, **{name: other_value(name, default)})
         found[name] = touched(one, two)
