@@ -3170,8 +3170,8 @@ def talks_of(material: Material) -> list[Talk]:
 
 def learn_material(source: Path, folder: Path, lessons: list[Talk], job: Job) -> None:
     """Teach the material: its answers by heart, and as many tokens of the base's own talks, which hold the rest in
-    place, a fifth of them of identity lessons, if there are any. It takes KNOWLEDGE_STEPS, or until the loss on other rows stops falling:
-    ten times all rows and MOST_STEPS at most, or all rows once if that is more."""
+    place, a fifth of them of identity lessons, if there are any. It takes KNOWLEDGE_STEPS, or until the loss on other
+    rows stops falling: ten times all rows and MOST_STEPS at most, or all rows once if that is more."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
     step = step_tokens(job.native, settings)
     about_itself = 0.1 if lessons else 0.0  # without, identity comes out weaker after it
