@@ -228,7 +228,8 @@ def test_the_passes_of_the_identity_rehearse_the_material_in_steps_of_their_own(
     for some in (job, job._replace(material=None)):
         tool.run_pass(tmp_path, tmp_path / "x", pools, "passo 1", 50, (0.01, 0, 0), [0], some)
     with_it, without = captured
-    assert (len(with_it), len(without)) == (round(50 * (1 + tool.REHEARSED)), 50) and not by_kind(demo_chat.tokenizer, without)[0]
+    assert (len(with_it), len(without)) == (round(50 * (1 + tool.REHEARSED)), 50)
+    assert not by_kind(demo_chat.tokenizer, without)[0]
     material, rest = by_kind(demo_chat.tokenizer, with_it)
     tokens = [sum(tokens for tokens, *_ in kind) for kind in (material, rest)]
     share = tool.REHEARSED / (1 + tool.REHEARSED)
