@@ -37,7 +37,7 @@ OUTPUT = "novo"
 WORK = OUTPUT + ".work"
 JOB = ("--self-text 2000 --num-self-answers 12 --heal-steps 12 --steps-1 24 --steps-2 30 "
        "--eval-questions 12 --window 256 --batch-size 4 --checkpoint-minutes 0").split()
-UNLIKE = ("key.json", "log.json", "plan.json", "lock", "LEIA-ME.txt")  # these tell times, or how the machine was
+UNLIKE = ("key.json", "pace.json", "log.json", "plan.json", "lock", "LEIA-ME.txt")  # they tell times or the machine
 REPORTED = ("report.json", "report.png", "README.md", "self_answers.jsonl")  # written just before the result is moved
 OPERATIONS = 1500  # file operations between two kills of the fourth kind, at most; the job has some ten thousand
 
