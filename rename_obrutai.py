@@ -3897,7 +3897,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         watched = 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
         planned["3-knowledge"] = material_steps(settings, job.learnt_tokens, step) * step * train + watched + 3
         told = min(WRITTEN_TOKENS, len(material.test) * LONGEST_ANSWER)
-        planned["6-result"] += 4 * told * write + (4 + 8) * len(material.test) * length * read
+        planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
     if job.inputs.rows:
         planned |= {"3-pass-1": settings.steps_1 * times * step * train + 3,
                     "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
