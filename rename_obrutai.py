@@ -3615,7 +3615,8 @@ def publish(result: Path, settings: Settings) -> None:
 def show_scores(scores: dict[str, Scores]) -> Scores:
     """Say some answers, before and after if both are known, and all figures; the last scores."""
     *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
-    say()
+    if after.answers:
+        say()
     for i in range(0, len(after.answers), max(1, len(after.answers) // 8)):
         say(f"  {after.answers[i]['question']} ({after.answers[i]['kind']})")
         for old in before:
