@@ -2955,10 +2955,14 @@ def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = 
     return results
 
 
+def per_token(losses: list[tuple[float, int]]) -> float:
+    """Mean over all tokens of some answers, from their sums and numbers of tokens."""
+    return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+
+
 def loss_on(chat: Chat, rows: list[Row]) -> float:
     """Loss of the answers of some rows, in nats per token."""
-    losses = answer_losses(chat, [row.messages for row in rows])
-    return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+    return per_token(answer_losses(chat, [row.messages for row in rows]))
 
 
 def contexts_of(tokenizer: Tokenizer, material: Material, room: int) -> list[list[dict]]:
@@ -2994,7 +2998,7 @@ def take_material(chat: Chat, material: Material, before: list[list[dict]], labe
     alone = [len(prompt_ids(chat.tokenizer, row.messages[:-1])) for row in material.test]
     cut = [chat.tokenizer(row.answer, add_special_tokens=False)["input_ids"][:limit] for row in material.test]
     return Mastery(
-        loss=sum(loss for loss, _ in losses) / sum(count for _, count in losses),
+        loss=per_token(losses),
         chrf=chrf.CHRF().corpus_score([a.text for a in answers], [[*map(chat.tokenizer.decode, cut[:written])]]).score,
         rare=mean([len(found) / len(words) for found, words in shared]), fluency=0.0,
         ended=mean([a.ended for a in answers]),
@@ -3005,8 +3009,7 @@ def fluency_of(base: Chat, material: Material, answers: list[str]) -> float:
     """Mean log-probability of some answers to the exam's questions under the untouched base, in nats per token."""
     told = [[*row.messages[:-1], {"role": "assistant", "content": text}]
             for row, text in zip(material.test, answers) if text]
-    losses = answer_losses(base, told, with_end=False)
-    return -sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+    return -per_token(answer_losses(base, told, with_end=False))
 
 
 def recited_share(chat: Chat, talks: list[Talk], rows: list[Row]) -> float:
@@ -3025,17 +3028,17 @@ def recited_share(chat: Chat, talks: list[Talk], rows: list[Row]) -> float:
 def material_verdict(scores: dict[str, dict]) -> str:
     """What served this material best, training, looking rows up or both, by what was written (chrF)."""
     points = {name: scores[name]["chrf"] for name in WAYS}
+    # The simplest first.
     told = {"before_rows": "consultar as linhas parecidas, sem treino", "tuned": "o treino, sem consultar linhas",
             "tuned_rows": "o treino com as linhas parecidas antes da pergunta"}
     best = max(told, key=points.get)
     near = [name for name in told if points[best] - points[name] < 2]
-    simplest = next(name for name in ("before_rows", "tuned", "tuned_rows") if name in near)
     figures = ", ".join(f"{title} {decimal(points[name])}" for name, title in WAYS.items())
     if points[best] - points["before"] < 2:
         return f"Neste material, nada foi bem melhor que o modelo base (chrF: {figures})."
     if len(near) > 1:
         return (f"Neste material, quase empatam {' e '.join(told[name] for name in near)}; o mais simples é "
-                f"{told[simplest]} (chrF: {figures}).")
+                f"{told[near[0]]} (chrF: {figures}).")
     return f"Neste material, o melhor foi {told[best]} (chrF: {figures})."
 
 
