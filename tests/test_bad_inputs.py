@@ -499,6 +499,18 @@ def make(name, kind="file", content=GOOD):
     return build
 
 
+# Builder, path and what the message must have, for what no file option can read.
+NO_FILES = (
+    pytest.param(make("cano.jsonl", "fifo"), "cano.jsonl", r"cano\.jsonl", marks=posix, id="FIFO"),
+    pytest.param(make("atalho", "link", "sumiu.txt"), "atalho", "atalho", marks=posix, id="stale link"),
+    pytest.param(nothing, "/dev/null", "/dev/null", marks=posix, id="device"),
+    pytest.param(make("meu.jsonl", "locked"), "meu.jsonl", r"meu\.jsonl|permiss", marks=[posix, rights],
+                 id="no right"),
+    pytest.param(nothing, "/proc/self/mem", "/proc/self/mem|ler", marks=pytest.mark.skipif(
+        not os.path.exists("/proc/self/mem"), reason="Linux only"), id="unreadable"),
+)
+
+
 @pytest.mark.parametrize("builder, path, fragment", cases(
     ("folder", make("pasta.jsonl", "folder"), "pasta.jsonl", r"pasta\.jsonl"),
     ("misspelt", nothing, "eu.json", r"quis dizer.*eu\.jsonl"),
@@ -511,14 +523,8 @@ def make(name, kind="file", content=GOOD):
     ("pattern", nothing, "*.jsonl", r"\*\.jsonl"), ("too long a name", nothing, "x" * 300, "identi|xxx|long"),
     ("too long a path", nothing, "pasta/" * 833 + "a", "identi|long"), ("NUL", nothing, "eu\0.jsonl", "identi|NUL"),
     ("lone surrogate", nothing, "eu\udcff.jsonl", "identi|arquivo"),
-    pytest.param(make("cano.jsonl", "fifo"), "cano.jsonl", r"cano\.jsonl", marks=posix, id="FIFO"),
     pytest.param(make("volta.jsonl", "link", "volta.jsonl"), "volta.jsonl", "volta", marks=posix, id="link to itself"),
-    pytest.param(make("atalho", "link", "sumiu.txt"), "atalho", "atalho", marks=posix, id="stale link"),
-    pytest.param(nothing, "/dev/null", "/dev/null", marks=posix, id="device"),
-    pytest.param(make("meu.jsonl", "locked"), "meu.jsonl", r"meu\.jsonl|permiss", marks=[posix, rights],
-                 id="no right"),
-    pytest.param(nothing, "/proc/self/mem", "/proc/self/mem|ler", marks=pytest.mark.skipif(
-        not os.path.exists("/proc/self/mem"), reason="Linux only"), id="unreadable"),
+    *NO_FILES,
 ))
 def test_a_path_that_is_no_readable_file_is_refused(builder, path, fragment, here, no_hang, capsys):
     builder(here)

@@ -3,7 +3,6 @@ file and the row, and leaves no trace on the disk. Built as the corpus of bad id
 
 import itertools
 import json
-import os
 import re
 import shutil
 
@@ -12,7 +11,7 @@ import test_bad_inputs as corpus
 from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_inputs import Accepted, call, cases, chat, judge, listing, make, nothing, pair, posix, raw, rights, turn
+from test_bad_inputs import Accepted, call, cases, chat, judge, listing, make, nothing, pair, posix, raw, turn
 
 import rename_obrutai as tool
 
@@ -301,13 +300,7 @@ def test_rows_longer_than_the_window_are_refused_with_how_many_they_are(short, w
     ("the identity file", nothing, "eu.jsonl", "eu.jsonl.*(IDENTITY|identidade)"),
     pytest.param(lambda work: (work / "b.jsonl").symlink_to(work / "eu.jsonl"), "b.jsonl", "IDENTITY", marks=posix,
                  id="link to the identity file"),
-    pytest.param(make("cano.jsonl", "fifo"), "cano.jsonl", r"cano\.jsonl", marks=posix, id="FIFO"),
-    pytest.param(make("atalho", "link", "sumiu.txt"), "atalho", "atalho", marks=posix, id="stale link"),
-    pytest.param(nothing, "/dev/null", "/dev/null", marks=posix, id="device"),
-    pytest.param(make("meu.jsonl", "locked"), "meu.jsonl", r"meu\.jsonl|permiss", marks=[posix, rights],
-                 id="no right"),
-    pytest.param(nothing, "/proc/self/mem", "/proc/self/mem|ler", marks=pytest.mark.skipif(
-        not os.path.exists("/proc/self/mem"), reason="Linux only"), id="unreadable"),
+    *corpus.NO_FILES,
 ))
 def test_a_path_that_is_no_readable_file_is_refused(builder, path, fragment, here, no_hang, capsys):
     builder(here)
