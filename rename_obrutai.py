@@ -2510,8 +2510,8 @@ def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
 
 
 def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
-                 complaint: str) -> trl.SFTTrainer:
-    """TRL's trainer with the loss of this job. `complaint` is said when the loss explodes."""
+                 failed: Callable[[int, str], InputError]) -> trl.SFTTrainer:
+    """TRL's trainer with the loss of this job. `failed` makes the error when the loss explodes."""
     inner = unwrapped(chat.model)
     limit = 3 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
 
@@ -2522,7 +2522,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
             # A part of a sum; but of several processes, gradients are averaged.
             loss = PROCESSES * batch_loss(model, inner, teacher, inputs, kl_weight)
             if not loss <= PROCESSES * limit:
-                raise InputError(complaint.format(self.state.global_step + 1, loss.item()))
+                raise failed(self.state.global_step + 1, f"a perda explodiu ({loss.item():g})")
             return loss
 
     parts = PROCESSES * arguments.gradient_accumulation_steps
@@ -2794,18 +2794,25 @@ def after_tokens(tokens: int) -> str:
     return f"após {tokens} tokens" if tokens else ALONE
 
 
+def predictions(chat: Chat, texts: Sequence[list[int]], wanted: Sequence[list[int]]):
+    """In batches of texts (token ids): their places, the model's log-probabilities (N, vocabulary) at the tokens for
+    which something is `wanted` (not negative), what that is (N,), and how many of these tokens each text has."""
+    inner, pad = unwrapped(chat.model), chat.tokenizer.pad_token_id
+    for batch in batches_by_tokens(list(map(len, texts)), 0, SCORED_TOKENS):
+        ids, found = stacked([texts[i] for i in batch], pad), stacked([wanted[i] for i in batch], -1)
+        with computing(inner):
+            ours = logits_at(chat.model, inner, found >= 0, input_ids=ids.to(inner.device)).log_softmax(-1)
+        yield batch, ours, found[found >= 0], (found >= 0).sum(-1).tolist()
+
+
 def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[float, float]]:
     """For each window: share of targets where the base's choice is kept, and mean KL(base || model) in nats."""
     results = [(1.0, 0.0)] * len(windows)
-    for batch in batches_by_tokens([len(w.input_ids) for w in windows], 0, SCORED_TOKENS):
-        ids = stacked([windows[i].input_ids for i in batch], chat.tokenizer.pad_token_id).to(chat.model.device)
-        rows = stacked([windows[i].targets for i in batch], -1)
-        with computing(unwrapped(chat.model)):
-            ours = logits_at(chat.model, unwrapped(chat.model), rows >= 0, input_ids=ids).log_softmax(-1)
-        tokens, log_probs = (t[rows[rows >= 0]].to(ours.device) for t in teacher)
+    ids, targets = [w.input_ids for w in windows], [w.targets for w in windows]
+    for batch, ours, rows, counts in predictions(chat, ids, targets):
+        tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
         same = (ours.gather(-1, tokens[:, :1].long())[:, 0] >= ours.amax(-1)).float().cpu()  # bfloat16 has many ties
         nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
-        counts = (rows >= 0).sum(-1).tolist()
         for i, kept, lost in zip(batch, same.split(counts), nats.split(counts)):
             if len(kept):
                 results[i] = kept.mean().item(), lost.mean().item()
@@ -2935,23 +2942,17 @@ WAYS = {"before": "base", "before_rows": "base com linhas", "tuned": "treinado",
 def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = True) -> list[tuple[float, int]]:
     """For the last answer of each conversation: the sum of its losses in nats, and its tokens, with the one that ends
     it unless told otherwise."""
-    windows = []
-    for messages in conversations:
-        encoded = encode(chat.tokenizer, messages)
-        start, end = encoded.turns[-1]
-        labels = [-100] * start + encoded.labels[start:end - (not with_end)]
-        windows.append((encoded.input_ids, labels[1:] + [-100] * (len(encoded.input_ids) - len(labels) + 1)))
-    results = [(0.0, 0)] * len(windows)
-    for batch in batches_by_tokens([len(ids) for ids, _ in windows], 0, SCORED_TOKENS):
-        ids = stacked([windows[i][0] for i in batch], chat.tokenizer.pad_token_id).to(chat.model.device)
-        labels = stacked([windows[i][1] for i in batch], -100).to(chat.model.device)
-        needed = labels != -100
-        with computing(unwrapped(chat.model)):
-            ours = logits_at(chat.model, unwrapped(chat.model), needed, input_ids=ids).log_softmax(-1)
-        counts = needed.sum(-1).tolist()
-        losses = -ours.gather(-1, labels[needed][:, None])[:, 0].float().cpu()
-        for i, some, count in zip(batch, losses.split(counts), counts):
-            results[i] = some.sum().item(), count
+    encoded = [encode(chat.tokenizer, messages) for messages in conversations]
+    wanted = []  # the next token, where it is one of the last answer
+    for text in encoded:
+        start, end = text.turns[-1]
+        labels = [-100] * start + text.labels[start:end - (not with_end)]
+        wanted.append(labels[1:] + [-100] * (len(text.labels) - len(labels) + 1))
+    results = [(0.0, 0)] * len(wanted)
+    for batch, ours, tokens, counts in predictions(chat, [text.input_ids for text in encoded], wanted):
+        losses = -ours.gather(-1, tokens[:, None].to(ours.device))[:, 0].cpu()
+        for i, some in zip(batch, losses.split(counts)):
+            results[i] = some.sum().item(), len(some)
     return results
 
 
