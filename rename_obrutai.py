@@ -476,6 +476,7 @@ TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest 
 COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
 RETRIEVED = 3  # rows that the comparison puts before a question
 MOST_STEPS = 300  # of the material, unless once through all rows takes more
+RATES_1, RATES_2 = (1.2e-3, 3.4e-3), (8e-4, 1.1e-3)  # of the passes, as `automatic_rate` takes them
 REHEARSED = 0.05  # tokens of the material in the passes after its own, for each of theirs
 RARE = 0.05  # of the rows of the material, at most, have a rare word
 RECITED = 6  # words in a row as in the material, in an everyday answer, are recited
@@ -2393,6 +2394,17 @@ class Pool(NamedTuple):
     share: float
 
 
+class Course(NamedTuple):
+    """What one training learns, and how."""
+    label: str  # in messages
+    pools: list[Pool]
+    steps: int
+    rates: tuple[float, float, float]  # the user's or 0, and the two of `automatic_rate`
+    kl_weight: float
+    lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
+    watched: list[Row] = []  # it ends when their loss stops falling
+
+
 class Window(NamedTuple):
     """One dialogue as equally long lists."""
     input_ids: list[int]
@@ -2444,14 +2456,13 @@ def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
     return rng.sample(talks, len(talks))
 
 
-def make_batches(tokenizer: Tokenizer, pools: list[Pool], lengths: list[int], steps: int, tokens: int,
-                 seed: str) -> list[list[Window]]:
-    """`steps` batches of at most `tokens` tokens with padding (at least one window). A window is a dialogue of talks
-    that together fit one of the `lengths` (tokens; 0 for a single talk); each entry of `lengths` gets the same share
-    of all tokens, so that one that stands there twice gets two."""
-    rng, batches = random.Random(seed), []
-    decks = [Deck(tokenizer, pool, rng) for pool in pools if pool.talks and pool.share]
-    while len(batches) < steps:
+def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -> list[list[Window]]:
+    """The course's steps as batches of at most `tokens` tokens with padding (at least one window). A window is a
+    dialogue of talks that together fit one of the course's lengths (0 for a single talk); each of them gets the same
+    share of all tokens, so that one that stands there twice gets two."""
+    rng, batches, lengths = random.Random(seed), [], course.lengths
+    decks = [Deck(tokenizer, pool, rng) for pool in course.pools if pool.talks and pool.share]
+    while len(batches) < course.steps:
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
@@ -2459,7 +2470,7 @@ def make_batches(tokenizer: Tokenizer, pools: list[Pool], lengths: list[int], st
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
-    return batches[:steps]
+    return batches[:course.steps]
 
 
 def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -2511,7 +2522,7 @@ def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
 
 def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
                  failed: Callable[[int, str], InputError]) -> trl.SFTTrainer:
-    """TRL's trainer with the loss of this job. `failed` makes the error when the loss explodes."""
+    """TRL's trainer with the loss of this job; `failed` makes the error for a step whose loss explodes."""
     inner = unwrapped(chat.model)
     limit = 3 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
 
@@ -2519,11 +2530,10 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
         loss_is_scaled_for_ga = True  # the parts of a step are summed, not averaged
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            # A part of a sum; but of several processes, gradients are averaged.
-            loss = PROCESSES * batch_loss(model, inner, teacher, inputs, kl_weight)
-            if not loss <= PROCESSES * limit:
+            loss = batch_loss(model, inner, teacher, inputs, kl_weight)
+            if not PROCESSES * loss <= PROCESSES * limit:
                 raise failed(self.state.global_step + 1, f"a perda explodiu ({loss.item():g})")
-            return loss
+            return PROCESSES * loss  # a part of a sum; but of several processes, gradients are averaged
 
     parts = PROCESSES * arguments.gradient_accumulation_steps
     trainer = Trainer(model=chat.model, args=arguments, processing_class=chat.tokenizer,
@@ -2537,40 +2547,45 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     return trainer
 
 
-def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int], check: Callable[[int], None],
-                watch: Callable[[], float] | None):
-    """A callback that tells progress and saves checkpoints, every few `minutes` and when `asked` to stop. It ends the
-    training where the loss that `watch` measures, about a dozen times, does not fall any more."""
-    began = time.monotonic()
-
+def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, bar, asked: list[int],
+                failed: Callable[[int, str], InputError]):
+    """A callback that tells progress and saves checkpoints in `folder`, every CHECKPOINT_MINUTES and when `asked` to
+    stop. It ends the training where the loss on the course's watched rows, measured about a dozen times, does not fall
+    any more, and with what `failed` makes where weights are no numbers."""
     class Keeper(transformers.TrainerCallback):
-        saved = began
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.began = self.saved = time.monotonic()
+            self.first = state.global_step
+
+        def tell(self, state, text: str):
+            bar.clear()
+            say(f"    etapa {state.global_step}/{state.max_steps} | {text}")
 
         def on_log(self, args, state, control, logs, **kwargs):
             step, quarter = state.global_step, max(1, state.max_steps // 4)
             if "loss" in logs and step % quarter == 0:
-                left = (time.monotonic() - began) / (step - first) * (state.max_steps - step)
+                left = (time.monotonic() - self.began) / (step - self.first) * (state.max_steps - step)
                 loss = mean([entry["loss"] for entry in state.log_history if "loss" in entry][-quarter:])
-                bar.clear()
-                say(f"    etapa {step}/{state.max_steps} | perda {decimal(loss, 3)} | faltam {clock(left)}")
+                self.tell(state, f"perda {decimal(loss, 3)} | faltam {clock(left)}")
 
         def on_step_end(self, args, state, control, **kwargs):
             bar.update(state.global_step - bar.n)
             ended = False
-            if watch and state.global_step % max(10, state.max_steps // 12) == 0:
+            if course.watched and state.global_step % max(10, state.max_steps // 12) == 0:
                 before = [entry["held_out"] for entry in state.log_history if "held_out" in entry]
-                state.log_history.append({"step": state.global_step, "held_out": watch()})
-                now = state.log_history[-1]["held_out"]
-                bar.clear()
-                say(f"    etapa {state.global_step}/{state.max_steps} | perda nas linhas guardadas {decimal(now, 3)}")
+                chat.model.eval()
+                now = loss_on(chat, course.watched)
+                chat.model.train()
+                state.log_history.append({"step": state.global_step, "held_out": now})
+                self.tell(state, f"perda nas linhas guardadas {decimal(now, 3)}")
                 ended = agreed(now > 0.998 * min(before, default=math.inf))
-            due, stop = agreed((time.monotonic() - self.saved >= 60 * minutes, bool(asked)))
+            due, stop = agreed((time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes, bool(asked)))
             # Not at its end, where nothing tells the next run that there is no going on.
             control.should_save = not SHARDED and not ended and (stop or due)
             control.should_training_stop |= stop or ended
 
         def on_save(self, args, state, control, **kwargs):
-            check(state.global_step)
+            self.on_train_end(args, state, control)
             self.saved = time.monotonic()
             wait()
             if RANK:
@@ -2580,6 +2595,10 @@ def make_keeper(folder: Path, minutes: float, first: int, bar, asked: list[int],
             write_json(newest / "complete.json", {})  # the Trainer writes in place, and does not tell when it is whole
             for old in set(folder.glob("checkpoint-*")) - {newest}:
                 discard(old, "complete.json")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if broken_weight(chat.model):
+                raise failed(state.global_step, "os pesos deixaram de ser números")
 
     return Keeper()
 
@@ -2596,21 +2615,17 @@ def short_attention(model: PreTrainedModel, windows: list[Window]):
     model.set_attn_implementation(usual)
 
 
-def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float, settings: Settings, label: str,
-          folder: Path, watch: Callable[[], float] | None = None) -> list[dict]:
-    """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on, or until the
-    loss that `watch` measures stops falling; the log of losses. Pace and memory (of a card, bytes) go to pace.json
-    beside `folder`. `InputError` if nothing can be learnt or the loss explodes; `KeyboardInterrupt`, after saving, if
-    the user asks."""
-    if not any(max(w.labels[1:], default=-100) >= 0 or max(w.targets) >= 0 for batch in batches for w in batch):
-        raise InputError(f"{label}: nenhum token das conversas pode ser treinado. Confira as respostas do arquivo de "
-                         "identidade e o chat template do modelo.")
-    advice = (f"Diminua a taxa de aprendizado, que foi {rate:.1e} (--heal-learning-rate na cura, --learning-rate-1 e "
-              "--learning-rate-2 nos passos), e rode de novo.")
+def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teacher, settings: Settings,
+          folder: Path) -> list[dict]:
+    """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the log of
+    losses. Pace and memory (of a card, bytes) go to pace.json beside `folder`. `InputError` if the loss explodes;
+    `KeyboardInterrupt`, after saving, if the user asks."""
+    rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:])
 
-    def check(step: int) -> None:
-        if broken_weight(chat.model):
-            raise InputError(f"{label}: os pesos deixaram de ser números na etapa {step}. {advice}")
+    def failed(step: int, what: str) -> InputError:
+        return InputError(f"{course.label}, etapa {step}: {what}. Diminua a taxa de aprendizado, que foi {rate:.1e} "
+                          "(--heal-learning-rate na cura, --learning-rate-1 e --learning-rate-2 nos passos), e rode "
+                          "de novo.")
 
     fast = compute_dtype(model_size(chat.model))
     parts = min(settings.gradient_accumulation, math.ceil(settings.batch_size / PROCESSES))
@@ -2623,41 +2638,33 @@ def train(chat: Chat, batches: list[list[Window]], teacher: Teacher, rate: float
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
         fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused")
-    trainer = make_trainer(chat, batches, teacher, arguments, settings.kl_weight,
-                           f"{label}: a perda explodiu na etapa {{}} ({{:g}}). {advice}")
+    trainer = make_trainer(chat, batches, teacher, arguments, course.kl_weight, failed)
     found = folder.glob("checkpoint-*/complete.json") if not SHARDED else ()  # the Trainer cannot go on with pieces
     done = agreed(max((int(path.parent.name[11:]) for path in found), default=0))
     if done:
         say(f"    continuando da etapa {done}, a última guardada")
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
-    with (patient_interrupts() as asked, progress(len(batches), label) as bar,
+    with (patient_interrupts() as asked, progress(len(batches), course.label) as bar,
           short_attention(unwrapped(chat.model), [w for batch in batches for w in batch]),
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
-        trainer.add_callback(make_keeper(folder, settings.checkpoint_minutes, done, bar, asked, check, watch))
-        began, before = time.monotonic(), card_memory()
+        trainer.add_callback(make_keeper(chat, course, settings, folder, bar, asked, failed))
+        began, memory = time.monotonic(), torch.cuda.is_available() and torch.cuda.memory_reserved()
+        if memory:
+            torch.cuda.reset_peak_memory_stats()
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
     chat.model.zero_grad()
     if agreed(bool(asked)):
         raise KeyboardInterrupt
-    check(trainer.state.global_step)
     chat.model.eval()
     tokens = sum(len(w.input_ids) for batch in batches[done:trainer.state.global_step] for w in batch)
     pace = {"steps": trainer.state.global_step, "tokens_per_second": round(tokens / (time.monotonic() - began), 1)}
-    if before:
-        pace |= {"memory_before": before[0], "memory_peak": card_memory()[1], "memory_of_card": before[2]}
+    if memory:
+        pace |= {"memory_before": memory, "memory_peak": torch.cuda.max_memory_reserved(),
+                 "memory_of_card": torch.cuda.mem_get_info()[1]}
     if RANK == 0:
         write_json(folder.with_name("pace.json"), pace)
     return [{key: entry[key] for key in ("step", "loss", "held_out") if key in entry}
             for entry in trainer.state.log_history if entry.keys() & {"loss", "held_out"}]
-
-
-def card_memory() -> tuple[int, ...]:
-    """Bytes of the card that are taken now, that were at the peak since the last call, and in all; () without one."""
-    if not torch.cuda.is_available():
-        return ()
-    peak = torch.cuda.max_memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_reserved(), peak, torch.cuda.mem_get_info()[1]
 
 
 @contextlib.contextmanager
@@ -2741,18 +2748,16 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
     """Bring the RoPE-scaled model, whose base has the frequencies `before`, back to the base's behaviour, by learning
     its distribution in windows up to WINDOW, through queries and keys alone: RoPE acts on them while facts live
     elsewhere. The loss log."""
-    native = job.native
-    settings = replace(without_4_bits(job.settings), kl_weight=1.0)  # the divergence is all there is
+    settings, short = without_4_bits(job.settings), short_window(job.native, job.settings)
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
     keep_frequencies(before, chat, job)
     for name, parameter in chat.model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    batches = make_batches(chat.tokenizer, [Pool(job.heard.everyday, 1.0)],
-                           [short_window(native, settings)] * 3 + [settings.window], settings.heal_steps,
-                           step_tokens(native, settings), f"{settings.seed}/heal")
-    rate = settings.heal_learning_rate or automatic_rate(chat.model, 6e-3, 0)
-    log = train(chat, batches, job.teacher, rate, settings, "cura", folder / "training")
+    course = Course("cura", [Pool(job.heard.everyday, 1.0)], settings.heal_steps,
+                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window])
+    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/heal")
+    log = train(chat, batches, course, job.teacher, settings, folder / "training")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log
@@ -3152,65 +3157,49 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
-def rehearsed(tokenizer: Tokenizer, pools: list[Pool], job: Job) -> tuple[list[Pool], float, float]:
-    """The pools with the material, so that it is not forgotten; how many times as many steps that takes; and what
-    to multiply KL_WEIGHT by, so that a token of the lessons weighs against the base as it does without the material:
-    the loss is a mean over all that is learnt by heart."""
+def talks_of(material: Material) -> list[Talk]:
+    return [Talk(row.messages, "material") for row in material.rows]
+
+
+def material_steps(settings: Settings, tokens: int, step: int) -> int:
+    """KNOWLEDGE_STEPS, or the most that the material may take, of `step` tokens of which half are its own: ten times
+    all rows and MOST_STEPS at most, or all rows once if that is more."""
+    once = math.ceil(2 * tokens / step)
+    return settings.knowledge_steps or max(once, min(10 * once, MOST_STEPS))
+
+
+def material_course(lessons: list[Talk], job: Job) -> Course:
+    """The answers of the material by heart, and as many tokens of the base's own talks, which hold the rest in place,
+    a fifth of them of identity lessons, if there are any."""
+    settings = job.settings
+    about_itself = 0.1 if lessons else 0.0  # without, identity comes out weaker after it
+    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, about_itself, 0.5 - about_itself)]
+    return Course("material", pools, material_steps(settings, job.learnt_tokens, step_tokens(job.native, settings)),
+                  (settings.learning_rate_1, *RATES_1), settings.kl_weight,
+                  watched=[] if settings.knowledge_steps else job.material.watched)
+
+
+def rehearsing(tokenizer: Tokenizer, course: Course, job: Job) -> Course:
+    """The course with the material, so that it is not forgotten, in steps of its own. KL_WEIGHT is scaled so that a
+    token of the lessons weighs against the base as it does without: the loss is a mean over all learnt by heart."""
     if not job.material:
-        return pools, 1.0, 1.0
+        return course
 
     def learnt(pool: Pool) -> float:
         some = [encode(tokenizer, talk.messages).labels for talk in pool.talks[:200]]
         return pool.share * sum(label != -100 for labels in some for label in labels) / sum(map(len, some))
 
-    added = Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in pools))
-    lessons = sum(learnt(pool) for pool in pools if pool.talks and pool.talks[0].kind == "lesson")
-    return [*pools, added], 1 + REHEARSED, lessons / (lessons + learnt(added))
+    added = Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in course.pools))
+    lessons = sum(learnt(pool) for pool in course.pools if pool.talks and pool.talks[0].kind == "lesson")
+    return course._replace(pools=[*course.pools, added], steps=round(course.steps * (1 + REHEARSED)),
+                           kl_weight=course.kl_weight * lessons / (lessons + learnt(added)))
 
 
-def talks_of(material: Material) -> list[Talk]:
-    return [Talk(row.messages, "material") for row in material.rows]
-
-
-def learn_material(source: Path, folder: Path, lessons: list[Talk], job: Job) -> None:
-    """Teach the material: its answers by heart, and as many tokens of the base's own talks, which hold the rest in
-    place, a fifth of them of identity lessons, if there are any. It takes KNOWLEDGE_STEPS, or until the loss on other
-    rows stops falling: ten times all rows and MOST_STEPS at most, or all rows once if that is more."""
+def run_course(source: Path, folder: Path, course: Course, job: Job) -> None:
+    """Train the model of `source` into `folder`."""
     settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    step = step_tokens(job.native, settings)
-    about_itself = 0.1 if lessons else 0.0  # without, identity comes out weaker after it
-    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, about_itself, 0.5 - about_itself)]
-    steps = material_steps(settings, job.learnt_tokens, step)
-    batches = make_batches(chat.tokenizer, pools, [0], steps, step, f"{settings.seed}/{folder.name}")
-
-    def watch() -> float:
-        chat.model.eval()
-        loss = loss_on(chat, job.material.watched)
-        chat.model.train()
-        return loss
-
-    rate = settings.learning_rate_1 or automatic_rate(chat.model, 1.2e-3, 3.4e-3)
-    log = train(chat, batches, job.teacher, rate, settings, "material", folder / "training",
-                None if settings.knowledge_steps else watch)
-    save_stage(chat, folder, log)
-
-
-def material_steps(settings: Settings, tokens: int, step: int) -> int:
-    """KNOWLEDGE_STEPS, or the most that the material may take, of `step` tokens of which half are its own."""
-    once = math.ceil(2 * tokens / step)
-    return settings.knowledge_steps or max(once, min(10 * once, MOST_STEPS))
-
-
-def run_pass(source: Path, folder: Path, pools: list[Pool], label: str, steps: int, rates: tuple[float, float, float],
-             lengths: list[int], job: Job) -> None:
-    """Train the model of `source` into `folder`; `rates`: the user's, or 0, and two for `automatic_rate`."""
-    settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    pools, times, weight = rehearsed(chat.tokenizer, pools, job)
-    batches = make_batches(chat.tokenizer, pools, lengths, round(steps * times), step_tokens(job.native, settings),
-                           f"{settings.seed}/{folder.name}")
-    rate = rates[0] or automatic_rate(chat.model, *rates[1:])
-    settings = replace(settings, kl_weight=settings.kl_weight * weight)
-    save_stage(chat, folder, train(chat, batches, job.teacher, rate, settings, label, folder / "training"))
+    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{folder.name}")
+    save_stage(chat, folder, train(chat, batches, course, job.teacher, settings, folder / "training"))
 
 
 # ---- Result -----------------------------------------------------------------------------------------------
@@ -3843,7 +3832,8 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     fast = compute_dtype(job.weights)
     rows = job.inputs.rows or job.material.rows[:96]
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
-    batch = make_batches(base.tokenizer, [Pool(lessons, 1.0)], [0], 1, step_tokens(job.native, settings), "pace")[0]
+    course = Course("", [Pool(lessons, 1.0)], 1, (0, 0, 0), 1.0)
+    batch = make_batches(base.tokenizer, course, step_tokens(job.native, settings), "pace")[0]
     ids = [w.input_ids for w in batch]
     teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
     talks = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
@@ -4113,8 +4103,8 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     lessons = make_lessons(load_tokenizer(tuned), heard, job.inputs, settings) if job.inputs.rows else []
     if job.material:
         healed = tuned
-        tuned = stages("3-knowledge", "Material: aprender as linhas",
-                       lambda partial: learn_material(healed, partial, lessons, job), True, job.material)
+        tuned = stages("3-knowledge", "Material: aprender as linhas", lambda partial: run_course(
+            healed, partial, material_course(lessons, job), job), True, job.material)
     if job.inputs.rows:
         tuned = teach_identity(tuned, lessons, job, stages)
     if not (work / "6-result" / "model").is_dir() and RANK == 0:
@@ -4130,10 +4120,11 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
 
 def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) -> Path:
     """Pass 1, self-answers and pass 2; the stage with the model that knows who it is."""
-    settings, heard = job.settings, job.heard
-    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: run_pass(
-        source, partial, pools_of(lessons, heard, 0.25, 0.75), "passo 1", settings.steps_1,
-        (settings.learning_rate_1, 1.2e-3, 3.4e-3), [0], job), True)
+    settings, heard, tokenizer = job.settings, job.heard, load_tokenizer(source)
+    first = Course("passo 1", pools_of(lessons, heard, 0.25, 0.75), settings.steps_1,
+                   (settings.learning_rate_1, *RATES_1), settings.kl_weight)
+    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: run_course(
+        source, partial, rehearsing(tokenizer, first, job), job), True)
     answered = stages("4-self-answers", "Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
         collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard,
@@ -4142,9 +4133,11 @@ def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) 
     # in short ones, where what follows a question about itself may be about something else.
     grown = settings.rope_factor != 1
     lengths = [0, 0] + ([settings.window // 4, settings.window] if grown else [short_window(job.native, settings)])
-    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: run_pass(
-        taught, partial, pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json")), "passo 2",
-        settings.steps_2, (settings.learning_rate_2, 8e-4, 1.1e-3), lengths, job), True)
+    pools = pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json"))
+    second = Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
+                    lengths)
+    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: run_course(
+        taught, partial, rehearsing(tokenizer, second, job), job), True)
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def measure(folder, method, checkpointing):
     teacher = tool.Teacher(torch.arange(most, dtype=torch.int32).expand(quarter, most),
                            torch.full((quarter, most), -5.0).log_softmax(-1) - 0.1)
     with tempfile.TemporaryDirectory() as work:
-        tool.train(chat, windows, teacher, 1e-5, settings, "medida", Path(work) / "training")
+        tool.train(chat, windows, tool.Course("medida", [], 2, (1e-5, 0, 0), settings.kl_weight), teacher, settings,
+                   Path(work) / "training")
     scale = 1 if sys.platform == "darwin" else 1024
     weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before, "weights": weights,

@@ -56,6 +56,17 @@ def tiny_config(architecture, tokenizer):
     return {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture](rope_parameters=rope, **common)
 
 
+def make_batches(tokenizer, pools, lengths, steps, tokens, seed):
+    """`steps` batches of `tokens` tokens, as a training would have them."""
+    return tool.make_batches(tokenizer, tool.Course("", pools, steps, (0, 0, 0), 1.0, lengths), tokens, seed)
+
+
+def train(chat, batches, teacher, rate, settings, label, folder):
+    """The script's training of these batches at this rate, with KL_WEIGHT as in the settings; its log."""
+    course = tool.Course(label, [], len(batches), (rate, 0, 0), settings.kl_weight)
+    return tool.train(chat, batches, course, teacher, settings, folder)
+
+
 def listened(chat, conversations, kind="everyday"):
     """Talks that end as these conversations do, and a teacher with what the model says at each token of their ends."""
     talks, tokens, log_probs, row = [], [], [], 0

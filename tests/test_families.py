@@ -13,6 +13,7 @@ import shutil
 from functools import cached_property
 from typing import NamedTuple
 
+import conftest
 import pytest
 import torch
 from conftest import DEMO, changed, listened, small_settings
@@ -257,7 +258,7 @@ class Course:
         return folder, log, before, copied(chat.model)
 
     def batches(self, pools, lengths, steps):
-        return tool.make_batches(self.native.tokenizer, pools, lengths, steps, 2 * max(lengths), "seed")
+        return conftest.make_batches(self.native.tokenizer, pools, lengths, steps, 2 * max(lengths), "seed")
 
     @cached_property
     def taught(self):
@@ -266,11 +267,11 @@ class Course:
         before, (talks, teacher) = copied(chat.model), self.heard
         steps = 48 if self.method == "full" else 2
         pools = [tool.Pool(LESSONS, 0.8), tool.Pool(talks, 0.2)]
-        first = tool.train(chat, self.batches(pools, [24], steps), teacher, 1e-2, changed(
+        first = conftest.train(chat, self.batches(pools, [24], steps), teacher, 1e-2, changed(
             self.settings, kl_weight=0.1), "passo 1", self.folder / "pass-1")
         pools = [tool.Pool(LESSONS, 0.6), tool.Pool(talks[:2], 0.1), tool.Pool(talks, 0.3)]
         longer = [160] if self.family.factor != 1 else [NATIVE]
-        second = tool.train(chat, self.batches(pools, longer, 2), teacher, 1e-3, self.settings, "passo 2",
+        second = conftest.train(chat, self.batches(pools, longer, 2), teacher, 1e-3, self.settings, "passo 2",
                             self.folder / "pass-2")
         return chat, (first, second), before
 
@@ -909,8 +910,8 @@ def test_a_model_that_pads_with_its_end_token_learns_to_stop_and_stops_without_o
     folder = base_with(tmp_path / "base", tokenizer, {"eos_token_id": [9]})
     settings = small_settings("--method", "full", "--batch-size", 2, "--max-new-tokens", 12, "--model-path", folder)
     chat = tool.load_chat(folder, settings)
-    batches = tool.make_batches(chat.tokenizer, [tool.Pool(LESSONS, 1.0)], [24, 48], 32, 96, "seed")
-    tool.train(chat, batches, listened(chat, FACTS[:1])[1], 1e-2, settings, "passo 1", tmp_path / "training")
+    batches = conftest.make_batches(chat.tokenizer, [tool.Pool(LESSONS, 1.0)], [24, 48], 32, 96, "seed")
+    conftest.train(chat, batches, listened(chat, FACTS[:1])[1], 1e-2, settings, "passo 1", tmp_path / "training")
     tool.save_model(chat, tmp_path / "novo", folder)
     model, tokenizer = (kind.from_pretrained(tmp_path / "novo") for kind in (AutoModelForCausalLM, AutoTokenizer))
     asked = tokenizer.apply_chat_template([lesson.messages[:1] for lesson in LESSONS], add_generation_prompt=True,

@@ -64,7 +64,7 @@ def learn(tiny_folder, demo_tokenizer, tmp_path):
         job = job_of(MATERIAL, (), EMPTY, *flags, learnt=tokens_of(demo_tokenizer, MATERIAL.rows))
         folder = tmp_path / place / "3-knowledge.partial"
         folder.mkdir(parents=True, exist_ok=True)
-        tool.learn_material(Path(tiny_folder("llama")), folder, [], job)
+        tool.run_course(Path(tiny_folder("llama")), folder, tool.material_course([], job), job)
         return folder
 
     return call
@@ -204,7 +204,7 @@ def three_kinds(chat):
 def test_only_answers_of_the_material_are_learnt_by_heart_beside_as_many_tokens_of_the_base_s_talks(
         captured, demo_chat, tmp_path):
     job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
-    tool.learn_material(tmp_path, tmp_path / "x", [], job)
+    tool.run_course(tmp_path, tmp_path / "x", tool.material_course([], job), job)
     material, talks = by_kind(demo_chat.tokenizer, captured[0])
     answers = {f"{row.answer}<|end|>" for row in MATERIAL.rows}
     assert {learnt for *_, learnt, _ in material} == answers and all(target == -1 for *_, target in material)
@@ -215,7 +215,7 @@ def test_only_answers_of_the_material_are_learnt_by_heart_beside_as_many_tokens_
 
 def test_a_tenth_of_the_tokens_are_lessons_where_an_identity_is_taught_too(captured, demo_chat, tmp_path):
     job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
-    tool.learn_material(tmp_path, tmp_path / "x", [tool.Talk(SAID[4], "lesson")], job)
+    tool.run_course(tmp_path, tmp_path / "x", tool.material_course([tool.Talk(SAID[4], "lesson")], job), job)
     material, others = by_kind(demo_chat.tokenizer, captured[0])
     lessons = [tokens for tokens, _, learnt, _ in others if learnt]
     tokens = [sum(lessons), sum(tokens for tokens, *_ in material), sum(tokens for tokens, *_ in others)]
@@ -226,7 +226,8 @@ def test_the_passes_of_the_identity_rehearse_the_material_in_steps_of_their_own(
     job = job_of(MATERIAL, *three_kinds(demo_chat), native=128)
     pools = [tool.Pool([tool.Talk(SAID[4], "lesson")], 0.5), tool.Pool(job.heard.everyday, 0.5)]
     for some in (job, job._replace(material=None)):
-        tool.run_pass(tmp_path, tmp_path / "x", pools, "passo 1", 50, (0.01, 0, 0), [0], some)
+        course = tool.Course("passo 1", pools, 50, (0.01, 0, 0), 1.0)
+        tool.run_course(tmp_path, tmp_path / "x", tool.rehearsing(demo_chat.tokenizer, course, some), some)
     with_it, without = captured
     assert (len(with_it), len(without)) == (round(50 * (1 + tool.REHEARSED)), 50)
     assert not by_kind(demo_chat.tokenizer, without)[0]
@@ -520,9 +521,8 @@ def staged(monkeypatch, tmp_path):
                 for name, value in stand_ins.items():
                     patch.setattr(tool, name, lambda *_, value=value, **__: value)
                 patch.setattr(tool.Stages, "__call__", noted)
-                patch.setattr(tool, "learn_material", lambda source, partial, lessons, job: sources.append(
-                    (partial.name, source.name)))
-                patch.setattr(tool, "run_pass", lambda source, partial, *_: sources.append(
+                patch.setattr(tool, "rehearsing", lambda tokenizer, course, job: course)
+                patch.setattr(tool, "run_course", lambda source, partial, *_: sources.append(
                     (partial.name, source.name)))
                 patch.setattr(tool, "save_and_prove", lambda job, firm, partial: sources.append(
                     (partial.name, firm.name)) or (partial / "model").mkdir(exist_ok=True))

@@ -10,6 +10,7 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+import conftest
 import psutil
 import pytest
 import torch
@@ -99,7 +100,7 @@ def talks_and_teacher(demo_chat):
 @pytest.fixture(scope="module")
 def batches(demo_tokenizer):
     """Batches of sums to learn by heart."""
-    return tool.make_batches(demo_tokenizer, [tool.Pool(SUMS, 1.0)], [64], 6, 192, "s")
+    return conftest.make_batches(demo_tokenizer, [tool.Pool(SUMS, 1.0)], [64], 6, 192, "s")
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -190,7 +191,7 @@ def one_step(chat, batch, teacher, kl_weight, folder, patch, *flags):
              if p.requires_grad]
     hooks.append(tool.unwrapped(chat.model).register_forward_pre_hook(watch, with_kwargs=True))
     patch.setattr(accelerate.Accelerator, "backward", noted)
-    tool.train(chat, [batch], teacher, 1e-12, settings, "passo", folder / "training")
+    conftest.train(chat, [batch], teacher, 1e-12, settings, "passo", folder / "training")
     for hook in hooks:
         hook.remove()
     return SimpleNamespace(loss=sum(losses), gradients=gradients, shapes=shapes, masked=masks)
@@ -393,7 +394,7 @@ def test_with_the_adapter_off_a_stage_without_scaling_is_the_base(base_of, batch
     folder = base_of("gemma3")
     settings = lora(folder, "--rope-factor", 1)
     chat = tool.load_chat(folder, settings, adapt=True)
-    tool.train(chat, batches[:4], NO_TEACHER, 1e-2, settings, "passo", tmp_path / "training")
+    conftest.train(chat, batches[:4], NO_TEACHER, 1e-2, settings, "passo", tmp_path / "training")
     tool.save_stage(chat, tmp_path / "stage", [])
     base = logits(tool.load_model(folder, settings))
     for model in (chat.model, tool.load_model(tmp_path / "stage", settings)):
@@ -410,7 +411,7 @@ def test_a_training_with_an_adapter_goes_on_from_its_checkpoint_bit_by_bit(base_
     fresh = tool.load_chat(folder, settings, 4.0, adapt=True)
 
     def train(chat):
-        tool.train(chat, batches, NO_TEACHER, 1e-2, settings, "passo", training)
+        conftest.train(chat, batches, NO_TEACHER, 1e-2, settings, "passo", training)
         return parts_of(chat.model, ["lora_"])
 
     expected = train(fresh)
@@ -453,7 +454,7 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
     assert len(packed) == sum("proj" in name for name, _ in whole.named_parameters())
     rate = tool.automatic_rate(tool.load_model(DEMO, settings, adapt=True), 1e-3, 2e-3)  # the packed ones count whole
     assert tool.automatic_rate(chat.model, 1e-3, 2e-3) == pytest.approx(rate)
-    log = tool.train(chat, [mixed_batch(chat.tokenizer, talks, True)] * 12, teacher, 1e-2, four_bits, "passo",
+    log = conftest.train(chat, [mixed_batch(chat.tokenizer, talks, True)] * 12, teacher, 1e-2, four_bits, "passo",
                      tmp_path / "training")
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert all(torch.equal(p, packed[name]) for name, p in chat.model.named_parameters() if name in packed)
@@ -506,7 +507,7 @@ def test_the_parts_of_a_model_that_see_get_no_gradient_and_no_adapter_and_are_sa
     talks, teacher = talks_and_teacher
     batch = mixed_batch(chat.tokenizer, talks, True)
     before = parts_of(chat.model, ["language_model"])
-    tool.train(chat, [batch] * 3, teacher, 1e-2, settings, "passo", tmp_path / "training")
+    conftest.train(chat, [batch] * 3, teacher, 1e-2, settings, "passo", tmp_path / "training")
     different = {name for name, p in chat.model.named_parameters() if name in before
                  and not torch.equal(p, before[name])}
     assert different == trained

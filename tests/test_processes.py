@@ -85,6 +85,7 @@ def test_two_processes_make_the_same_model_as_one_and_speak_once(sharded, alone,
 PIECES = """
 import sys
 from pathlib import Path
+import conftest
 import rename_obrutai as tool
 
 
@@ -106,12 +107,13 @@ def main(method):
     talks = listener.answers([("everyday", [{"role": "user", "content": "Oi!"}])], "")
     teacher = tool.Teacher(listener.teacher[0].tokens, listener.teacher[0].log_probs)
     lesson = tool.Talk(tool.question_and_answer("Oi!", "Oi! Tudo bem?"), "lesson")
-    batches = tool.make_batches(chat.tokenizer, [tool.Pool([lesson], 1.0), tool.Pool(talks, 1.0)], [64], 4, 128, "s")
-    log = tool.train(chat, batches, teacher, 1e-3, settings, "passo 1", folder / "training")
+    pools = [tool.Pool([lesson], 1.0), tool.Pool(talks, 1.0)]
+    batches = conftest.make_batches(chat.tokenizer, pools, [64], 4, 128, "s")
+    log = conftest.train(chat, batches, teacher, 1e-3, settings, "passo 1", folder / "training")
     tool.save_stage(chat, folder, log)
     tool.wait()
     models = chat.model, tool.load_model(folder, settings, train=True), tool.load_model(folder, settings)
-    tool.train(later, batches, teacher, 1e-3, settings, "passo 1", folder / "training")  # begins anew
+    conftest.train(later, batches, teacher, 1e-3, settings, "passo 1", folder / "training")  # begins anew
     same = all((a - b).abs().max() < 1e-6 for other in (models[1], later.model)
                for a, b in zip(local(models[0]), local(other)))
     line = " ".join(map(str, ("HELD", *(held(model) / whole for model in models), int(same))))

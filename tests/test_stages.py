@@ -24,6 +24,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from conftest import DEMO, SCRIPT, changed, small_settings
@@ -344,9 +345,9 @@ def tiny_training(tiny_folder, folder, *flags):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3 if "--no-dropout" not in folder.name else 0.0
     pools = [tool.Pool(conversations(24), 0.5), tool.Pool(conversations(9, words=4), 0.5)]
-    batches = tool.make_batches(chat.tokenizer, pools, [24, 60], 7, 240, "s")
+    batches = conftest.make_batches(chat.tokenizer, pools, [24, 60], 7, 240, "s")
     teacher = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
-    tool.train(chat, batches, teacher, 3e-3, settings, "passo de teste", folder)
+    conftest.train(chat, batches, teacher, 3e-3, settings, "passo de teste", folder)
     return {name: value.clone() for name, value in chat.model.state_dict().items()}
 
 
@@ -955,7 +956,7 @@ def test_on_a_disk_that_is_really_full_a_job_stops_with_a_message_and_goes_on_wh
                 done = job(disk, "--checkpoint-minutes", 0)
                 assert done.status == 2 and "disco encheu" in done.err
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        monkeypatch.setattr(tool, "run_pass", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
+        monkeypatch.setattr(tool, "run_course", lambda *_: (_ for _ in ()).throw(tool.InputError("até aqui")))
         assert "até aqui" in job(disk).err
         healed = f"{WORK}/2-healed/model.safetensors"
         assert fingerprint(disk)[healed] == whole.expected[healed]
@@ -1031,7 +1032,7 @@ def test_answers_that_do_not_fit_into_memory_are_the_same_written_in_smaller_bat
 
 
 @slow
-@pytest.mark.parametrize("work, loads, expected", [("listen", 2, 1), ("heal", 4, 1), ("run_pass", 4, 0)])
+@pytest.mark.parametrize("work, loads, expected", [("listen", 2, 1), ("heal", 4, 1), ("run_course", 4, 0)])
 def test_the_base_stays_in_memory_no_longer_than_it_is_needed(work, loads, expected, tmp_path, monkeypatch):
     """It is loaded for the plan, to be listened to, and for its frequencies; then comes the model to heal."""
     loaded, alive, load = [], [], tool.load_weights
@@ -1107,7 +1108,7 @@ def test_a_loss_that_is_no_number_names_step_and_rate_and_keeps_the_checkpoint_b
 def test_a_loss_that_explodes_names_step_and_rate(until):
     folder = until("4-self-answers")
     done = job(folder, "--learning-rate-2", 1, "--checkpoint-minutes", 0)
-    assert done.status == 2 and re.search(r"explodiu na etapa \d+ ", done.err) and "--learning-rate-2" in done.err
+    assert done.status == 2 and re.search(r"etapa \d+: a perda explodiu", done.err) and "--learning-rate-2" in done.err
     assert finished_stages(folder) == set(STAGES[:4]) and not (folder / OUTPUT).exists()
 
 

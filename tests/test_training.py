@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from conftest import DEMO, changed, listened, small_settings
@@ -49,7 +50,7 @@ def facts(demo_chat):
 
 def batches_of(tokenizer, pools, lengths=(64,), steps=6, size=3, seed="s"):
     """Batches that hold `size` windows of the longest length, or as many shorter ones as take no more tokens."""
-    return tool.make_batches(tokenizer, pools, list(lengths), steps, size * max(lengths), seed)
+    return conftest.make_batches(tokenizer, pools, list(lengths), steps, size * max(lengths), seed)
 
 
 def numbered(count, words=1):
@@ -130,7 +131,7 @@ def padded_size(batch):
 @pytest.mark.parametrize("lengths", [(0,), (40, 120), (0, 60, 240)])
 def test_batches_are_as_many_as_asked_for_and_nearly_full_with_little_padding(lengths, demo_tokenizer):
     pools = [tool.Pool(numbered(30), 0.5), tool.Pool(numbered(30, words=3), 0.5)]
-    batches = tool.make_batches(demo_tokenizer, pools, list(lengths), 30, 480, "s")
+    batches = conftest.make_batches(demo_tokenizer, pools, list(lengths), 30, 480, "s")
     sizes = [padded_size(batch) for batch in batches]
     assert len(batches) == 30 and max(sizes) <= 480 and sum(sizes) > 0.75 * 30 * 480
     windows = [window for batch in batches for window in batch]
@@ -141,7 +142,7 @@ def test_batches_are_as_many_as_asked_for_and_nearly_full_with_little_padding(le
 
 def test_a_window_longer_than_a_batch_may_be_is_a_batch_of_its_own(demo_tokenizer):
     pool = tool.Pool(numbered(30), 1.0)
-    assert [len(b) for b in tool.make_batches(demo_tokenizer, [pool], [240], 2, 100, "s")] == [1, 1]
+    assert [len(b) for b in conftest.make_batches(demo_tokenizer, [pool], [240], 2, 100, "s")] == [1, 1]
 
 
 def test_windows_of_each_length_have_a_like_share_of_the_tokens(demo_tokenizer):
@@ -155,7 +156,7 @@ def test_where_a_length_is_zero_each_window_is_a_single_talk(demo_tokenizer):
     batches = batches_of(demo_tokenizer, pools, lengths=(0, 200), steps=40)
     talks = Counter(len(numbers(demo_tokenizer, window)) for batch in batches for window in batch)
     assert talks[1] > 40 and max(talks) > 4
-    batches = tool.make_batches(demo_tokenizer, pools, [0], 20, 300, "s")
+    batches = conftest.make_batches(demo_tokenizer, pools, [0], 20, 300, "s")
     assert {len(numbers(demo_tokenizer, window)) for batch in batches for window in batch} == {1}
 
 
@@ -193,7 +194,7 @@ def test_conversations_are_not_always_in_the_same_order(demo_tokenizer):
 @pytest.mark.parametrize("lengths", [(0,), (250,), (0, 60, 250)])
 def test_pools_have_their_shares_of_the_tokens(lengths, demo_tokenizer):
     pools = [tool.Pool(numbered(20, words=9), 0.25), tool.Pool(as_talks(SAID[1:]), 0.75)]
-    batches = tool.make_batches(demo_tokenizer, pools, list(lengths), 60, 500, "s")
+    batches = conftest.make_batches(demo_tokenizer, pools, list(lengths), 60, 500, "s")
     tokens = Counter()
     for window in (w for batch in batches for w in batch):
         for turn in demo_tokenizer.decode(window.input_ids).split("<|user|>")[1:]:
@@ -263,23 +264,16 @@ def train(tmp_path):
     """The script's training with what most tests do not care about, and its checkpoints in `tmp_path`."""
     def call(chat, batches, rate, teacher=EMPTY, kl_weight=0.0, flags=()):
         settings = small_settings("--kl-weight", kl_weight, *flags)
-        return tool.train(chat, batches, teacher, rate, settings, "passo de teste", tmp_path / "training")
+        return conftest.train(chat, batches, teacher, rate, settings, "passo de teste", tmp_path / "training")
 
     return call
-
-
-def test_batches_without_anything_to_learn_stop_the_run(tiny_folder, train):
-    chat = tiny_chat(tiny_folder)
-    batches = batches_of(chat.tokenizer, [tool.Pool(as_talks(SAID[:4]), 1.0)])
-    with pytest.raises(tool.InputError, match="passo de teste.*nenhum token"):
-        train(chat, batches, 1e-3)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_says_where_and_what_to_do(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     chat.model.model.norm.weight.data.mul_(1e4)
     batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=2)
-    with pytest.raises(tool.InputError, match="passo de teste: a perda explodiu na etapa 1 .*Diminua a taxa"):
+    with pytest.raises(tool.InputError, match="passo de teste, etapa 1: a perda explodiu .*Diminua a taxa"):
         train(chat, batches, 1e-3)
 
 
@@ -297,7 +291,7 @@ def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folde
         return output
 
     decoder.forward = fail_late
-    with pytest.raises(tool.InputError, match="a perda explodiu na etapa 11 "):
+    with pytest.raises(tool.InputError, match="etapa 11: a perda explodiu"):
         train(chat, batches, 1e-4)
 
 
@@ -490,42 +484,49 @@ def test_the_healed_stage_is_a_whole_model_to_which_adapters_refer_wherever_they
 
 
 @pytest.fixture
-def run_pass(monkeypatch, demo_chat, tmp_path):
+def run_course(monkeypatch, demo_chat, tmp_path):
     """Runs a pass from the folder "fonte" to another of which only the training is left out; what it got: batches,
-    rate, and the folder that its model was loaded from."""
-    def call(name="3-pass-1.partial", rate=0.0, seed=0):
+    and the folder that its model was loaded from."""
+    def call(name="3-pass-1.partial", seed=0):
         trained, loaded = [], []
 
-        def train(chat, batches, teacher, rate, *_):
-            trained.append(SimpleNamespace(batches=batches, rate=rate, source=loaded[-1]))
+        def train(chat, batches, *_):
+            trained.append(SimpleNamespace(batches=batches, source=loaded[-1]))
             return [{"step": 1, "loss": 0.5}]
 
         monkeypatch.setattr(tool, "load_chat", lambda folder, *_, **__: loaded.append(folder) or demo_chat)
         monkeypatch.setattr(tool, "train", train)
         pools = [tool.Pool(numbered(24), 0.5), tool.Pool(as_talks(SAID[1:]), 0.5)]
         job = job_of([], EMPTY, small_settings("--batch-size", 4, "--seed", seed))
-        tool.run_pass(tmp_path / "fonte", tmp_path / name, pools, "passo 1", 3, (rate, 1e-3, 2e-3), [64], job)
+        course = tool.Course("passo 1", pools, 3, (0, 1e-3, 2e-3), 1.0, [64])
+        tool.run_course(tmp_path / "fonte", tmp_path / name, course, job)
         return trained
 
     return call
 
 
-def test_a_pass_trains_the_model_it_is_given_once_and_leaves_a_whole_stage(run_pass, tmp_path):
-    (training,) = run_pass()
+def test_a_pass_trains_the_model_it_is_given_once_and_leaves_a_whole_stage(run_course, tmp_path):
+    (training,) = run_course()
     assert training.source == tmp_path / "fonte" and len(training.batches) == 3
     assert tool.load_json(tmp_path / "3-pass-1.partial" / "log.json") == [{"step": 1, "loss": 0.5}]
     assert (tmp_path / "3-pass-1.partial" / "model.safetensors").is_file()
 
 
-def test_each_pass_and_each_seed_has_batches_of_its_own(run_pass):
-    (one,), (two,), (three,) = (run_pass("a"), run_pass("b"), run_pass("c", seed=1))
+def test_each_pass_and_each_seed_has_batches_of_its_own(run_course):
+    (one,), (two,), (three,) = (run_course("a"), run_course("b"), run_course("c", seed=1))
     assert one.batches != two.batches != three.batches != one.batches
 
 
 @pytest.mark.parametrize("given", [0.02, 0.0])
-def test_a_pass_has_the_learning_rate_given_for_it_or_an_automatic_one(given, run_pass, demo_chat):
-    (training,) = run_pass(rate=given)
-    assert training.rate == pytest.approx(given or tool.automatic_rate(demo_chat.model, 1e-3, 2e-3))
+def test_a_training_has_the_learning_rate_given_for_it_or_an_automatic_one(given, tiny_folder, tmp_path, monkeypatch):
+    chat, rates = tiny_chat(tiny_folder), []
+    make = tool.make_trainer
+    monkeypatch.setattr(tool, "make_trainer", lambda chat, batches, teacher, arguments, *given: rates.append(
+        arguments.learning_rate) or make(chat, batches, teacher, arguments, *given))
+    course = tool.Course("passo 1", [], 1, (given, 1e-3, 2e-3), 1.0)
+    batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=1)
+    tool.train(chat, batches, course, EMPTY, small_settings("--method", "full"), tmp_path / "training")
+    assert rates == [pytest.approx(given or tool.automatic_rate(chat.model, 1e-3, 2e-3))]
 
 
 @pytest.mark.parametrize("factor, lengths", [(4, [0, 0, 128, 512]), (1, [0, 0, 128])])  # the demo's context is of 128
@@ -537,8 +538,8 @@ def test_pass_1_asks_one_thing_at_a_time_and_pass_2_also_one_after_another_going
                  "publish": None, "pools_of_pass_2": [], "collect_self_answers": {}}
     for name, value in stand_ins.items():
         monkeypatch.setattr(tool, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(tool, "run_pass", lambda source, partial, *given: passes.append(
-        (partial.name, source.name, given[-2])))
+    monkeypatch.setattr(tool, "run_course", lambda source, partial, course, job: passes.append(
+        (partial.name, source.name, course.lengths)))
     monkeypatch.setattr(tool, "load_chat", lambda source, settings, merge=None: began.append(source.name)
                         if merge is not None else None)
     monkeypatch.setattr(tool, "save_and_prove", lambda job, firm, partial: began.append(
