@@ -2508,7 +2508,7 @@ def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
     windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
               sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
-    idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # where a step has fewer windows than parts
+    idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # fully masked, where a step has fewer windows than parts
     return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields} | {"totals": totals}
             for batch in batches for part in range(parts)]
 
@@ -2543,7 +2543,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     if hasattr(text_config := inner.config.get_text_config(), "output_router_logits"):
-        text_config.output_router_logits = False  # the trainer asks experts for what generation stumbles on
+        text_config.output_router_logits = False  # SFTTrainer enables them, and generate() fails with them
     return trainer
 
 
