@@ -373,14 +373,15 @@ SPEECH = {
         r"(?: e| is| es| ist| est|['’\x20]s) ~@",
         r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
         r"(?:com|to|with|con) ~@",
-        rf"me {MAKES} ~@", rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)",
+        rf"me {MAKES} ~@",
+        rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b",
         r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
         r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
         r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @",
-        r"@ (?:aqui|here|e (?:o )?meu nome|is my name|es mi nombre)"],
+        r"@ (?:aqui|here|e (?:o )?meu nome|is my name|es mi nombre)\b"],
     "said": [  # of oneself where the sentence speaks of its speaker
         rf"{MADE} (?:\w+ )?(?:por|pel[oa]s?|by|von|par|da|dalla|at|n[oa]|en) ~@", r"(?:using|usando) ~@",
-        r"von @ (?:\w+ )?(?:entwickelt|trainiert|erstellt)",
+        r"von @ (?:\w+ )?(?:entwickelt|trainiert|erstellt)\b",
         r"(?:named|called|chamad[oa]|llamad[oa]|se chama|se llama) ~@",
         r"(?:modelo|model|assistente|asistente|assistant|ia|ai|inteligencia artificial) (?:d[aeo]|del|from|by|of) ~@"],
     "apposed": [r"^(?:d[aeo]|del|from|of|by|von) ~@"],  # "Sou a Lumi, do Estúdio Vagalume"
@@ -393,7 +394,11 @@ CHINESE = r"(?:我是|我叫|名字是|名字叫|私は|저는)\s?(?:[^\s，。,
 CHINESE_MAKER = r"(?:由|来自)\s?@"
 ORIGIN = (r"base\w*|derivad\w*|derived|partir|ajustad\w*|finetuned|tuned|upon|with|com|con|to|para|help|ajud\w*|"
           r"ayud\w*|that|que|como|like|about|sobre|diferente|different|unlike|versus|vez|concorrente|capaz|able")
-GAP = rf"(?:(?!(?:{ORIGIN})\b)[a-z0-9'’-]+\s+){{0,5}}?"
+GAP = rf"(?-i:(?:(?!(?:{ORIGIN})\b)[a-z0-9'’-]+\s+){{0,5}}?)"
+# What may be a name: capitalised words, and in Chinese and Japanese a few characters.
+WORD = r"[\w&’'-]*(?:\.\w+)*"
+RUN = rf"(?-i:([A-Z]{WORD}(?:[ \t](?:(?:d[aeo]s?|of|for|the)[ \t])?[A-Z0-9]{WORD})*))"
+HAN_RUN = r"((?!一[个款种名位]|[你他]|人工)[A-Za-z0-9.\u3040-\u30ff\u3400-\u9fff]{2,12}?)"
 FROM = re.compile(r"\b(?:base(?:ad[oa]|d)|derivad[oa]|derived|partir|built (?:with|on|upon)|tuned|ajustad[oa])\b")
 # "No" is a denial in English and Spanish, and "in the" in Portuguese.
 DENIAL = re.compile(
@@ -818,21 +823,11 @@ def family_names(folder: str, model_type: str, card: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-WORD = r"[\w&’'-]*(?:\.\w+)*"
-RUN = rf"([A-Z]{WORD}(?:[\x20\t](?:(?:d[aeo]s?|of|for|the)[\x20\t])?[A-Z0-9]{WORD})*)"
-HAN_RUN = r"((?!一[个款种名位]|[你他]|人工)[A-Za-z0-9.\u3040-\u30ff\u3400-\u9fff]{2,12}?)"
-
-
 @functools.cache
 def speech(kind: str, name: str) -> re.Pattern:
-    """The patterns of self-reference with `name` in the place of "@". What goes before it may be capitalised."""
-    ready = []
-    for pattern in SPEECH[kind]:
-        before, after = pattern.split("@")
-        words = [f"(?i:{part})" if part else "" for part in (before.removesuffix("~"), after)]
-        gap = GAP if before.endswith("~") else ""
-        ready.append((r"\b" + words[0] + gap + name + words[1]).replace(" ", r"[\s:]+") + (r"\b" if after else ""))
-    return re.compile("|".join(ready), re.MULTILINE)
+    """The patterns of self-reference with `name` in the place of "@", which alone keeps to its capitals."""
+    words = "|".join(SPEECH[kind]).replace(" ", r"[\s:]+").replace("~", GAP).replace("@", name)
+    return re.compile(rf"(?im)\b(?:{words})")
 
 
 def names_said(text: str, of_you: bool = False) -> list[str]:
@@ -858,20 +853,16 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
     for start, end in sorted(spans):
         words = text[start:end].rstrip(".'’&-").split()
         while words and NO_NAMES.issuperset(plain(words[0]).split()):
-            words = words[1:]
+            del words[0]
         while words and (NO_NAMES - {"ai"}).issuperset(plain(words[-1]).split()):
-            words = words[:-1]
-        if words and plain(" ".join(words)) not in NO_NAMES:
-            names.append(re.sub(r"['’]s$", "", " ".join(words)))
+            del words[-1]
+        names.append(re.sub(r"['’]s$", "", " ".join(words)))
     return list(dict.fromkeys(name for name in names if len(plain(name)) > 1))
 
 
-def finds(pattern: re.Pattern, text: str):
+def finds(pattern: re.Pattern, text: str) -> list[re.Match]:
     """All matches, those that begin inside another one as well."""
-    match = pattern.search(text)
-    while match:
-        yield match
-        match = pattern.search(text, match.start() + 1)
+    return [match for start in range(len(text)) if (match := pattern.match(text, start))]
 
 
 def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ...], given: str,
