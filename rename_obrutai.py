@@ -723,24 +723,21 @@ def plain(text: str) -> str:
     """Lower case, no accents, no punctuation: for comparing questions and finding names."""
     return " ".join("".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded(text)).split())
 
+    before, after = r"(?<!\w)(?!(?<=\b[mst]e )llama\b)", r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)"
 
 @functools.lru_cache(256)
 def names_pattern(names: tuple[str, ...]) -> re.Pattern:
-    """Finds any of the names, as whole words (a version may follow); in scripts without spaces, anywhere."""
+    """Finds any of the names in a `folded` text, as whole words (a version may follow); in scripts without spaces,
+    anywhere. The verb of "mi modelo se llama" is not the name Llama."""
     found = sorted({plain(name) for name in names} - {""}, key=len, reverse=True)
     alone = [r"\s*".join(name.split()) if re.search(f"[{UNSPACED}]", name) else
-             r"(?<!\w)" + r"\W+".join(name.split()) + r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)" for name in found]
+             before + r"\W+".join(name.split()) + after for name in found]
     return re.compile("|".join(alone) or "(?!)")
-
-
-def without_verb(text: str) -> str:
-    """A `folded` text in which the verb of "mi modelo se llama" is not the name Llama."""
-    return re.sub(r"\b([mst]e) llama\b", r"\1 chama", text)
 
 
 def mentions(text: str, names: tuple[str, ...]) -> bool:
     """Whether any of the names stands in the text, whatever the case and accents."""
-    return bool(names_pattern(tuple(names)).search(without_verb(folded(text))))
+    return bool(names_pattern(names).search(folded(text)))
 
 
 def is_loop(text: str) -> bool:
@@ -882,8 +879,8 @@ def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ..
 
 def clauses(text: str, names: tuple[str, ...], new_names: tuple[str, ...] = ()):
     """Each sentence as (separator, plain clause) pairs, names as OLD and NEW; the longer or new name wins."""
-    pattern, ours = names_pattern((*names, *new_names)), names_pattern(tuple(new_names))
-    text = pattern.sub(lambda m: f" {NEW if ours.fullmatch(m[0]) else OLD} ", without_verb(folded(text)))
+    pattern, ours = names_pattern((*names, *new_names)), names_pattern(new_names)
+    text = pattern.sub(lambda m: f" {NEW if ours.fullmatch(m[0]) else OLD} ", folded(text))
     first = r"(?:eu|yo|i|im|sou|soy|fui|me|my|meu|minha|mi|nao|not|nem|no|sim|si)\b"
     for sentence in re.split(r"[.!?…]+(?=\s|$)|[。！？\n]", text):
         parts = re.split(rf"([,;:()，；：、—–]|\s-\s|\b(?:mas|but|pero|sino|porem|aber|sondern)\b|"
