@@ -673,12 +673,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
             raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
         if plain(values[name]) in map(plain, split_names(values["old_names"])):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
-    least = min(automatic["self_text"] for automatic in AUTOMATIC.values())
-    for small, large, most in (("num_self_answers", "self_text", values["self_text"] or least),
-                               ("max_new_tokens", "window", values["window"])):
-        if values[small] >= most:
-            raise InputError(f"{small.upper()} ({values[small]}) precisa ser menor que {large.upper()} ({most}). "
-                             "Diminua o primeiro ou aumente o segundo.")
+    if values["max_new_tokens"] >= values["window"]:
+        raise InputError(f"MAX_NEW_TOKENS ({values['max_new_tokens']}) precisa ser menor que WINDOW "
+                         f"({values['window']}). Diminua o primeiro ou aumente o segundo.")
     return Settings(**values)
 
 

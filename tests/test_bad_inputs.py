@@ -589,8 +589,7 @@ def test_a_name_that_cannot_be_one_is_refused(setting, value, work, capsys):
 @pytest.mark.parametrize("flags, fragment", [
     (("--name", "Lumi", "--old-names", "Lumi, Vagalume"), "old.names"),
     (("--name", "LUMÍ", "--old-names", "vagalume,lumi"), "old.names"),
-    (("--num-self-answers", 5000, "--self-text", 256), "self.text|num.self.answers"),
-    (("--num-self-answers", 100_000), "self.text|num.self.answers"), (("--method", "full8"), "full, lora, qlora"),
+    (("--method", "full8"), "full, lora, qlora"),
     (("--max-new-tokens", 256, "--window", 256), "window|max.new.tokens"),
     (("--max-new-tokens", 9000), "window|max.new.tokens"), (("--window", 64), "window|max.new.tokens"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
