@@ -592,37 +592,34 @@ Settings = make_dataclass("Settings", KINDS.items(), frozen=True,
                           namespace={"__module__": __name__})  # where other processes find it
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse in Portuguese; a mistake is an `InputError`."""
-
-    def format_help(self) -> str:
-        return super().format_help().replace("usage:", "uso:", 1)
-
-    def error(self, message: str):
-        flag = re.search(r"(?<=arguments: )\S+|(?<=argument )[^\s/:,]+", message)[0]
-        if "unrecognized" in message and flag.startswith("-"):
-            near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0)[0]
-            raise InputError(f"não conheço a opção {flag}. Você quis dizer {near}? Veja todas com --help.")
-        if "unrecognized" in message:
-            raise InputError(f"não sei o que fazer com '{flag}'. Um caminho ou nome com espaços precisa de aspas: "
-                             '--model-path "C:/Meus Modelos/gemma".')
-        if "expected" in message:
-            raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag} VALOR.")
-        raise InputError(f"a opção {flag} não leva valor: escreva só {flag} ou --no-{flag[2:]}.")
-
-
-def read_flags(argv: list[str] | None) -> dict[str, str | bool | None]:
-    """The flags that were given, as text, by the name of their setting; None for the others."""
-    parser = Parser(usage="python rename_obrutai.py [opções]", description=__doc__, allow_abbrev=False, add_help=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_flags(argv: list[str] | None) -> dict[str, str | bool]:
+    """The flags that were given, as text, by the name of their setting; what argparse cannot read is an `InputError`
+    in Portuguese."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"uso: python rename_obrutai.py [opções]\n\n{__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, add_help=False,
+        allow_abbrev=False, exit_on_error=False)
     options = parser.add_argument_group("opções")
     options.add_argument("-h", "--help", action="help", help="mostra esta ajuda e sai")
     for name, default in DEFAULTS.items():
         how = {"action": argparse.BooleanOptionalAction} if KINDS[name] is bool else {"metavar": "VALOR"}
         shown = {"": "vazio", "False": "não", "True": "sim"}.get(str(default), default)
         text = f"{ABOUT[name]} (padrão: {shown})".replace("%", "%%")
-        options.add_argument("--" + name.replace("_", "-"), default=None, help=text, **how)
-    return vars(parser.parse_args(argv))
+        options.add_argument("--" + name.replace("_", "-"), help=text, **how)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = error.argument_name.split("/")[0]
+        if "expected" in error.message:
+            raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag} VALOR.") from None
+        raise InputError(f"a opção {flag} não leva valor: escreva só {flag} ou --no-{flag[2:]}.") from None
+    if unknown and unknown[0].startswith("-"):
+        near = get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)[0]
+        raise InputError(f"não conheço a opção {unknown[0]}. Você quis dizer {near}? Veja todas com --help.")
+    if unknown:
+        raise InputError(f"não sei o que fazer com '{unknown[0]}'. Um caminho ou nome com espaços precisa de aspas: "
+                         '--model-path "C:/Meus Modelos/gemma".')
+    return vars(given)
 
 
 def read_value(name: str, given: object, is_flag: bool) -> object:
@@ -648,7 +645,7 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
-    given = {name: value for name, value in read_flags(argv).items() if value is not None}
+    given = read_flags(argv)
     values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
     for name in ("output_dir", "identity_file", "knowledge_file", "model_path"):
         if name.endswith("_file") and not values[name]:
@@ -720,13 +717,13 @@ def plain(text: str) -> str:
     """Lower case, no accents, no punctuation: for comparing questions and finding names."""
     return " ".join("".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded(text)).split())
 
-    before, after = r"(?<!\w)(?!(?<=\b[mst]e )llama\b)", r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)"
 
 @functools.lru_cache(256)
 def names_pattern(names: tuple[str, ...]) -> re.Pattern:
     """Finds any of the names in a `folded` text, as whole words (a version may follow); in scripts without spaces,
     anywhere. The verb of "mi modelo se llama" is not the name Llama."""
     found = sorted({plain(name) for name in names} - {""}, key=len, reverse=True)
+    before, after = r"(?<!\w)(?!(?<=\b[mst]e )llama\b)", r"(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)"
     alone = [r"\s*".join(name.split()) if re.search(f"[{UNSPACED}]", name) else
              before + r"\W+".join(name.split()) + after for name in found]
     return re.compile("|".join(alone) or "(?!)")
