@@ -762,6 +762,12 @@ def name_warning(setting: str, name: str) -> str:
             f'prefira um nome mais raro, ou de duas palavras')
 
 
+def filled(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
+    """The template with all that may stand for its {kinds}."""
+    kinds = re.findall(r"{(\w+)}", template)
+    return [template.format(**dict(zip(kinds, words))) for words in product(*(fillers[kind] for kind in kinds))]
+
+
 def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
     """(kind, question) of the exam about other things, in these languages."""
     lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
@@ -773,21 +779,16 @@ def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> l
     fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *names.old]}
     found = []
     for intent, template in (item for code in languages for item in PARAPHRASES[code]):
-        kind = "".join(re.findall(r"{(\w+)}", template))
-        some = [template.format(**{kind: word}) for word in fillers[kind]] if kind else [template]
-        some = [q for q in some if not mentions(q, names.new)]
+        some = [q for q in filled(template, fillers) if not mentions(q, names.new)]
         found += [(intent, q) for q in rng.sample(some, min(len(some), 1 if intent != "other" else 2))]
     return found
 
 
 def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
     """At most `count` questions, each template before any twice."""
-    fillers, ways = {**FILLERS["all"], **FILLERS[language]}, []
-    for template in NEAR_TEMPLATES[language]:
-        kinds = re.findall(r"{(\w+)}", template)
-        ways.append([template.format(**dict(zip(kinds, words))) for words in product(*(fillers[k] for k in kinds))])
-        rng.shuffle(ways[-1])
-    rng.shuffle(ways)
+    ways = [filled(template, {**FILLERS["all"], **FILLERS[language]}) for template in NEAR_TEMPLATES[language]]
+    for some in (*ways, ways):
+        rng.shuffle(some)
     return [question for layer in zip_longest(*ways) for question in layer if question][:count]
 
 
