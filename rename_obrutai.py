@@ -736,9 +736,8 @@ def mentions(text: str, names: tuple[str, ...]) -> bool:
 
 def is_loop(text: str) -> bool:
     """Whether a word comes 4 times in a row, or 2 to 40 words (without spaces: characters) 3 times."""
-    words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", plain(text))
-    return any(words[i:i + n] * times == words[i:i + times * n] for n in range(1, min(40, len(words) // 3) + 1)
-               for times in (4 if n == 1 else 3,) for i in range(len(words) - times * n + 1))
+    words = "".join(f"{word} " for word in re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", plain(text)))
+    return bool(re.search(r"(?<!\S)(?:(\S+ )\1{3}|((?:\S+ ){2,40}?)\2{2})", words))
 
 
 def language_of(text: str, default: str = "pt") -> str:
