@@ -804,8 +804,8 @@ def family_names(folder: str, model_type: str, card: str) -> tuple[str, ...]:
     def found(text: str) -> list[str]:
         names = []
         for models, makers in FAMILIES.items():
-            match = re.search(rf"(?<![a-z])(?:{models})(?:\d+(?:\.\d+)*)?(?![a-z])", text, re.IGNORECASE)
-            if match:  # "SmolLM2" is one more name, "gemma" of "gemma-3-1b-it" is not
+            # "SmolLM2" is one more name, "gemma" of "gemma-3-1b-it" is not.
+            if match := re.search(rf"(?i)(?<![a-z])(?:{models})(?:\d+(?:\.\d+)*)?(?![a-z])", text):
                 names += [*models.split("|"), *[match[0]] * (match[0] != match[0].lower()), *makers.split("|")]
         return names
 
@@ -814,29 +814,29 @@ def family_names(folder: str, model_type: str, card: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-@functools.cache
-def speech(kind: str, name: str) -> re.Pattern:
-    """The patterns of self-reference with `name` in the place of "@", which alone keeps to its capitals."""
+def finds(kind: str, name: str, text: str) -> list[re.Match]:
+    """All matches, also inside one another, of the patterns of self-reference with `name` in the place of "@", which
+    alone keeps to its capitals."""
     words = "|".join(SPEECH[kind]).replace(" ", r"[\s:]+").replace("~", GAP).replace("@", name)
-    return re.compile(rf"(?im)\b(?:{words})")
+    pattern = re.compile(rf"(?im)\b(?:{words})")
+    return [match for start in range(len(text)) if (match := pattern.match(text, start))]
 
 
 def names_said(text: str, of_you: bool = False) -> list[str]:
     """The proper names that a text gives its speaker, or also the one it speaks to, once each."""
     text = unicodedata.normalize("NFC", re.sub(r"[*_`\"“”«»‘]|(?<!\w)'", "", text))
     bare = "".join(unicodedata.normalize("NFKD", c)[0] if c < "\u0250" else c for c in text)  # as long as the text
-    apposed = re.compile(rf",\s+(?:d[aeo]|del|from|of|by)\s+{GAP}{RUN}")
-    commas = {m.end() for m in re.finditer(r"(?:aqui|here), ", bare)}  # "Lumi aqui, criada pelo ..."
     spans = []
     for kind in ("self", "said", "you")[:2 + of_you]:
-        for match in finds(speech(kind, RUN), bare):
+        for match in finds(kind, RUN, bare):
             sentence = plain(re.split(r"[.!?\n]\s", bare[:match.end()])[-1])
-            own = FIRST_PERSON & set(sentence.split()) or re.match(MADE, sentence) or match.start() in commas
+            own = FIRST_PERSON & set(sentence.split()) or re.match(MADE, sentence) or bare.endswith(
+                ("aqui, ", "here, "), 0, match.start())  # "Lumi aqui, criada pelo ..."
             denied = DENIAL.search(plain(re.split(r"[.!?,;:\n]\s", bare[:match.end()])[-1]))
             if not denied and (own or of_you or kind == "self"):
                 spans.append(match.span(match.lastindex))
-    ends = {end for _, end in spans}
-    spans += [m.span(1) for m in apposed.finditer(bare) if m.start() in ends]
+    apposed = re.finditer(rf",\s+(?:d[aeo]|del|from|of|by)\s+{GAP}{RUN}", bare)
+    spans += [m.span(1) for m in apposed if m.start() in {end for _, end in spans}]
     told = CHINESE.replace("我", "[我你]") if of_you else CHINESE
     for pattern, after in (told, r"\W|です|입니다|$"), (CHINESE_MAKER, "自主|独立|公司|开发|研发|创建|训练|打造"):
         spans += [m.span(1) for m in re.finditer(f"{pattern.replace('@', HAN_RUN)}(?={after})", text)]
@@ -849,11 +849,6 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
             del words[-1]
         names.append(re.sub(r"['’]s$", "", " ".join(words)))
     return list(dict.fromkeys(name for name in names if len(plain(name)) > 1))
-
-
-def finds(pattern: re.Pattern, text: str) -> list[re.Match]:
-    """All matches, those that begin inside another one as well."""
-    return [match for start in range(len(text)) if (match := pattern.match(text, start))]
 
 
 def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ...], given: str,
@@ -892,7 +887,7 @@ def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ())
                 denied = False
             kinds = ["self"] + ["said", "apposed"] * (mine or own or NEW in clause) + ["said"] * bool(
                 i == 0 and re.match(rf"{MADE}|as |como ", clause))
-            ends = [m.end() for kind in kinds for m in finds(speech(kind, OLD), clause)]
+            ends = [m.end() for kind in kinds for m in finds(kind, OLD, clause)]
             ends += [m.end() for m in re.finditer(f"{CHINESE}|{CHINESE_MAKER}".replace("@", rf"\s?{OLD}"), clause)]
             if i and re.search(r"\b(?:me|eu|mesm[oa]|yo)$", sentence[i - 1][1]):  # "Sou eu, a Lumi"
                 ends += [m.end() for m in re.finditer(f"^(?:[oa] |el |la |the )?{OLD}", clause)]
