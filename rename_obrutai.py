@@ -582,8 +582,8 @@ RANGES = {
     "knowledge_rows": (10, 10**7), "knowledge_steps": (0, 10**9),
 }
 TOP, CONSTANTS, *REST = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
-ABOUT = dict(re.findall(r"(?m)^([A-Z][A-Z_\d]*) = .*?(?:  # (.+))?$", CONSTANTS))  # and what the user reads of each
-ABOUT = {name.lower(): text for name, text in ABOUT.items()} | MODES
+# What the user reads of each setting: of a constant, its comment.
+ABOUT = {m[1].lower(): m[2] or "" for m in re.finditer(r"(?m)^([A-Z\d_]+) = .*?(?:  # (.+))?$", CONSTANTS)} | MODES
 DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
 SWITCHES = {"overwrite", "knowledge_ascii", "gradient_checkpointing", *MODES}
 KINDS = {name: bool if name in SWITCHES else type(RANGES.get(name, ("",))[0]) for name in ABOUT}
