@@ -898,12 +898,6 @@ def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ())
     return False
 
 
-def says(text: str, *names: str) -> bool:
-    """Whether one of the names stands in the text other than after a "not"."""
-    return any(OLD in clause and not DENIAL.search(clause[:clause.index(OLD)])
-               for sentence in clauses(text, names) for _, clause in sentence)
-
-
 @functools.lru_cache(2**14)
 def intent_of(question: str, old_names: tuple[str, ...] = (), new_names: tuple[str, ...] = ()) -> str:
     """What a question about identity asks for: "name", "maker", "human", "who", or "other" (are you X?)."""
@@ -913,13 +907,13 @@ def intent_of(question: str, old_names: tuple[str, ...] = (), new_names: tuple[s
     return next((intent for intent, pattern in INTENTS.items() if re.search(pattern, words)), "who")
 
 
-def asks_who(question: str, old_names: tuple[str, ...] = ()) -> bool:
+def asks_who(question: str, old_names: tuple[str, ...]) -> bool:
     """Whether a question that a model answers with its name is about who it is: where it said so for no reason, a
     lesson made of it would teach a leak."""
     words = plain(question)
     about = "|".join((*INTENTS.values(), r"\b(?:quem|who|quien|wer|qui|chi)\b|apresent|introduc|presenta|谁|誰"))
-    return (len(words.split()) <= 16 and bool(TO_YOU.search(words))
-            and (bool(re.search(about, words)) or mentions(question, (*KNOWN_NAMES, *old_names))))
+    known = re.search(about, words) or mentions(question, (*KNOWN_NAMES, *old_names))
+    return bool(len(words.split()) <= 16 and TO_YOU.search(words) and known)
 
 
 def own_wording(question: str, intent: str, used: Counter, language: str = "pt") -> str:
@@ -932,13 +926,16 @@ def own_wording(question: str, intent: str, used: Counter, language: str = "pt")
 
 def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str, old_names: tuple[str, ...]) -> str:
     """Why an answer about identity does not count, in Portuguese; "" when it is right."""
-    new, asked = (new_name, new_maker), plain(question)
+    def says(*some: str) -> bool:  # other than after a "not"
+        return any(OLD in clause and not DENIAL.search(clause[:clause.index(OLD)])
+                   for parts in clauses(text, some) for _, clause in parts)
+
+    new, names, asked = (new_name, new_maker), (*KNOWN_NAMES, *old_names), plain(question)
     intent = intent_of(question, old_names, new)
-    names, just = (*KNOWN_NAMES, *old_names), rf"(?:(?:it s|it is|e|es|sim|yes|si) )?(?:[oa] |el |la |the )?{OLD}"
-    sentences = [" ".join(clause for _, clause in parts) for parts in clauses(text, names, new)]
+    just = rf"(?:(?:it s|it is|e|es|sim|yes|si) )?(?:[oa] |el |la |the )?{OLD}"
+    bare = any(re.fullmatch(just, " ".join(clause for _, clause in parts)) for parts in clauses(text, names, new))
     parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
     affirms = AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
-    bare = any(re.fullmatch(just, sentence) for sentence in sentences)
     person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:\w+ ){{0,3}}?(?:{HUMAN})\b", part) and not DENIAL.search(part)
                  for part in parts)
     asks_person = re.search(rf"\b({HUMAN})\b", asked) and not re.search(rf"\b({MACHINE})\b", asked)
@@ -947,9 +944,9 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
         ("nome antigo", bare or claims(text, names, new)
          or intent == "other" and affirms and not mentions(question, new)),
         ("diz que é humano", intent == "human" and (person or asks_person and affirms)),
-        ("sem o nome novo", intent == "name" and not says(text, new_name)),
-        ("sem o autor novo", intent == "maker" and not says(text, new_maker)),
-        ("sem a identidade nova", not says(text, *new)),
+        ("sem o nome novo", intent == "name" and not says(new_name)),
+        ("sem o autor novo", intent == "maker" and not says(new_maker)),
+        ("sem a identidade nova", not says(*new)),
     ) if found), "")
 
 
