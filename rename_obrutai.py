@@ -137,7 +137,6 @@ def by_intent(text: str) -> dict[str, list[tuple[str, str]]]:
 
 
 # Identity questions that training never sees.
-
 TEST_QUESTIONS = items("""
 Qual nome deram a você?|Como é que você se chama, hein?|Gostaria de saber quem é você.
 Quem está do outro lado desta conversa?|Faça uma breve apresentação sua, por favor.
@@ -520,8 +519,6 @@ OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 LORA_FILE = "adapter_model.safetensors"
 MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
-
-
 FIELD = re.compile(r"\{ *([^{} ][^{}]*?) *\}")  # of a row of the material, in a template
 
 
@@ -630,7 +627,7 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
         (low, high), whole_number = RANGES[name], " inteiro" * (kind is int)
         with contextlib.suppress(ValueError):
             value = kind(given.replace(",", ".")) if is_flag else given
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+        if type(value) not in (int, kind) or not low <= value <= high:
             raise InputError(f"{label}: esperava um número{whole_number}, recebi {given!r}; precisa estar entre "
                              f"{low:g} e {high:g}.")
     elif not isinstance(value, kind):
@@ -648,11 +645,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
     given = read_flags(argv)
     values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
     for name in ("output_dir", "identity_file", "knowledge_file", "model_path"):
-        if name.endswith("_file") and not values[name]:
-            continue
         path = (Path.cwd() if name in given else Path(__file__).resolve().parent) / os.path.expanduser(values[name])
         on_hub = name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
-        if not on_hub or path.parent.exists():
+        if (values[name] or not name.endswith("_file")) and (not on_hub or path.parent.exists()):
             values[name] = str(path)
     if not values["identity_file"] and not values["knowledge_file"]:
         raise InputError("não há o que ensinar: diga um arquivo em IDENTITY_FILE (--identity-file) ou em "
@@ -761,16 +756,16 @@ def name_warning(setting: str, name: str) -> str:
             f'prefira um nome mais raro, ou de duas palavras')
 
 
-def filled(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
-    """The template with all that may stand for its {kinds}."""
-    kinds = re.findall(r"{(\w+)}", template)
-    return [template.format(**dict(zip(kinds, words))) for words in product(*(fillers[kind] for kind in kinds))]
-
-
 def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
     """(kind, question) of the exam about other things, in these languages."""
     lists = (("near", NEAR_EXAM), ("everyday", EVERYDAY_EXAM))
     return [(kind, q) for kind, some in lists for code in some if code in languages for q in some[code]]
+
+
+def filled(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
+    """The template with all that may stand for its {kinds}."""
+    kinds = re.findall(r"{(\w+)}", template)
+    return [template.format(**dict(zip(kinds, words))) for words in product(*(fillers[kind] for kind in kinds))]
 
 
 def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> list[tuple[str, str]]:
