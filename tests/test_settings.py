@@ -168,6 +168,7 @@ def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
     (("--rope-factor", "nan"), "esperava um número, recebi 'nan'"),
     (("--kl-weight", "inf"), "esperava um número, recebi 'inf'"),
     (("meu-modelo",), "não sei o que fazer com 'meu-modelo'"),
+    (("meu modelo",), "não sei o que fazer com 'meu modelo'"), (("",), "não sei o que fazer com ''"),
     (("--overwrite=sim",), "--overwrite"),
     (("--name", "{{NAME}}"), "NAME precisa"),
     (("--name", "Obrut\nAi"), "NAME tem caractere inválido"),
