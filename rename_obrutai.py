@@ -372,11 +372,10 @@ SPEECH = {
         r"(?: e| is| es| ist| est|['’\x20]s) ~@",
         r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
         r"(?:com|to|with|con) ~@",
-        rf"me {MAKES} ~@",
         rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b",
         r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
         r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
-        r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @",
+        r"(?:obra|equipe|equipo) d[aeo] @", "team (?:at|of) @", rf"me {MAKES} ~@",
         r"@ (?:aqui|here|e (?:o )?meu nome|is my name|es mi nombre)\b"],
     "said": [  # of oneself where the sentence speaks of its speaker
         rf"{MADE} (?:\w+ )?(?:por|pel[oa]s?|by|von|par|da|dalla|at|n[oa]|en) ~@", r"(?:using|usando) ~@",
@@ -762,7 +761,7 @@ def exam_questions(languages: Sequence[str]) -> list[tuple[str, str]]:
     return [(kind, q) for kind, some in lists for code in some if code in languages for q in some[code]]
 
 
-def filled(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
+def fillings(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
     """The template with all that may stand for its {kinds}."""
     kinds = re.findall(r"{(\w+)}", template)
     return [template.format(**dict(zip(kinds, words))) for words in product(*(fillers[kind] for kind in kinds))]
@@ -773,14 +772,14 @@ def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> l
     fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *names.old]}
     found = []
     for intent, template in (item for code in languages for item in PARAPHRASES[code]):
-        some = [q for q in filled(template, fillers) if not mentions(q, names.new)]
+        some = [q for q in fillings(template, fillers) if not mentions(q, names.new)]
         found += [(intent, q) for q in rng.sample(some, min(len(some), 1 if intent != "other" else 2))]
     return found
 
 
 def near_questions(language: str, count: int, rng: random.Random) -> list[str]:
     """At most `count` questions, each template before any twice."""
-    ways = [filled(template, {**FILLERS["all"], **FILLERS[language]}) for template in NEAR_TEMPLATES[language]]
+    ways = [fillings(template, {**FILLERS["all"], **FILLERS[language]}) for template in NEAR_TEMPLATES[language]]
     for some in (*ways, ways):
         rng.shuffle(some)
     return [question for layer in zip_longest(*ways) for question in layer if question][:count]
