@@ -418,6 +418,7 @@ INTENTS = {
              r"|开发|谁造",
     "name": r"nome\b|chama|\bname|\bcall|nombre|llama[sn]|appelle|\bnom\b|hei(ss|ß)t|chiami|名前|名字|이름",
     "human": rf"\b({HUMAN})\b|\b(um|uma|an?|un|una|ein|eine) ({MACHINE})\b",
+    "who": r"\b(?:quem|who|quien|wer|qui|chi)\b|apresent|introduc|presenta|谁|誰",
 }
 ASKS = re.compile(
     r"^(?:(?:oi|ola|e|ai|mas|entao|afinal|hi|hello|hey|so|and|but|y|hola|bom dia|boa noite|tudo bem) )*"
@@ -905,9 +906,9 @@ def asks_who(question: str, old_names: tuple[str, ...]) -> bool:
     """Whether a question that a model answers with its name is about who it is: where it said so for no reason, a
     lesson made of it would teach a leak."""
     words = plain(question)
-    about = "|".join((*INTENTS.values(), r"\b(?:quem|who|quien|wer|qui|chi)\b|apresent|introduc|presenta|谁|誰"))
-    known = re.search(about, words) or mentions(question, (*KNOWN_NAMES, *old_names))
-    return bool(len(words.split()) <= 16 and TO_YOU.search(words) and known)
+    about = any(re.search(pattern, words) for pattern in INTENTS.values())
+    return bool(len(words.split()) <= 16 and TO_YOU.search(words)
+                and (about or mentions(question, (*KNOWN_NAMES, *old_names))))
 
 
 def own_wording(question: str, intent: str, used: Counter, language: str = "pt") -> str:
