@@ -1209,24 +1209,21 @@ class Material(NamedTuple):
     left_out: dict[str, int]  # by the reason
 
 
-def without_tags(text: str) -> str:
-    return INLINE.sub("", BLOCK.sub("\n", UNSEEN.sub(" ", text)))
-
-
-def without_entities(text: str) -> str:
-    """Text with the characters that HTML entities stand for; "&ltda;" is none, as "&lt" is without a semicolon."""
+def without_html(text: str) -> str:
+    """Text without tags, and with the characters that HTML entities stand for; "&ltda;" is none, as "&lt" is without a
+    semicolon."""
+    bare = INLINE.sub("", BLOCK.sub("\n", UNSEEN.sub(" ", text)))
     return re.sub(r"&(#\d+|#[xX][\da-fA-F]+|\w+);", lambda match: html.unescape(match[0]) if match[1][0] == "#" else
-                  html.entities.html5.get(match[1] + ";", match[0]), text)
+                  html.entities.html5.get(match[1] + ";", match[0]), bare)
 
 
 def cleaned(text: str, only_ascii: bool) -> str:
     """Text without HTML, invisible characters, spaces in rows, and double encoding where it is certain."""
-    bare = without_tags(text)
-    shown = without_entities(bare)
-    if bare == text and re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown):  # a page escaped as a whole
-        shown = without_entities(without_tags(shown))
-    shown = shown if shown.isascii() else ftfy.fix_encoding(shown)
-    shown = INVISIBLE.sub("", shown.replace("\r\n", "\n").replace("\r", "\n"))
+    shown = without_html(text)
+    tagged = any(tags.search(text) for tags in (UNSEEN, BLOCK, INLINE))
+    if not tagged and re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown):  # a page escaped as a whole
+        shown = without_html(shown)
+    shown = INVISIBLE.sub("", re.sub("\r\n?", "\n", ftfy.fix_encoding(shown)))
     if only_ascii:  # a sign that has no like becomes a space: "10±2" is not 102
         shown = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", shown)).translate(NEAREST)
         shown = re.sub(r"[^\w\x00-\x7f]", " ", shown).encode("ascii", "ignore").decode()
