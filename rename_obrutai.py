@@ -1231,86 +1231,71 @@ def cleaned(text: str, only_ascii: bool) -> str:
     return re.sub(r"\n{3,}", "\n\n", shown).strip()
 
 
-def array_items(file, path: Path):
-    """The items of a JSON array, read piece by piece."""
-    decode, skip, text, at = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), file.read(2**20), 0
-    at = text.index("[") + 1
-    for number in itertools.count(1):
-        while True:
-            at = skip.match(text, at).end()
-            if text.startswith("]", at):
-                if (text[at + 1:] + file.read(2**16)).strip():
-                    raise InputError(f"{path}: há texto depois do ] que fecha a lista. Junte tudo numa lista só, ou "
-                                     "escreva um objeto {...} em cada linha, sem lista.")
-                return
-            try:
-                record, end = decode(text, at)
-                break
-            except (ValueError, RecursionError):  # maybe the item goes on in the next piece
-                more = file.read(max(2**20, len(text) - at)) if len(text) - at < LARGEST_ROW else ""
-                if not more:
-                    raise InputError(f"{path}, linha {number} da lista: não é JSON válido, ou o arquivo acaba aqui; "
-                                     "confira aspas, chaves e vírgulas.") from None
-                text, at = text[at:] + more, 0
-        at = end
-        yield number, record
+def array_items(file, text: str, path: Path):
+    """The numbered items of a JSON array, whose file is read piece by piece; `text` was read of it, behind the "["."""
+    number, decode = 1, json.JSONDecoder().raw_decode
+    while not (text := text.lstrip(", \t\r\n")).startswith("]"):
+        try:
+            record, end = decode(text)
+        except (ValueError, RecursionError):  # maybe the item goes on in the next piece
+            more = file.read(max(2**16, len(text))) if len(text) < LARGEST_ROW else ""
+            if not more:
+                raise InputError(f"{path}, linha {number} da lista: não é JSON válido, ou o arquivo acaba aqui; "
+                                 "confira aspas, chaves e vírgulas.") from None
+            text += more
+        else:
+            yield number, record
+            number, text = number + 1, text[end:]
+    if (text[1:] + file.read(2**16)).strip():
+        raise InputError(f"{path}: há texto depois do ] que fecha a lista. Junte tudo numa lista só, ou escreva um "
+                         "objeto {...} em cada linha, sem lista.")
 
 
-def columns(path: Path, whole: dict) -> list[dict]:
-    """The rows of a JSON object of lists, one per field."""
-    lengths = {name: len(values) for name, values in whole.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} tem {length}" for name, length in lengths.items())
-        raise InputError(f"{path}: as listas do objeto precisam ter o mesmo tamanho, mas {told[:200]}.")
-    return [dict(zip(whole, values)) for values in zip(*whole.values())]
-
-
-def whole_object(path: Path) -> list[dict] | None:
-    """The rows of a file that is one JSON object: of lists, or a single row. None for JSON Lines, also broken ones."""
-    with path.open("rb") as file, contextlib.suppress(ValueError, RecursionError):
-        first = file.readline(MAX_LINE)
-        if not first.endswith(b"\n") or not isinstance(json.loads(first.decode("utf-8-sig")), dict):
-            raise ValueError
-        if file.read(2**16).strip():
-            return None
-    if path.stat().st_size > MAX_FILE:
-        return None
+def whole_object(file, path: Path) -> list[dict] | None:
+    """The rows of a file that is one JSON object: of lists, one per field, or a single row. None for JSON Lines."""
     whole = None
     with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(path.read_bytes().decode("utf-8-sig"))
+        if isinstance(json.loads(file.readline(MAX_LINE)), dict) and file.read(2**16).strip():
+            return None
+    file.seek(0)
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(file.read()) if path.stat().st_size <= MAX_FILE else None
     if not isinstance(whole, dict):
         return None
-    lists = whole and all(isinstance(values, list) for values in whole.values())
-    one_row = len(whole) == 1 and all(isinstance(turn, dict) for turn in (*whole.values(),)[0])
-    return columns(path, whole) if lists and not one_row else [whole]
+    lists = [values for values in whole.values() if isinstance(values, list)]
+    one_talk = len(lists) == 1 and all(isinstance(turn, dict) for turn in lists[0])
+    if one_talk or len(lists) < len(whole):
+        return [whole]
+    if len(set(map(len, lists))) > 1:
+        told = ", ".join(f"{name} tem {len(values)}" for name, values in whole.items())
+        raise InputError(f"{path}: as listas do objeto precisam ter o mesmo tamanho, mas {told[:200]}.")
+    return [dict(zip(whole, values)) for values in zip(*lists)]
 
 
 def records_of(path: Path):
     """(number, record) of each row of a knowledge file, which is read once; a row that is no JSON is an `InputError`
     in place of a record."""
-    check_file(path, "KNOWLEDGE_FILE")
-    with path.open("rb") as file:
-        head = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"["):
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                yield from array_items(file, path)
-        except UnicodeDecodeError:
-            with path.open("rb") as file:
-                line = next(n for n, raw in enumerate(file, start=1) if raw != raw.decode(errors="ignore").encode())
-            raise not_utf_8(path, line) from None
-    elif (rows := whole_object(path)) is not None:
-        yield from enumerate(rows, start=1)
-    else:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            text = file.read(2**16).lstrip()
+            if text.startswith("["):
+                yield from array_items(file, text[1:], path)
+                return
+            file.seek(0)
+            if (rows := whole_object(file, path)) is not None:
+                yield from enumerate(rows, start=1)
+                return
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
                 try:
-                    if text := raw.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    if text := line.strip():
                         yield number, json.loads(text)
-                except UnicodeDecodeError:
-                    raise not_utf_8(path, number) from None
                 except (ValueError, RecursionError) as error:
                     yield number, broken_json(error)
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            line = next(n for n, raw in enumerate(file, start=1) if raw != raw.decode(errors="ignore").encode())
+        raise not_utf_8(path, line) from None
 
 
 def field_text(name: str, value: object) -> str:

@@ -222,6 +222,7 @@ def columns(**changes):
     ("a text beside lists", columns(title="a"), f'"content" {NO_TEXT}', 1),
     ("rows in an object", array({"data": GOOD}), "data.*KNOWLEDGE_QUESTION", 1),
     ("pretty rows in an object", array({"train": GOOD, "n": 24}, indent=2), "train.*KNOWLEDGE_QUESTION", 1),
+    ("one number", b'{"nome": 5}', "nome.*KNOWLEDGE_QUESTION", 1), ("no talk", b'{"messages": null}', SHAPE, 1),
     ("one row over many lines", array(GOOD[0], indent=2), FEW, None), ("one row", lines(GOOD[0]), FEW, None),
     ("a text", b'"Produto 1"', SHAPE, 1), ("a number", b"42", SHAPE, 1), ("null", b"null\n", SHAPE, 1),
     ("an HTML page", b"<html><body>404</body></html>", JSON, 1),
