@@ -1182,12 +1182,11 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
 # ---- Knowledge: the user's own material -------------------------------------------------------------------
 
 # An instruction written as text: what is asked, maybe with a text to work on, and the answer.
-TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?[^\S\n]*\n?" for words in (
+TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?\s*" for words in (
     "instruction|instru[cç][aã]o|question|pergunta|title|t[ií]tulo", "input|entrada|context|contexto",
     "response|resposta|output|sa[ií]da|answer|article|artigo"))
-INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
+INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)\s*(?:{GIVEN}(?P<given>.*?)\s*)?{REPLY}(?P<reply>.*)")
 END_MARK = re.compile(r"\s*(?:</s>|<eos>|<end_of_turn>|<\|\w+\|>)\s*\Z")
-NOTHING = {"", "nan", "none", "null", "n/a"}
 # Tags as they stand in pages; "a < b" and "List<String>" are none.
 ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
 BLOCK = re.compile(r"(?i)</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|h[1-6]|t[rdh]|table|thead|tbody|blockquote|section|"
@@ -1299,13 +1298,11 @@ def records_of(path: Path):
 
 
 def field_text(name: str, value: object) -> str:
-    """A field of a row as text, "" for what says nothing."""
-    if value is None or isinstance(value, float) and math.isnan(value):
-        return ""
+    """A field of a row as text, "" for what says nothing, like None or NaN."""
     if isinstance(value, (dict, list, bool)):
         raise InputError(f'o campo "{name}" não é um texto nem um número')
     text = str(value).strip()
-    return "" if len(text) < 5 and text.lower() in NOTHING else text
+    return "" if text[:5].lower() in ("", "nan", "none", "null", "n/a") else text
 
 
 def material_turns(record: object, question: str, answer: str) -> list[tuple[str, str]] | str:
@@ -1313,36 +1310,37 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     has one of their fields is for them. `InputError` says what is wrong with the row."""
     if isinstance(record, InputError):
         raise record
+    if not isinstance(record, dict):
+        return read_turns(record)  # which says what a row may be
     names = dict.fromkeys(FIELD.findall(question + answer))
-    if isinstance(record, dict) and names.keys() & record.keys():
-        missing = [name for name in names if name not in record]
-        if missing and missing[0] not in ("title", "content"):
-            raise InputError(f'falta o campo "{missing[0]}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
+    texts = record.keys() & {"text", "prompt", "completion", "instruction", "input", "output"}
+    if names.keys() & record.keys():
+        missing = next((name for name in names if name not in record), "title")
+        if missing not in ("title", "content"):
+            raise InputError(f'falta o campo "{missing}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
         values = {name: field_text(name, record.get(name)) for name in names}
-        if empty := next((name for name, value in values.items() if not value), None):
-            return f'sem "{empty}"'
+        if empty := [name for name in names if not values[name]]:
+            return f'sem "{empty[0]}"'
         if len(values) > 1 and len({*values.values()}) == 1:
             return "com todos os campos iguais"
         filled = [FIELD.sub(lambda match: values[match[1]], template) for template in (question, answer)]
         turns = list(zip(("user", "assistant"), filled))
-    elif isinstance(record, dict) and isinstance(record.get("text"), str) and (
-            found := INSTRUCTION.search(record["text"])):
-        asked = "\n".join(part.strip() for part in found.group("task", "given") if part and part.strip())
-        turns = [("user", asked), ("assistant", END_MARK.sub("", found["reply"]).strip())]
+    elif texts or record.keys() & {"messages", "conversations"}:
+        record = record | {name: field_text(name, record[name]) for name in texts}
+        if found := INSTRUCTION.search(record.get("text", "")):
+            record = {"prompt": found.expand(r"\g<task>\n\g<given>"), "completion": END_MARK.sub("", found["reply"])}
+        turns = read_turns(record)
     else:
-        known = {"text", "prompt", "completion", "instruction", "input", "output"}
-        if isinstance(record, dict) and not (known | {"messages", "conversations"}) & record.keys():
-            raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "
-                             "KNOWLEDGE_ANSWER os que fazem a pergunta e a resposta, entre chaves")
-        shared = isinstance(record, dict) and known & record.keys()
-        turns = read_turns(record | {name: field_text(name, record[name]) for name in shared} if shared else record)
-    if turns[-1][0] == "user" or isinstance(turns[-1][1], str) and not turns[-1][1].strip():
-        return "sem resposta"
+        raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "
+                         "KNOWLEDGE_ANSWER os que fazem a pergunta e a resposta, entre chaves")
     if any(not isinstance(content, str) for _, content in turns):
         raise InputError("há uma pergunta ou resposta que não é texto")
-    if not all(content.strip() for _, content in turns):
+    *before, last = [content.strip() for _, content in turns]
+    if turns[-1][0] == "user" or not last:
+        return "sem resposta"
+    if not all(before):
         return "sem pergunta"
-    return "com pergunta e resposta iguais" if turns[-1][1].strip() == turns[-2][1].strip() else turns
+    return "com pergunta e resposta iguais" if last == before[-1] else turns
 
 
 def draw_material(settings: Settings, left_out: Counter) -> tuple[list[tuple[int, list]], int]:
