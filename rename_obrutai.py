@@ -1343,15 +1343,13 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     return "com pergunta e resposta iguais" if last == before[-1] else turns
 
 
-def draw_material(settings: Settings, left_out: Counter) -> tuple[list[tuple[int, list]], int]:
+def draw_material(settings: Settings, left_out: Counter) -> list[tuple[int, list]]:
     """KNOWLEDGE_ROWS of the usable rows, each as likely as any other (reservoir sampling, Vitter's algorithm R), with
-    their numbers, and how many rows the file has. One `InputError` for all rows with a mistake."""
-    rng, drawn, mistakes, usable, total = random.Random(f"{settings.seed}/knowledge"), [], [], 0, 0
-    path, templates = Path(settings.knowledge_file), (settings.knowledge_question, settings.knowledge_answer)
-    for number, record in records_of(path):
-        total += 1
+    their numbers. The others are counted in `left_out`. One `InputError` for all rows with a mistake."""
+    rng, drawn, mistakes, usable = random.Random(f"{settings.seed}/knowledge"), [], [], 0
+    for number, record in records_of(Path(settings.knowledge_file)):
         try:
-            turns = material_turns(record, *templates)
+            turns = material_turns(record, settings.knowledge_question, settings.knowledge_answer)
         except InputError as error:
             mistakes.append(f"linha {number}: {error}")
             continue
@@ -1363,61 +1361,59 @@ def draw_material(settings: Settings, left_out: Counter) -> tuple[list[tuple[int
             drawn.append((number, turns))
         elif (place := int(rng.random() * usable)) < len(drawn):
             drawn[place] = number, turns
-    refuse_lines(path, mistakes)
+    refuse_lines(settings.knowledge_file, mistakes)
     if usable > len(drawn):
         left_out["não sorteadas (KNOWLEDGE_ROWS)"] = usable - len(drawn)
-    return sorted(drawn, key=lambda row: row[0]), total
+    return sorted(drawn)
 
 
 def read_knowledge(settings: Settings) -> Material | None:
     """The material, None without a file. `InputError` for a file or rows that cannot be read, or too few rows."""
     if not settings.knowledge_file:
         return None
-    left_out = Counter()
-    drawn, total = draw_material(settings, left_out)
-    rows, seen = [], set()
-    for number, turns in drawn:
-        messages = [{"role": role, "content": cleaned(text, settings.knowledge_ascii)} for role, text in turns]
-        row, known = Row(number, messages), digest(messages)
-        reasons = {"vazias depois da limpeza": not all(m["content"] for m in messages), "repetidas": known in seen,
-                   "com marcas de outro formato ou raciocínio":
-                       any(FOREIGN.search(m["content"]) or "</think>" in m["content"] for m in messages)}
-        if reason := next((reason for reason, found in reasons.items() if found), ""):
-            left_out[reason] += 1
+    rows, seen, left_out = [], set(), Counter()
+    for number, turns in draw_material(settings, left_out):
+        texts = tuple(cleaned(text, settings.knowledge_ascii) for _, text in turns)
+        if not all(texts):
+            left_out["vazias depois da limpeza"] += 1
+        elif texts in seen:
+            left_out["repetidas"] += 1
+        elif any(FOREIGN.search(text) or "</think>" in text for text in texts):
+            left_out["com marcas de outro formato ou raciocínio"] += 1
         else:
-            rows.append(row)
-            seen.add(known)
+            rows.append(Row(number, [{"role": role, "content": text} for (role, _), text in zip(turns, texts)]))
+            seen.add(texts)
+    total = len(rows) + sum(left_out.values())
     if not total:
         raise InputError(f"{settings.knowledge_file} está vazio. Escreva um objeto {{...}} em cada linha.")
     if len(rows) < 10:
         told = "".join(f"; {reason}: {n}" for reason, n in left_out.items())
         raise InputError(f"{settings.knowledge_file} tem {len(rows)} linha(s) que dá para usar, e preciso de pelo "
                          f"menos 10 (de {total}{told}). Ponha mais, ou confira KNOWLEDGE_QUESTION e KNOWLEDGE_ANSWER.")
-    return hold_out(rows, total, left_out, settings)
+    return hold_out(rows, left_out, settings)
 
 
-def hold_out(rows: list[Row], total: int, left_out: Counter, settings: Settings) -> Material:
+def hold_out(rows: list[Row], left_out: Counter, settings: Settings) -> Material:
     """A twentieth of the rows, at most 200, for the exam, and as many to see when to stop; with rows that ask or
     answer the same as one of those left out of the training."""
-    def spoken(text: str) -> str:
-        return " ".join(text.casefold().split())
+    def said(row: Row) -> set[str]:
+        return {" ".join(text.casefold().split()) for text in (row.question, row.answer)}
 
-    few, order = max(2, min(200, len(rows) // 20)), random.Random(f"{settings.seed}/held-out").sample(rows, len(rows))
-    held, known = ([], []), set()
-    for row in order:
-        said = {spoken(row.question), spoken(row.answer)}
-        part = held[0] if len(held[0]) < few else held[1]
-        if len(part) < few and not said & known:
-            part.append(row)
-            known |= said
-    learnt = [row for row in rows if not {spoken(row.question), spoken(row.answer)} & known]
-    if not learnt or not all(held):
+    few, held, known = max(2, min(200, len(rows) // 20)), [], set()
+    for row in random.Random(f"{settings.seed}/held-out").sample(rows, len(rows)):
+        if len(held) < 2 * few and not said(row) & known:
+            held.append(row)
+            known |= said(row)
+    learnt = [row for row in rows if not said(row) & known]
+    if not learnt or len(held) <= few:
         raise InputError(f"quase todas as linhas de {settings.knowledge_file} têm a mesma pergunta ou a mesma "
                          "resposta: não sobra o que guardar para medir. Confira KNOWLEDGE_QUESTION e "
                          "KNOWLEDGE_ANSWER.")
-    if again := len(rows) - len(learnt) - len(held[0]) - len(held[1]):
+    total = len(rows) + sum(left_out.values())
+    if again := len(rows) - len(learnt) - len(held):
         left_out["com pergunta ou resposta de uma linha guardada"] = again
-    return Material(learnt, *(sorted(part, key=lambda row: row.line) for part in held[::-1]), total, dict(left_out))
+    test, watched = sorted(held[:few], key=lambda row: row.line), sorted(held[few:], key=lambda row: row.line)
+    return Material(learnt, watched, test, total, dict(left_out))
 
 
 def fit_material(tokenizer: Tokenizer, material: Material, settings: Settings) -> tuple[Material, list[int]]:
