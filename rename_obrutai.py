@@ -1419,28 +1419,16 @@ def hold_out(rows: list[Row], left_out: Counter, settings: Settings) -> Material
 def fit_material(tokenizer: Tokenizer, material: Material, settings: Settings) -> tuple[Material, list[int]]:
     """The material without rows of more than WINDOW tokens, its messages as the template takes them, and the length
     of each row that is to be learnt, in tokens."""
-    lengths, parts, dropped = [], [], 0
-    for rows in material[:3]:
-        ready = [row._replace(messages=without_system(tokenizer, row.messages)) for row in rows]
-        tokens = [len(encode(tokenizer, row.messages).input_ids) for row in ready]
-        parts.append([row for row, n in zip(ready, tokens) if n <= settings.window])
-        lengths += [n for n in tokens if n <= settings.window] if rows is material.rows else []
-        dropped += len(rows) - len(parts[-1])
+    parts = [[row._replace(messages=without_system(tokenizer, row.messages)) for row in rows] for rows in material[:3]]
+    tokens = {row.line: len(encode(tokenizer, row.messages).input_ids) for rows in parts for row in rows}
+    parts = [[row for row in rows if tokens[row.line] <= settings.window] for rows in parts]
+    dropped = len(tokens) - sum(map(len, parts))
     if not all(parts):
-        raise InputError(f"{dropped} das {sum(map(len, material[:3]))} linhas de {settings.knowledge_file} passam de "
-                         f"WINDOW ({settings.window} tokens), e falta o que aprender ou o que guardar para medir. "
-                         "Divida-as, ou aumente WINDOW (--window).")
+        raise InputError(f"{dropped} das {len(tokens)} linhas de {settings.knowledge_file} passam de WINDOW "
+                         f"({settings.window} tokens), e falta o que aprender ou o que guardar para medir. Divida-as, "
+                         "ou aumente WINDOW (--window).")
     told = {f"com mais de {settings.window} tokens (WINDOW)": dropped} if dropped else {}
-    return Material(*parts, material.total, material.left_out | told), lengths
-
-
-def marked(tokenizer: Tokenizer, messages: list[dict]) -> str:
-    """A conversation as the model sees it, with what is learnt of it between [[ and ]]."""
-    encoded, pieces = encode(tokenizer, messages), []
-    for learnt, run in itertools.groupby(zip(encoded.input_ids, encoded.labels), key=lambda pair: pair[1] != -100):
-        text = tokenizer.decode([token for token, _ in run])
-        pieces.append(f"[[{text}]]" if learnt else text)
-    return "".join(pieces)
+    return Material(*parts, material.total, material.left_out | told), [tokens[row.line] for row in parts[0]]
 
 
 def show_material(tokenizer: Tokenizer, material: Material, lengths: list[int], settings: Settings) -> None:
@@ -1451,8 +1439,12 @@ def show_material(tokenizer: Tokenizer, material: Material, lengths: list[int], 
         say("  Ficaram de fora: " + "; ".join(f"{reason}: {n}" for reason, n in material.left_out.items()) + ".")
     say(f"  São {sum(lengths)} tokens; a linha mais comprida tem {max(lengths)} (WINDOW é {settings.window}).")
     if settings.check:
-        row = material.rows[0]
-        text = marked(tokenizer, row.messages).replace("\n", "\n    ")
+        row, text = material.rows[0], ""
+        encoded = encode(tokenizer, row.messages)
+        for learnt, run in itertools.groupby(zip(encoded.input_ids, encoded.labels), key=lambda pair: pair[1] != -100):
+            piece = tokenizer.decode([token for token, _ in run])
+            text += f"[[{piece}]]" if learnt else piece
+        text = text.replace("\n", "\n    ")
         say(f"  A linha {row.line}, como o modelo a verá; ele aprende o que está entre [[ e ]]:\n    {text}")
 
 
