@@ -2929,23 +2929,21 @@ def rare_words(material: Material) -> list[set[str]]:
             - set(plain(row.question).split()) for row in material.test]
 
 
-def take_material(chat: Chat, material: Material, before: list[list[dict]], label: str) -> Mastery:
-    """The exam of the material, but for the fluency, with some turns `before` each question."""
-    asked = [[*earlier, *row.messages] for earlier, row in zip(before, material.test)]
+def take_material(chat: Chat, rows: list[Row], rare: list[set[str]], before: list[list[dict]], label: str) -> Mastery:
+    """The exam of the material, but for the fluency: some rows, their `rare` words, and turns `before` each."""
+    tokenizer, asked = chat.tokenizer, [[*earlier, *row.messages] for earlier, row in zip(before, rows)]
     losses = answer_losses(chat, asked)
     limit = min(LONGEST_ANSWER, max(count for _, count in losses) + 8)
-    written = max(12, WRITTEN_TOKENS // limit)
-    prompts = [prompt_ids(chat.tokenizer, messages[:-1]) for messages in asked]
-    answers = generate(chat, prompts[:written], label, limit)
-    shared = [(words & set(plain(a.text).split()), words) for words, a in zip(rare_words(material), answers) if words]
-    alone = [len(prompt_ids(chat.tokenizer, row.messages[:-1])) for row in material.test]
-    cut = [chat.tokenizer(row.answer, add_special_tokens=False)["input_ids"][:limit] for row in material.test]
+    prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in asked]
+    alone = [prompt_ids(tokenizer, row.messages[:-1]) for row in rows]
+    answers = generate(chat, prompts[:max(12, WRITTEN_TOKENS // limit)], label, limit)
+    texts = [answer.text for answer in answers]
+    known = [tokenizer(row.answer, add_special_tokens=False)["input_ids"][:limit] for row in rows[:len(texts)]]
+    shares = [len(words & set(plain(text).split())) / len(words) for words, text in zip(rare, texts) if words]
     return Mastery(
-        loss=per_token(losses),
-        chrf=chrf.CHRF().corpus_score([a.text for a in answers], [[*map(chat.tokenizer.decode, cut[:written])]]).score,
-        rare=mean([len(found) / len(words) for found, words in shared]), fluency=0.0,
-        ended=mean([a.ended for a in answers]),
-        tokens=mean([len(ids) - n for ids, n in zip(prompts, alone)]), answers=[a.text for a in answers])
+        loss=per_token(losses), chrf=chrf.CHRF().corpus_score(texts, [[*map(tokenizer.decode, known)]]).score,
+        rare=mean(shares), fluency=0.0, ended=mean([answer.ended for answer in answers]),
+        tokens=mean([len(ids) - len(own) for ids, own in zip(prompts, alone)]), answers=texts)
 
 
 def fluency_of(base: Chat, material: Material, answers: list[str]) -> float:
@@ -3953,10 +3951,10 @@ def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
 
 def prove_material(chat: Chat, job: Job, name: str) -> dict[str, Mastery]:
     """The exam of the material without and with the most similar rows, as many as the model has room for."""
-    room = min(context_of(chat.model.config), job.settings.window)
-    before = contexts_of(chat.tokenizer, job.material, room)
-    return {name: take_material(chat, job.material, [[] for _ in before], "linhas guardadas"),
-            f"{name}_rows": take_material(chat, job.material, before, "linhas guardadas, com as parecidas")}
+    test, rare = job.material.test, rare_words(job.material)
+    before = contexts_of(chat.tokenizer, job.material, min(context_of(chat.model.config), job.settings.window))
+    return {name: take_material(chat, test, rare, [[]] * len(test), "linhas guardadas"),
+            f"{name}_rows": take_material(chat, test, rare, before, "linhas guardadas, com as parecidas")}
 
 
 def material_report(material: Material, learnt: dict[str, Mastery], recited: float) -> dict:

@@ -334,7 +334,7 @@ def answered(monkeypatch):
 def test_the_figures_of_the_exam_are_those_of_what_is_written_after_the_rows_before_it(answered, demo_chat):
     tokenizer, test = demo_chat.tokenizer, MATERIAL.test
     before = [[], SAID[0], [*SAID[1], *SAID[3]], SAID[4]]
-    found = tool.take_material(demo_chat, MATERIAL, before, "x")
+    found = tool.take_material(demo_chat, test, tool.rare_words(MATERIAL), before, "x")
     asked = [[*earlier, *row.messages] for earlier, row in zip(before, test)]
     assert answered.prompts == [tool.prompt_ids(tokenizer, messages[:-1]) for messages in asked]
     own = [tool.prompt_ids(tokenizer, row.messages[:-1]) for row in test]
@@ -344,18 +344,19 @@ def test_the_figures_of_the_exam_are_those_of_what_is_written_after_the_rows_bef
     assert found.loss == pytest.approx(tool.loss_on(demo_chat, [tool.Row(0, m) for m in asked]), rel=1e-3)
 
 
-def test_of_rare_words_the_share_that_the_answers_have_is_told(answered, demo_chat, monkeypatch):
-    monkeypatch.setattr(tool, "rare_words", lambda _: [{"roma", "lua"}, set(), {"sol"}, {"goiania"}])
-    assert tool.take_material(demo_chat, MATERIAL, [[]] * 4, "x").rare == pytest.approx((0.5 + 0 + 1) / 3)
+def test_of_rare_words_the_share_that_the_answers_have_is_told(answered, demo_chat):
+    rare = [{"roma", "lua"}, set(), {"sol"}, {"goiania"}]
+    assert tool.take_material(demo_chat, MATERIAL.test, rare, [[]] * 4, "x").rare == pytest.approx((0.5 + 0 + 1) / 3)
 
 
 def test_an_answer_has_room_for_the_longest_row_but_very_long_ones_are_compared_as_far_as_it_may_write(
         answered, demo_chat, monkeypatch):
     tokenizer = demo_chat.tokenizer
     longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in MATERIAL.test) + 1
-    tool.take_material(demo_chat, MATERIAL, [[]] * 4, "x")
+    exam = demo_chat, MATERIAL.test, tool.rare_words(MATERIAL), [[]] * 4, "x"
+    tool.take_material(*exam)
     monkeypatch.setattr(tool, "LONGEST_ANSWER", 6)
-    found = tool.take_material(demo_chat, MATERIAL, [[]] * 4, "x")
+    found = tool.take_material(*exam)
     assert answered.limits == [longest + 8, 6]
     cut = [tokenizer.decode(tokenizer(row.answer, add_special_tokens=False)["input_ids"][:6]) for row in MATERIAL.test]
     assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(WRITTEN, [cut]).score)
