@@ -2968,19 +2968,19 @@ def recited_share(chat: Chat, talks: list[Talk], rows: list[Row]) -> float:
 
 def material_verdict(scores: dict[str, dict]) -> str:
     """What served this material best, training, looking rows up or both, by what was written (chrF)."""
-    points = {name: scores[name]["chrf"] for name in WAYS}
     # The simplest first.
     told = {"before_rows": "consultar as linhas parecidas, sem treino", "tuned": "o treino, sem consultar linhas",
             "tuned_rows": "o treino com as linhas parecidas antes da pergunta"}
+    points = {way: scores[way]["chrf"] for way in WAYS}
     best = max(told, key=points.get)
-    near = [name for name in told if points[best] - points[name] < 2]
-    figures = ", ".join(f"{title} {decimal(points[name])}" for name, title in WAYS.items())
+    near = [told[way] for way in told if points[best] - points[way] < 2]
+    said = f"o melhor foi {told[best]}"
     if points[best] - points["before"] < 2:
-        return f"Neste material, nada foi bem melhor que o modelo base (chrF: {figures})."
-    if len(near) > 1:
-        return (f"Neste material, quase empatam {' e '.join(told[name] for name in near)}; o mais simples é "
-                f"{told[near[0]]} (chrF: {figures}).")
-    return f"Neste material, o melhor foi {told[best]} (chrF: {figures})."
+        said = "nada foi bem melhor que o modelo base"
+    elif len(near) > 1:
+        said = f"quase empatam {' e '.join(near)}; o mais simples é {near[0]}"
+    figures = ", ".join(f"{title} {decimal(points[way])}" for way, title in WAYS.items())
+    return f"Neste material, {said} (chrF: {figures})."
 
 
 # ---- The two passes ---------------------------------------------------------------------------------------
@@ -3959,11 +3959,12 @@ def prove_material(chat: Chat, job: Job, name: str) -> dict[str, Mastery]:
 
 def material_report(material: Material, learnt: dict[str, Mastery], recited: float) -> dict:
     """What the report holds of the material: figures, verdict, and twelve rows with all answers."""
-    scores = {way: {key: value for key, value in m._asdict().items() if key != "answers"} for way, m in learnt.items()}
+    scores = {way: m._asdict() for way, m in learnt.items()}
+    answers = {way: figures.pop("answers") for way, figures in scores.items()}
     shown = [{"line": row.line, "question": row.question, "answer": row.answer,
-              **{way: m.answers[i] for way, m in learnt.items()}} for i, row in enumerate(material.test[:12])]
+              **{way: texts[i] for way, texts in answers.items()}} for i, row in enumerate(material.test[:12])]
     return {"rows": len(material.rows), "held_out": len(material.test), "watched": len(material.watched),
-            "written": len(learnt["tuned"].answers), "total": material.total, "left_out": material.left_out,
+            "written": len(answers["tuned"]), "total": material.total, "left_out": material.left_out,
             "scores": scores, "recited": recited, "verdict": material_verdict(scores), "shown": shown}
 
 
@@ -4003,9 +4004,8 @@ def material_gaps(learnt: dict | None, settings: Settings) -> list[str]:
     """What of the material was missed: that the loss on held-out rows falls, and that everyday answers stay clear."""
     if not learnt:
         return []
-    scores = learnt["scores"]
-    missed = {"material": scores["tuned"]["loss"] >= scores["before"]["loss"],
-              "material recitado": learnt["recited"] > settings.target_leak}
+    before, after = (learnt["scores"][way]["loss"] for way in ("before", "tuned"))
+    missed = {"material": after >= before, "material recitado": learnt["recited"] > settings.target_leak}
     return [name for name, found in missed.items() if found]
 
 
