@@ -1231,7 +1231,7 @@ def cleaned(text: str, only_ascii: bool) -> str:
 
 
 def array_items(file, text: str, path: Path):
-    """The numbered items of a JSON array, whose file is read piece by piece; `text` was read of it, behind the "["."""
+    """The numbered items of a JSON array, read piece by piece; `text` is what was read behind its "["."""
     number, decode = 1, json.JSONDecoder().raw_decode
     while not (text := text.lstrip(", \t\r\n")).startswith("]"):
         try:
@@ -1328,7 +1328,8 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     elif texts or record.keys() & {"messages", "conversations"}:
         record = record | {name: field_text(name, record[name]) for name in texts}
         if found := INSTRUCTION.search(record.get("text", "")):
-            record = {"prompt": found.expand(r"\g<task>\n\g<given>"), "completion": END_MARK.sub("", found["reply"])}
+            reply = END_MARK.sub("", found["reply"])
+            record = {"prompt": found.expand(r"\g<task>\n\g<given>"), "completion": reply}
         turns = read_turns(record)
     else:
         raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "
@@ -1381,8 +1382,9 @@ def read_knowledge(settings: Settings) -> Material | None:
         elif any(FOREIGN.search(text) or "</think>" in text for text in texts):
             left_out["com marcas de outro formato ou raciocínio"] += 1
         else:
-            rows.append(Row(number, [{"role": role, "content": text} for (role, _), text in zip(turns, texts)]))
             seen.add(texts)
+            messages = [{"role": role, "content": text} for (role, _), text in zip(turns, texts)]
+            rows.append(Row(number, messages))
     total = len(rows) + sum(left_out.values())
     if not total:
         raise InputError(f"{settings.knowledge_file} está vazio. Escreva um objeto {{...}} em cada linha.")
@@ -1412,14 +1414,15 @@ def hold_out(rows: list[Row], left_out: Counter, settings: Settings) -> Material
     total = len(rows) + sum(left_out.values())
     if again := len(rows) - len(learnt) - len(held):
         left_out["com pergunta ou resposta de uma linha guardada"] = again
-    test, watched = sorted(held[:few], key=lambda row: row.line), sorted(held[few:], key=lambda row: row.line)
+    test, watched = sorted(held[:few]), sorted(held[few:])  # by their numbers
     return Material(learnt, watched, test, total, dict(left_out))
 
 
 def fit_material(tokenizer: Tokenizer, material: Material, settings: Settings) -> tuple[Material, list[int]]:
     """The material without rows of more than WINDOW tokens, its messages as the template takes them, and the length
     of each row that is to be learnt, in tokens."""
-    parts = [[row._replace(messages=without_system(tokenizer, row.messages)) for row in rows] for rows in material[:3]]
+    ready = functools.partial(without_system, tokenizer)
+    parts = [[row._replace(messages=ready(row.messages)) for row in rows] for rows in material[:3]]
     tokens = {row.line: len(encode(tokenizer, row.messages).input_ids) for rows in parts for row in rows}
     parts = [[row for row in rows if tokens[row.line] <= settings.window] for rows in parts]
     dropped = len(tokens) - sum(map(len, parts))
@@ -1441,11 +1444,12 @@ def show_material(tokenizer: Tokenizer, material: Material, lengths: list[int], 
     if settings.check:
         row, text = material.rows[0], ""
         encoded = encode(tokenizer, row.messages)
-        for learnt, run in itertools.groupby(zip(encoded.input_ids, encoded.labels), key=lambda pair: pair[1] != -100):
+        pairs = zip(encoded.input_ids, encoded.labels)
+        for learnt, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
             piece = tokenizer.decode([token for token, _ in run])
             text += f"[[{piece}]]" if learnt else piece
-        text = text.replace("\n", "\n    ")
-        say(f"  A linha {row.line}, como o modelo a verá; ele aprende o que está entre [[ e ]]:\n    {text}")
+        say(f"  A linha {row.line}, como o modelo a verá; ele aprende o que está entre [[ e ]]:")
+        say("    " + text.replace("\n", "\n    "))
 
 
 # ---- The base's folder and the output ---------------------------------------------------------------------
@@ -2938,11 +2942,12 @@ def take_material(chat: Chat, rows: list[Row], rare: list[set[str]], before: lis
     alone = [prompt_ids(tokenizer, row.messages[:-1]) for row in rows]
     answers = generate(chat, prompts[:max(12, WRITTEN_TOKENS // limit)], label, limit)
     texts = [answer.text for answer in answers]
-    known = [tokenizer(row.answer, add_special_tokens=False)["input_ids"][:limit] for row in rows[:len(texts)]]
+    known = [tokenizer(row.answer, add_special_tokens=False)["input_ids"] for row in rows[:len(texts)]]
+    known = [tokenizer.decode(ids[:limit]) for ids in known]
     shares = [len(words & set(plain(text).split())) / len(words) for words, text in zip(rare, texts) if words]
     return Mastery(
-        loss=per_token(losses), chrf=chrf.CHRF().corpus_score(texts, [[*map(tokenizer.decode, known)]]).score,
-        rare=mean(shares), fluency=0.0, ended=mean([answer.ended for answer in answers]),
+        loss=per_token(losses), chrf=chrf.CHRF().corpus_score(texts, [known]).score, rare=mean(shares),
+        fluency=0.0, ended=mean([answer.ended for answer in answers]),
         tokens=mean([len(ids) - len(own) for ids, own in zip(prompts, alone)]), answers=texts)
 
 
