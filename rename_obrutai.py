@@ -1599,10 +1599,10 @@ def job_facts(inputs: Inputs, base: Path) -> str:
 
 
 def job_key(facts: str, material: Material | None, settings: Settings) -> str:
-    """What a result is known by: the facts, the material, the targets, and every setting that a stage uses."""
+    """What a result is known by: facts, material, targets, and every setting that a stage uses."""
     uses = [names for stage, names in USES.items() if material or stage != "3-knowledge"]
     used = " ".join([*uses, "target_identity target_retention target_leak"]).split()
-    return digest([facts, *[digest(material)] * bool(material), [getattr(settings, name) for name in used]])
+    return digest([facts, material, [getattr(settings, name) for name in used]])
 
 
 def wait() -> None:
@@ -1655,9 +1655,8 @@ class Stages:
     """The job's stages, in order; the key of each holds all that it and those before it depend on."""
 
     def __init__(self, work: Path, facts: str, settings: Settings, planned: dict[str, float]):
-        self.work, self.chain, self.settings = work, facts, settings
-        self.planned, self.spent, self.expected = dict(planned), 0.0, 0.0  # seconds
-        self.number, self.count, self.folders = 0, len(planned), {}
+        self.work, self.chain, self.settings, self.folders = work, facts, settings, {}
+        self.planned, self.spent = planned, {}  # seconds of each stage
 
     def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False,
                  facts: object = None) -> Path:
@@ -1665,11 +1664,11 @@ class Stages:
         `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`. `facts`
         is what the stage depends on besides settings and the stages before it."""
         folder, partial = self.work / name, self.work / f"{name}.partial"
-        self.chain = key = digest([self.chain, name, *[digest(facts)] * (facts is not None),
-                                   [getattr(self.settings, use) for use in USES[name].split()]])
-        ready, planned = agreed(has_key(folder / "key.json", key)), self.planned.pop(name, 0)
-        self.number, self.folders[name] = self.number + 1, folder
-        say(f"{self.number}/{self.count} {title}" + " (já pronto)" * ready)
+        used = [getattr(self.settings, use) for use in USES[name].split()]
+        key = self.chain = digest([self.chain, name, facts, used])
+        self.folders[name] = folder
+        ready = agreed(has_key(folder / "key.json", key))
+        say(f"{len(self.folders)}/{len(self.planned)} {title}" + " (já pronto)" * ready)
         if ready:
             shutil.rmtree(folder / "training", ignore_errors=True)
             return folder
@@ -1684,7 +1683,7 @@ class Stages:
                 build(partial)
             wait()
         finally:
-            seconds = time.monotonic() - began
+            seconds = self.spent[name] = time.monotonic() - began
             if RANK == 0:  # the report tells the time of all runs that worked on it
                 before = load_json(partial / "key.json").get("seconds", 0)
                 write_json(partial / "key.json", {"key": key, "seconds": round(before + seconds, 1)})
@@ -1694,10 +1693,10 @@ class Stages:
             partial.rename(folder)
             shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
         wait()
-        self.spent, self.expected = self.spent + seconds, self.expected + planned
-        if self.planned:  # the plan, stretched as what is done was, the more the more is done
-            rest = sum(self.planned.values())
-            rest *= (self.spent + rest) / (self.expected + rest or 1)
+        if rest := sum(planned for name, planned in self.planned.items() if name not in self.folders):
+            # The plan, stretched as what is done was, the more the more is done.
+            expected = sum(self.planned[name] for name in self.spent)
+            rest *= (sum(self.spent.values()) + rest) / (expected + rest)
             say(f"  Pronto em {clock(seconds)}; para o modelo ficar pronto faltam uns {clock(rest)}.")
         return folder
 

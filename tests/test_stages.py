@@ -388,7 +388,7 @@ def stage(work, facts, build):
 def stage_key(facts):
     """The key that the first stage has with such facts."""
     settings = small_settings()
-    return tool.digest([facts, "1-base", [getattr(settings, use) for use in tool.USES["1-base"].split()]])
+    return tool.digest([facts, "1-base", None, [getattr(settings, use) for use in tool.USES["1-base"].split()]])
 
 
 def broken_off(tiny_folder, folder, step):
