@@ -3675,6 +3675,9 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     return int(state + kept + 6 * tokens * text.vocab_size + 2e8)
 
 
+CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the free memory
+
+
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
     """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA; then checkpointing."""
     gpu = torch.cuda.is_available()
@@ -3700,22 +3703,19 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                      + " ou o bitsandbytes (pip install bitsandbytes)" * (gpu and not four_bits) + ".")
 
 
-def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, facts: str) -> tuple[Settings, dict]:
+def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, facts: list) -> tuple[Settings, dict]:
     """Settings that suit base and machine, and the plan that a run with the same base and choices began with, or what
     is known of a new one: its "key" and "memory" (bytes). A run keeps the method it began with."""
     native, path = context_of(config), work_folder(settings) / "plan.json"
     settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
                        max_new_tokens=min(settings.max_new_tokens, native // 2))
-    key = digest([facts, settings.method, settings.window, settings.batch_size, settings.lora_rank])
-    if settings.restart or not has_key(path, key):
-        settings, memory = agreed(choose_method(config, weights, settings))
-        plan = {"key": key, "memory": memory}
-    else:
+    asked = [getattr(settings, name) for name in (*CHOSEN, "window", "batch_size", "lora_rank")]
+    plan = {"key": digest([facts, asked])}
+    if has_key(path, plan["key"]) and not settings.restart:
         plan = load_json(path)
-        chosen = plan["settings"]
-        chosen["gradient_accumulation"] = max(settings.gradient_accumulation, chosen["gradient_accumulation"])
-        chosen["gradient_checkpointing"] |= settings.gradient_checkpointing
-        settings = replace(settings, **chosen)
+        settings = replace(settings, **plan["settings"])
+    else:
+        settings, plan["memory"] = agreed(choose_method(config, weights, settings))
     automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
@@ -3747,22 +3747,22 @@ def check_job(settings: Settings) -> Job | None:
     read_config(folder, settings.rope_factor)  # says what cannot be scaled
     asked, native = settings, context_of(config)
     join_processes()
-    planned_for = facts + "/material" * bool(material)  # a plan knows the stages that there are
-    settings, plan = fit_to_machine(replace(settings, model_path=str(folder)), config, weights, planned_for)
+    settings = replace(settings, model_path=str(folder))
+    settings, plan = fit_to_machine(settings, config, weights, [facts, bool(material)])
     tokenizer = load_tokenizer(folder)
     check_rows(tokenizer, inputs.rows, settings)
-    lengths = []
+    lengths: list[int] = []
     if material:
-        fitting, lengths = fit_material(tokenizer, material, settings)
-        show_material(tokenizer, fitting, lengths, settings)
+        material, lengths = fit_material(tokenizer, material, settings)
+        show_material(tokenizer, material, lengths, settings)
     if settings.check and inputs.rows:
         renew_template(tokenizer, settings, find_names(tokenizer, settings, inputs).old)
     # Of what is trained, all passes and two checkpoints (values, two moments); the healed base, and the result.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
     disk = 4 * trained * (2 + bool(material) + 2 * 3) + 8 * weights + 10**7
     check_disk(disk, work_folder(settings))
-    return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk, key=key,
-               material=material and fitting, learnt_tokens=sum(lengths))
+    return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk, key=key, material=material,
+               learnt_tokens=sum(lengths))
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
@@ -3866,37 +3866,6 @@ def make_plan(job: Job) -> dict[str, float]:
         say("  Atenção: no Ollama e no LM Studio, o fator de RoPE deste modelo se perde (ou não foi testado): neles,\n"
             f"  só com --rope-factor 1 ele será o que foi medido. No llama.cpp, acrescente{flags}.")
     return planned
-
-
-@contextlib.contextmanager
-def holding_stages(job: Job, planned: dict[str, float]):
-    """The folder of the stages, held by one run at a time, and emptied first if the user asked for that."""
-    work, settings = work_folder(job.settings), job.settings
-    if RANK:
-        wait()
-        yield work
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
-                                  "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
-    try:
-        with filelock.FileLock(work / "lock", timeout=0):
-            for folder in work.iterdir() if settings.restart else ():
-                if folder.is_dir():
-                    discard(folder)
-            chosen = ("method", "gradient_accumulation", "gradient_checkpointing")
-            write_json(work / "plan.json", job.plan | {
-                "seconds": planned, "settings": {name: getattr(settings, name) for name in chosen}})
-            wait()
-            yield work
-    except InputError as error:
-        error.advice = ""  # the settings were in order: it came up in the work
-        raise
-    except (RuntimeError, MemoryError) as error:
-        error.begun = True  # the plan and the stages that are there are those of this run
-        raise
-    except filelock.Timeout:
-        raise InputError(f"outra execução está usando {work}: espere, ou mude a saída (--output-dir).") from None
 
 
 # ---- The stages, each from folder to folder ---------------------------------------------------------------
@@ -4215,16 +4184,64 @@ def run(settings: Settings) -> int:
     if not (job := check_job(settings)):
         return conclude(settings)
     gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
-    work = work_folder(job.settings)
-    # A run that goes on was planned when it began.
-    planned = make_plan(job) if settings.check or "seconds" not in job.plan else job.plan["seconds"]
+    planned = job.plan.get("seconds")
+    if settings.check or not planned:  # a run that goes on was planned when it began
+        job, planned = as_it_fits(make_plan, job)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
         return 0
-    say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
-    with holding_stages(job, planned):
-        run_stages(job, planned, work)
+    carry_out(job, planned)
     return conclude(settings)
+
+
+def carry_out(job: Job, planned: dict[str, float]) -> None:
+    """Make the stages, in a folder that one run holds at a time, and that --restart empties first."""
+    work = work_folder(job.settings)
+    say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
+
+    def begin(job: Job) -> None:
+        if RANK == 0:
+            chosen = {name: getattr(job.settings, name) for name in CHOSEN}
+            write_json(work / "plan.json", job.plan | {"seconds": planned, "settings": chosen})
+        run_stages(job, planned, work)
+
+    work.mkdir(parents=True, exist_ok=True)
+    (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
+                                  "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
+    try:
+        with filelock.FileLock(work / "lock", timeout=0) if RANK == 0 else contextlib.nullcontext():
+            for folder in work.glob("*/") if job.settings.restart and RANK == 0 else ():
+                discard(folder)
+            as_it_fits(begin, job)
+    except filelock.Timeout:
+        raise InputError(f"outra execução está usando {work}: espere, ou mude a saída (--output-dir).") from None
+    except InputError as error:
+        error.advice = ""  # the settings were in order: it came up in the work
+        raise
+
+
+def as_it_fits(work: Callable[[Job], object], job: Job) -> tuple[Job, object]:
+    """What is left of the job and what `work` makes of it, begun again each time that memory runs out: with twice the
+    parts of a step, then with checkpointing, then `InputError`."""
+    while True:
+        try:
+            return job, work(job)
+        except (RuntimeError, MemoryError) as error:
+            if not re.search(OUT_OF_MEMORY, causes(error)):
+                raise
+        settings = job.settings
+        if settings.gradient_accumulation < settings.batch_size:
+            settings = replace(settings, gradient_accumulation=2 * settings.gradient_accumulation)
+            say(f"  Faltou memória: continuo com cada etapa em {settings.gradient_accumulation} partes.")
+        elif not settings.gradient_checkpointing:
+            settings = replace(settings, gradient_checkpointing=True)
+            say("  Faltou memória: continuo com GRADIENT_CHECKPOINTING, que gasta menos e demora mais.")
+        else:
+            raise InputError("faltou memória, mesmo com um diálogo por vez. Feche outros programas e rode de novo, "
+                             "sem --restart, ou diminua WINDOW (--window) ou MAX_NEW_TOKENS (--max-new-tokens).")
+        job = job._replace(settings=settings)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def causes(error: BaseException) -> str:
@@ -4232,25 +4249,6 @@ def causes(error: BaseException) -> str:
     text = f"{type(error).__name__} {getattr(error, 'errno', '')} {error}".lower()
     inner = error.__cause__ or error.__context__
     return f"{text}\n{causes(inner)}" if inner else text
-
-
-def with_less_memory(settings: Settings, begun: bool) -> dict:
-    """What to change after memory ran out: twice the parts, then checkpointing, then `InputError`. If the work had
-    `begun`, the plan in its folder knows what was tried."""
-    if settings.chat or settings.evaluate:
-        raise InputError("faltou memória para este modelo. Feche outros programas e tente de novo.")
-    used = asdict(settings)
-    if begun:
-        used |= load_json(work_folder(settings) / "plan.json")["settings"]
-    parts = max(settings.gradient_accumulation, used["gradient_accumulation"])
-    if parts < settings.batch_size:
-        say(f"  Faltou memória: continuo com cada etapa em {2 * parts} partes.")
-        return {"gradient_accumulation": 2 * parts}
-    if not (settings.gradient_checkpointing or used["gradient_checkpointing"]):
-        say("  Faltou memória: continuo com GRADIENT_CHECKPOINTING, que gasta menos e demora mais.")
-        return {"gradient_checkpointing": True}
-    raise InputError("faltou memória, mesmo com um diálogo por vez. Feche outros programas e rode de novo, sem "
-                     "--restart, ou diminua WINDOW (--window) ou MAX_NEW_TOKENS (--max-new-tokens).")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4263,17 +4261,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_settings(argv)
         say.quiet = settings.quiet
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        while True:
-            try:
-                return run(settings)
-            except (RuntimeError, MemoryError) as error:
-                if not re.search(OUT_OF_MEMORY, causes(error)):
-                    raise
-                begun = hasattr(error, "begun")
-                settings = replace(settings, restart=settings.restart and not begun,
-                                   **with_less_memory(settings, begun))
-            gc.collect()
-            torch.cuda.empty_cache()
+        return run(settings)
     except InputError as error:
         if RANK == 0:
             asked = settings and (settings.chat or settings.evaluate)  # which go without --check
@@ -4291,10 +4279,14 @@ def main(argv: list[str] | None = None) -> int:
         say(f"\nInterrompido. {text}", verdict=True)
         return 130
     except Exception as error:
-        if not re.search(DISK_FULL, causes(error)):
+        if re.search(OUT_OF_MEMORY, causes(error)):
+            text = "faltou memória para este modelo. Feche outros programas e tente de novo."
+        elif re.search(DISK_FULL, causes(error)):
+            text = (f"o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
+                    "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.")
+        else:
             raise
-        print(f"Erro: o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
-              "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.", file=sys.stderr)
+        print(f"Erro: {text}", file=sys.stderr)
         return 2
 
 

@@ -425,18 +425,17 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
     parts, work = [], tmp_path / "novo.work"
     (work / "old").mkdir(parents=True)
 
-    def run(settings):
-        parts.append(settings.gradient_accumulation)
-        with tool.holding_stages(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", {}, 0), {}):
-            if len(parts) == 1:
-                assert not (work / "old").exists()
-                (work / "1-base").mkdir()
-                raise RuntimeError("CUDA out of memory.")
-            return 0 if (work / "1-base").exists() else 1
+    def run_stages(job, *_):
+        parts.append(job.settings.gradient_accumulation)
+        if len(parts) == 1:
+            assert not (work / "old").exists()
+            (work / "1-base").mkdir()
+            raise RuntimeError("CUDA out of memory.")
+        assert (work / "1-base").exists()
 
-    monkeypatch.setattr(tool, "run", run)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert tool.main(["--restart", "--output-dir", str(tmp_path / "novo")]) == 0
+    monkeypatch.setattr(tool, "run_stages", run_stages)
+    settings = small_settings("--restart", "--output-dir", tmp_path / "novo")
+    tool.carry_out(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", {}, 0), {})
     assert parts == [1, 2]
 
 

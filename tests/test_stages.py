@@ -1067,11 +1067,11 @@ def test_when_no_number_of_parts_helps_the_user_learns_what_to_reduce(until, mon
 def test_whatever_a_lack_of_memory_is_called_it_is_understood(error, tmp_path, monkeypatch):
     parts = []
 
-    def run(settings):
-        parts.append(settings.gradient_accumulation)
+    def make_plan(job):
+        parts.append(job.settings.gradient_accumulation)
         raise error
 
-    monkeypatch.setattr(tool, "run", run)
+    monkeypatch.setattr(tool, "make_plan", make_plan)
     assert job(tmp_path).status == 2 and parts == [1, 2, 4, 4]  # the last time with checkpointing
 
 
