@@ -3766,16 +3766,15 @@ def check_job(settings: Settings) -> Job | None:
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
-    """Seconds per token when read, written in large batches and trained, by doing each for a moment."""
-    settings, inner = job.settings, unwrapped(base.model)
-    fast = compute_dtype(job.weights)
+    """Seconds per token when read, written in large batches and trained, by doing each for a moment, which leaves the
+    model in the midst of a training."""
+    settings, inner, fast = job.settings, base.model, compute_dtype(job.weights)
     rows = job.inputs.rows or job.material.rows[:96]
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
     course = Course("", [Pool(lessons, 1.0)], 1, (0, 0, 0), 1.0)
     batch = make_batches(base.tokenizer, course, step_tokens(job.native, settings), "pace")[0]
-    ids = [w.input_ids for w in batch]
+    batch = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
     teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
-    talks = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
 
     def took(work: Callable) -> float:
         times: list[float] = []
@@ -3785,13 +3784,13 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
             times.append(time.monotonic() - began)
         return min(times)
 
-    read = took(lambda: compare(base, teacher, talks[:2])) / sum(map(len, ids[:2]))
+    read = took(lambda: compare(base, teacher, batch[:2])) / sum(len(w.input_ids) for w in batch[:2])
     began = time.monotonic()
-    write = sum(len(a.ids) for a in generate(base, [row[:32] for row in ids] * 6, limit=16, sample_seed=1))
-    write = (time.monotonic() - began) / write
-    model = with_adapter(inner, settings) if settings.method != "full" else inner
-    part = as_examples([talks], PROCESSES * settings.gradient_accumulation)[:1]  # as much at a time as in training
+    written = generate(base, [w.input_ids[:32] for w in batch] * 6, limit=16, sample_seed=1)
+    write = (time.monotonic() - began) / sum(len(answer.ids) for answer in written)
+    part = as_examples([batch], PROCESSES * settings.gradient_accumulation)[:1]  # as much at a time as in training
     inputs = {key: value.to(inner.device) for key, value in collate(part, base.tokenizer.pad_token_id).items()}
+    model = with_adapter(inner, settings) if settings.method != "full" else inner
     if settings.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -3802,14 +3801,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
                 short_attention(inner, batch):
             batch_loss(model, inner, teacher, inputs, 1.0).backward()
 
-    train = took(step) / inputs["input_ids"].numel()
-    model.zero_grad()
-    model.eval()
-    if settings.gradient_checkpointing:
-        inner.gradient_checkpointing_disable()
-    if model is not inner:
-        model.unload()
-    return read, write, train
+    return read, write, took(step) / inputs["input_ids"].numel()
 
 
 def plan_seconds(base: Chat, job: Job) -> dict[str, float]:

@@ -927,8 +927,6 @@ def test_the_step_that_is_measured_takes_no_more_memory_than_those_of_the_traini
     assert len(layers) == 2 * len(steps)
     assert max(shape.numel() for shape in steps) < tool.step_tokens(128, settings) / 2
     assert max(heads) < 0.75 * steps[0].numel()  # the logits of all tokens would take more than is counted
-    assert not chat.model.training and all(p.grad is None for p in chat.model.parameters())
-    assert not [name for name, _ in chat.model.named_parameters() if "lora_" in name]
 
 
 def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(free, tmp_path):
