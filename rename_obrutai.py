@@ -1580,6 +1580,7 @@ USES = {
     "5-pass-2": "steps_2 learning_rate_2",
     "6-result": "",
 }
+CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the free memory, when a job begins
 
 
 def work_folder(settings: Settings) -> Path:
@@ -3675,9 +3676,6 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     return int(state + kept + 6 * tokens * text.vocab_size + 2e8)
 
 
-CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the free memory
-
-
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
     """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA; then checkpointing."""
     gpu = torch.cuda.is_available()
@@ -3817,14 +3815,14 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
         "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
-    times = 1.0
     if material := job.material:
-        times, length = 1 + REHEARSED, job.learnt_tokens / len(material.rows)
+        length = job.learnt_tokens / len(material.rows)
         watched = 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
         planned["3-knowledge"] = material_steps(settings, job.learnt_tokens, step) * step * train + watched + 3
         told = min(WRITTEN_TOKENS, len(material.test) * LONGEST_ANSWER)
         planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
     if job.inputs.rows:
+        times = 1 + REHEARSED * bool(material)
         planned |= {"3-pass-1": settings.steps_1 * times * step * train + 3,
                     "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
                     "5-pass-2": settings.steps_2 * times * step * train + 3}
@@ -4248,24 +4246,23 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
-    settings = None
+    settings, trains = None, True
     try:
         settings = parse_settings(argv)
+        trains = not (settings.chat or settings.evaluate)
         say.quiet = settings.quiet
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         return run(settings)
     except InputError as error:
         if RANK == 0:
-            asked = settings and (settings.chat or settings.evaluate)  # which go without --check
-            print(f"Erro: {error}{'' if asked else error.advice}", file=sys.stderr)
+            print(f"Erro: {error}{error.advice * trains}", file=sys.stderr)
         else:  # the launcher stops all as soon as one ends, maybe before the first has spoken
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        trained = settings and not (settings.chat or settings.evaluate)
-        kept = trained and work_folder(settings).exists()
+        kept = settings and trains and work_folder(settings).exists()
         text = (f"Nada se perdeu: rode o mesmo comando (sem --restart) para continuar. As etapas estão em "
                 f"{work_folder(settings)}; se desistir, apague essa pasta.") if kept else "Nada foi escrito."
         say(f"\nInterrompido. {text}", verdict=True)
