@@ -1580,7 +1580,7 @@ USES = {
     "5-pass-2": "steps_2 learning_rate_2",
     "6-result": "",
 }
-CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the free memory, when a job begins
+CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the free memory
 
 
 def work_folder(settings: Settings) -> Path:
@@ -1695,7 +1695,7 @@ class Stages:
             shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
         wait()
         if rest := sum(planned for name, planned in self.planned.items() if name not in self.folders):
-            # The plan, stretched as what is done was, the more the more is done.
+            # Stretched as what is done was, the more the more is done.
             expected = sum(self.planned[name] for name in self.spent)
             rest *= (sum(self.spent.values()) + rest) / (expected + rest)
             say(f"  Pronto em {clock(seconds)}; para o modelo ficar pronto faltam uns {clock(rest)}.")
@@ -3624,9 +3624,8 @@ def local_folder(settings: Settings) -> Path:
     if Path(settings.model_path).is_absolute():
         return Path(settings.model_path)
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt", "README.md"]
-    download = huggingface_hub.snapshot_download  # before the `try`, which is for the network
     try:
-        return Path(download(settings.model_path, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(settings.model_path, allow_patterns=wanted))
     except Exception as error:
         if re.search(DISK_FULL, causes(error)):
             raise InputError(f"o disco encheu enquanto eu baixava {settings.model_path}. Libere espaço e rode de "
@@ -3764,8 +3763,7 @@ def check_job(settings: Settings) -> Job | None:
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
-    """Seconds per token when read, written in large batches and trained, by doing each for a moment, which leaves the
-    model in the midst of a training."""
+    """Seconds per token when read, written in large batches and trained. It leaves the model as it is in training."""
     settings, inner, fast = job.settings, base.model, compute_dtype(job.weights)
     rows = job.inputs.rows or job.material.rows[:96]
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
@@ -3803,7 +3801,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
 
 
 def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
-    """How long each stage takes, by running a moment of it."""
+    """How long each stage takes, from what it reads, writes and trains."""
     settings, tests = job.settings, len(job.inputs.test)
     read, write, train = measure_pace(base, job)
     step, grown = step_tokens(job.native, settings), settings.rope_factor != 1
@@ -4211,8 +4209,7 @@ def carry_out(job: Job, planned: dict[str, float]) -> None:
 
 
 def as_it_fits(work: Callable[[Job], object], job: Job) -> tuple[Job, object]:
-    """What is left of the job and what `work` makes of it, begun again each time that memory runs out: with twice the
-    parts of a step, then with checkpointing, then `InputError`."""
+    """Do the work, again with less each time that memory runs out: the job as it fits, and what came of it."""
     while True:
         try:
             return job, work(job)
