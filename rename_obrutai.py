@@ -1585,8 +1585,7 @@ CHOSEN = ("method", "gradient_accumulation", "gradient_checkpointing")  # by the
 
 def work_folder(settings: Settings) -> Path:
     """Where the stages are kept: beside the output, so that the result is moved there by a rename."""
-    output = Path(settings.output_dir)
-    return output.with_name(output.name + ".work")
+    return Path(settings.output_dir + ".work")
 
 
 def job_facts(inputs: Inputs, base: Path) -> str:

@@ -839,10 +839,12 @@ def test_the_choice_is_written_down_and_used_again_though_other_memory_is_free(p
     assert planned(10**6).settings == first.settings  # nor is it refused
 
 
-@pytest.mark.parametrize("flags", [("--method", "full"), ("--rope-factor", 2), ("--restart",)])
+@pytest.mark.parametrize("flags", [
+    ("--method", "full"), ("--rope-factor", 2), ("--restart",), ("--gradient-checkpointing",)])
 def test_another_method_or_window_or_a_start_all_over_is_chosen_for_anew(flags, planned):
     assert planned(TIGHT).settings.method == "lora"
     other = planned(PLENTY, *flags)
+    assert other.settings.gradient_checkpointing is ("--gradient-checkpointing" in flags)
     assert other.settings.method == "full" and other.settings.gradient_accumulation == 1
     assert other.written["settings"]["method"] == "full" and other.measured == 1
 
