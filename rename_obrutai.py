@@ -1589,8 +1589,8 @@ def work_folder(settings: Settings) -> Path:
 
 
 def job_facts(inputs: Inputs, base: Path) -> str:
-    """Digest of what the job depends on besides settings: rows (without any, the languages of the material), base, and
-    the script but for its constants, which are settings. Weights count by name, size and time."""
+    """Digest of what the job depends on besides settings: rows (or the languages of the material), base, and script
+    without its constants. Weights count by name, size and time."""
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
              if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
@@ -1622,16 +1622,14 @@ def agreed(value):
 def write_json(path: Path, value: object) -> None:
     """Written under another name, flushed and renamed: the file is whole or not there."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    flush(partial)
     partial.replace(path)
 
 
-def flush(folder: Path) -> None:
-    """Make a folder survive a power cut: a rename may reach the disk before the files do."""
-    for path in [*folder.rglob("*"), folder]:
+def flush(place: Path) -> None:
+    """Make a file, or a folder, survive a power cut: a rename may reach the disk before the contents do."""
+    for path in [*place.rglob("*"), place]:
         if path.is_file() or os.name != "nt":  # Windows cannot open folders
             handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
             os.fsync(handle)
@@ -1661,8 +1659,8 @@ class Stages:
     def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False,
                  facts: object = None) -> Path:
         """The folder of a stage, built now unless it is there with this key, under another name until it is whole.
-        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`. `facts`
-        is what the stage depends on besides settings and the stages before it."""
+        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`. `facts`:
+        what else the stage depends on."""
         folder, partial = self.work / name, self.work / f"{name}.partial"
         used = [getattr(self.settings, use) for use in USES[name].split()]
         key = self.chain = digest([self.chain, name, facts, used])
@@ -3700,8 +3698,8 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
 
 
 def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, facts: list) -> tuple[Settings, dict]:
-    """Settings that suit base and machine, and the plan that a run with the same base and choices began with, or what
-    is known of a new one: its "key" and "memory" (bytes). A run keeps the method it began with."""
+    """Settings that suit base and machine, and the plan: the one that a run began with, as it keeps its method, or of
+    a new one its "key" and "memory" (bytes)."""
     native, path = context_of(config), work_folder(settings) / "plan.json"
     settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
                        max_new_tokens=min(settings.max_new_tokens, native // 2))
@@ -3717,7 +3715,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
 
 
 def check_job(settings: Settings) -> Job | None:
-    """All checks before the model is loaded, and what they found; None if the result is there."""
+    """What all checks before the model is loaded found; None if the result is there."""
     with blaming_disk(settings):
         inputs, folder = check_inputs(settings), local_folder(settings)
         weights, material = check_base(folder), read_knowledge(settings)
@@ -3762,7 +3760,7 @@ def check_job(settings: Settings) -> Job | None:
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
-    """Seconds per token when read, written in large batches and trained. It leaves the model as it is in training."""
+    """Seconds per token when read, written in large batches and trained; the model is left in the midst of that."""
     settings, inner, fast = job.settings, base.model, compute_dtype(job.weights)
     rows = job.inputs.rows or job.material.rows[:96]
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
@@ -4170,7 +4168,7 @@ def run(settings: Settings) -> int:
         return (converse if settings.chat else examine)(settings, ready_folder(settings))
     if not (job := check_job(settings)):
         return conclude(settings)
-    gc.freeze()  # the libraries stay: to look through them takes a fifth of a second, at each change of models
+    gc.freeze()  # the libraries: to look through them takes a fifth of a second, at each change of models
     planned = job.plan.get("seconds")
     if settings.check or not planned:  # a run that goes on was planned when it began
         job, planned = as_it_fits(make_plan, job)
