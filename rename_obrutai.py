@@ -3606,10 +3606,9 @@ class Job(NamedTuple):
 
 def quiet_libraries(settings: Settings) -> None:
     """Close the network unless the model comes from the Hub, and silence what the user can do nothing about."""
-    local = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") * Path(settings.model_path).is_absolute()
-    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
-    always = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", *bars)
-    os.environ.update(dict.fromkeys((*local, *always), "1"), TRANSFORMERS_VERBOSITY="error")
+    always = ("DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    local = ("HF_HUB_OFFLINE",) * Path(settings.model_path).is_absolute()
+    os.environ.update(dict.fromkeys((*always, *local), "1"), TRANSFORMERS_VERBOSITY="error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make training crawl
     logging.getLogger("matplotlib").setLevel("ERROR")
