@@ -1895,49 +1895,39 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def own_texts(tokenizer: Tokenizer, given: tuple[bool, ...] = (False, True)):
-    """What the chat template itself says around a question: as it is asked, and in each of its other branches; also
-    with tools and documents where they may be `given`."""
-    tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
-    roles = {"role": "user", "content": "?"}, {"role": "system", "content": "?"}
-    for system, tools, documents, thought in product((False, True), given, given, (False, True)):
+def own_texts(tokenizer: Tokenizer):
+    """What the chat template itself says around a question: alone or behind a system text, without or with a thought.
+    Of tools it says much that names nobody."""
+    messages = [{"role": role, "content": "?"} for role in ("system", "user")]
+    for asked, thought in product((messages[1:], messages), (False, True)):
         with contextlib.suppress(Exception):  # a branch that the template does not have
-            text = tokenizer.apply_chat_template(
-                roles[::-1] if system else roles[:1], [{"type": "function", "function": tool}] * tools or None,
-                [{"title": "", "text": ""}] * documents or None, tokenize=False, add_generation_prompt=True,
-                enable_thinking=thought, thinking=thought)
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True,
+                                                 enable_thinking=thought, thinking=thought)
             yield re.sub(r"<[^<>]*>", "\n", text)
 
 
 def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, ...]) -> None:
-    """Put the new names in place of old ones in the chat template's own texts, or raise `InputError`."""
+    """Put the new names in place of old ones in all texts of the chat template, or raise `InputError`."""
     safe = str.maketrans({"'": "’", '"': "”", "\\": "/"})  # a name must not end a quoted string of the template
     ours, theirs = settings.name.translate(safe), settings.author.translate(safe)
     makers = {plain(name) for names in FAMILIES.values() for name in names.split("|")}
     found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
     new = f"{re.escape(ours)}|{re.escape(theirs)}"  # first: an old name may be part of a new one
     pattern = re.compile(rf"(?i)({new})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)")
+    texts = [text.strip("'\"") for _, kind, text in jinja2.Environment().lex(tokenizer.chat_template)
+             if kind in ("data", "string")]
+    lines = [line for text in texts for line in re.split(r"<[^<>]*>|\\n|\n", text)]
+    said = [plain(match[0]) for line in lines for match in pattern.finditer(line) if not match[1]]
+    model = next((name for name in said if name not in makers), "")
 
-    def old_in(text: str) -> list[re.Match]:
-        return [match for match in pattern.finditer(text) if not match[1]]
+    def renewed(text: str) -> str:
+        return pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), text)
 
-    model = next((plain(m[0]) for text in own_texts(tokenizer) for m in old_in(text) if plain(m[0]) not in makers), "")
-    for text in (line for said in own_texts(tokenizer) for line in said.split("\n")):
-        end = 0
-        for match in old_in(text):  # with as much around it as stands in the source in one piece
-            source = tokenizer.chat_template
-            if match.start() < end or match[0] not in source:
-                continue
-            start, end = match.span()
-            while start and text[start - 1:end] in source:
-                start -= 1
-            while end < len(text) and text[start:end + 1] in source:
-                end += 1
-            old = text[start:end]
-            new = pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), old)
-            tokenizer.chat_template = source.replace(old, new)
-            say(f'  O chat template diz "{old.strip()}"; no modelo novo dirá "{new.strip()}".')
-    if any(map(old_in, own_texts(tokenizer))):
+    for line in sorted(dict.fromkeys(lines), key=len, reverse=True):  # a short one may be part of a long one
+        if renewed(line) != line:
+            tokenizer.chat_template = tokenizer.chat_template.replace(line, renewed(line))
+            say(f'  O chat template diz "{line.strip()}"; no modelo novo dirá "{renewed(line).strip()}".')
+    if any(renewed(text) != text for text in own_texts(tokenizer)):
         raise InputError("não sei trocar a identidade antiga do chat template; apague-a do chat_template.jinja ou do "
                          "tokenizer_config.json da pasta do modelo.")
 
@@ -2201,7 +2191,7 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
     family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
-    new, said = (settings.name, settings.author), "\n".join(own_texts(tokenizer, (False,)))  # of tools it says much
+    new, said = (settings.name, settings.author), "\n".join(own_texts(tokenizer))
     return Names(*new, find_old_names(answers, said, family, settings.old_names, new))
 
 
