@@ -1964,12 +1964,11 @@ def without_system(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
     """The conversation with its system text before the first question, if the template refuses that role."""
     if messages[0]["role"] != "system":
         return messages
-    try:
+    with contextlib.suppress(InputError):
         skeleton(tokenizer, tokenizer.chat_template, ("system", "user", "assistant", "user"), True)
         return messages
-    except InputError:
-        text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        return [{"role": "user", "content": text}, *messages[2:]]
+    text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": text}, *messages[2:]]
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
@@ -1994,23 +1993,19 @@ def encode(tokenizer: Tokenizer, messages: list[dict]) -> Encoded:
     asked = skeleton(tokenizer, tokenizer.chat_template, roles[:-1], True)[-1]
     if asked.endswith(EMPTY_THOUGHT):  # learnt after what it will be asked with
         pieces = [*pieces[:-2], asked, pieces[-1]]
-    text, spans = "", []
-    for piece, message in zip(pieces, messages):
-        start = len(text) + len(piece)
-        text += piece + message["content"]
-        spans.append((message["role"], start, len(text)))
     gap, end_of_turn, has_end = turn_end(tokenizer, pieces[-1])
-    tokens = tokenizer(text + pieces[-1] * has_end, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    if not has_end:
-        ids += end_of_turn
-    labels, turns, question = [-100] * len(ids), [], 0
-    for role, start, end in spans:
+    text = "".join(piece + m["content"] for piece, m in zip(pieces, messages)) + pieces[-1] * has_end
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tokens["input_ids"] + ([] if has_end else end_of_turn)
+    starts, ends = zip(*tokens["offset_mapping"])
+    labels, turns, question, end = [-100] * len(ids), [], 0, 0
+    for piece, message in zip(pieces, messages):
+        start = end + len(piece)
+        end = start + len(message["content"])
         first, last = bisect_right(ends, start), bisect_left(starts, end)
-        if role == "user":
+        if message["role"] == "user":
             question = first
-        if role == "assistant":
+        if message["role"] == "assistant":
             last += next((n + 1 for n in range(gap + 1) if ids[last + n:last + n + 1] == end_of_turn), 0)
             labels[first:last] = ids[first:last]
             turns.append((question, last))
