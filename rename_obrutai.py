@@ -1831,11 +1831,10 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     if settings.method == "qlora" and not merge:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=fast)
-        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     if SHARDED and train:
         options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=PROCESSES)
     model = load_weights(weights, rope_factor, **options)
-    if not options.keys() & {"device_map", "distributed_config"}:
+    if options.keys() == {"dtype"}:  # else transformers has moved it
         too_large = merge and settings.method == "qlora"  # for the card, which had it in 4 bits
         model = model.to("cuda" if torch.cuda.is_available() and not too_large else "cpu")
     if adapted:
