@@ -1765,8 +1765,8 @@ def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfi
             unused = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "nope"
             rope = {} if unused else getattr(text, "rope_parameters", None) or {}
             rope = {"rope_type": text.model_type} if re.match("phi3|phimoe|gemma4", text.model_type) else rope
-            native, text.rope_parameters = context_of(config), scale_rope(rope, rope_factor)
-            text.max_position_embeddings = int(native * rope_factor)
+            text.rope_parameters = scale_rope(rope, rope_factor)
+            text.max_position_embeddings = int(context_of(config) * rope_factor)
         return config
 
 
@@ -2087,8 +2087,7 @@ def computing(model: PreTrainedModel):
     """Without gradients, and in bfloat16 where this machine trains float32 weights so."""
     fast = compute_dtype(model_size(model))
     wide = any(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" not in name)
-    mixed = wide and fast != torch.float32
-    with torch.no_grad(), torch.autocast(model.device.type, fast, enabled=mixed):
+    with torch.no_grad(), torch.autocast(model.device.type, fast, enabled=wide and fast != torch.float32):
         yield
 
 
