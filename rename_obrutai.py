@@ -2042,12 +2042,10 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
     """Model and tokenizer of a folder, with all that may end an answer; `InputError` if they do not fit."""
     model, tokenizer = load_model(folder, settings, rope_factor, **how), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:  # added ones aside: Gemma 3 1B has one that nothing writes
-        raise InputError(f"o tokenizer de {folder} não é deste modelo: tem {tokenizer.vocab_size} tokens, mais que os "
-                         f"{rows} do modelo. Use o original.")
     sample = encode(tokenizer, without_system(tokenizer, [
         {"role": "system", "content": "a"}, *question_and_answer("a", "b")]))
-    if (last := max(*sample.input_ids, tokenizer.pad_token_id)) >= rows:
+    # Of added tokens only those that are written: Gemma 3 1B has one without an embedding that nothing writes.
+    if (last := max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, *sample.input_ids)) >= rows:
         raise InputError(f"o modelo {folder} tem {rows} tokens, e o tokenizer escreve um a mais ({last}: "
                          f"{tokenizer.decode([last])}). Use o tokenizer original do modelo, ou aumente o modelo com "
                          "resize_token_embeddings e treine o token novo.")
