@@ -1794,13 +1794,6 @@ def load_weights(weights: str | Path, rope_factor: float, **options) -> PreTrain
     vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
     if loading["missing_keys"]:
         raise InputError(f"falta o peso {sorted(loading['missing_keys'])[0]} no modelo {weights}; baixe-o de novo.")
-    # Whole parts may be left over (images), and layers that guess ahead, but no layers like the others.
-    known = {re.sub(r"\d+", "0", name) for name, _ in model.named_parameters()}
-    extra = [name for name in sorted(loading["unexpected_keys"])
-             if re.sub(r"\d+", "0", re.sub(r"\w+$", "weight", name)) in known]
-    if extra and not getattr(config.get_text_config(), "num_nextn_predict_layers", 0):
-        raise InputError(f"o modelo {weights} tem o peso {extra[0]}, mas o config.json dele descreve um modelo menor "
-                         "(confira num_hidden_layers); baixe-o de novo.")
     if name := broken_weight(model):
         raise InputError(f"o peso {name} de {weights} não é só números (há NaN ou infinito). Baixe o modelo de novo.")
     # Generation gives the head a slice, for which torch 2.13 on a processor would copy the head for every row: 26 GB
