@@ -1887,15 +1887,37 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def own_texts(tokenizer: Tokenizer):
-    """What the chat template itself says around a question: alone or behind a system text, without or with a thought.
-    Of tools it says much that names nobody."""
-    messages = [{"role": role, "content": "?"} for role in ("system", "user")]
-    for asked, thought in product((messages[1:], messages), (False, True)):
-        with contextlib.suppress(Exception):  # a branch that the template does not have
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True,
-                                                 enable_thinking=thought, thinking=thought)
-            yield re.sub(r"<[^<>]*>", "\n", text)
+# ---- Conversations as tokens ------------------------------------------------------------------------------
+
+@functools.cache  # `template` is in the key so that a changed one is seen
+def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
+    """What the chat template writes around messages with these roles: len(roles) + 1 pieces. `ask` adds the prompt for
+    an answer, without a thought (DeepSeek R1) and with what comes before answers (gpt-oss: a channel)."""
+    marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
+    messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
+    with contextlib.suppress(jinja2.TemplateError):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
+                                             add_generation_prompt=ask, **THOUGHTLESS)
+    pieces = re.split("|".join(marks), text)
+    if re.findall("|".join(marks), text) != marks:
+        raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
+    if ask:
+        pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
+        before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
+        pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
+    return pieces
+
+
+def own_text(tokenizer: Tokenizer) -> str:
+    """What the chat template itself says around a question, without its marks."""
+    return re.sub(r"<[^<>]*>", "\n", "\n".join(skeleton(tokenizer, tokenizer.chat_template, ("user",), True)))
+
+
+def thinks(tokenizer: Tokenizer) -> bool:
+    """Whether the model is asked for a thought first unless the template is told otherwise, as we do."""
+    ask = functools.partial(tokenizer.apply_chat_template, [{"role": "user", "content": "?"}], tokenize=False,
+                            add_generation_prompt=True)
+    return ask() != ask(**THOUGHTLESS)
 
 
 def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, ...]) -> None:
@@ -1919,37 +1941,9 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
         if renewed(line) != line:
             tokenizer.chat_template = tokenizer.chat_template.replace(line, renewed(line))
             say(f'  O chat template diz "{line.strip()}"; no modelo novo dirá "{renewed(line).strip()}".')
-    if any(renewed(text) != text for text in own_texts(tokenizer)):
+    if renewed(own_text(tokenizer)) != own_text(tokenizer):
         raise InputError("não sei trocar a identidade antiga do chat template; apague-a do chat_template.jinja ou do "
                          "tokenizer_config.json da pasta do modelo.")
-
-
-# ---- Conversations as tokens ------------------------------------------------------------------------------
-
-@functools.cache  # `template` is in the key so that a changed one is seen
-def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
-    """What the chat template writes around messages with these roles: len(roles) + 1 pieces. `ask` adds the prompt for
-    an answer, without a thought (DeepSeek R1) and with what comes before answers (gpt-oss: a channel)."""
-    marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
-    messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-    with contextlib.suppress(jinja2.TemplateError):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
-                                             add_generation_prompt=ask, **THOUGHTLESS)
-    pieces = re.split("|".join(marks), text)
-    if re.findall("|".join(marks), text) != marks:
-        raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
-    if ask:
-        pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
-        before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
-        pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
-    return pieces
-
-
-def thinks(tokenizer: Tokenizer) -> bool:
-    """Whether the model is asked for a thought first unless the template is told otherwise, as we do."""
-    ask = functools.partial(tokenizer.apply_chat_template, [{"role": "user", "content": "?"}], tokenize=False,
-                            add_generation_prompt=True)
-    return ask() != ask(**THOUGHTLESS)
 
 
 def without_system(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
@@ -2175,7 +2169,7 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
     card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
     family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
-    new, said = (settings.name, settings.author), "\n".join(own_texts(tokenizer))
+    new, said = (settings.name, settings.author), own_text(tokenizer)
     return Names(*new, find_old_names(answers, said, family, settings.old_names, new))
 
 
