@@ -1739,7 +1739,8 @@ def blaming(what: str):
     except Exception as error:
         if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
             raise
-        if package := re.search(r"pip install ([\w-]+)", isinstance(error, ImportError) * str(error)):
+        package = re.search(r"pip install ([\w-]+)", str(error))
+        if package and isinstance(error, ImportError):
             raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{what} está estragado ou incompleto: não dá para carregá-lo ({reason}). "
@@ -1904,7 +1905,8 @@ def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: b
     if ask:
         pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
         before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
-        pieces[-1] = before if before.startswith(pieces[-1]) and before.split() != pieces[-1].split() else pieces[-1]
+        if before.startswith(pieces[-1]) and before.split() != pieces[-1].split():
+            pieces[-1] = before
     return pieces
 
 
