@@ -1840,9 +1840,9 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
 def with_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     """The model with a fresh LoRA adapter on all linear layers of its text part."""
     torch.manual_seed(settings.seed)
-    rank = settings.lora_rank
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                                      exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
+        exclude_modules=f".*({NOT_LORA}).*", task_type="CAUSAL_LM"))
 
 
 def model_size(model: torch.nn.Module) -> int:
@@ -2058,8 +2058,7 @@ def batches_by_tokens(lengths: list[int], extra: int, budget: int) -> list[list[
 
 
 def stacked(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
-    """Lists as one tensor (rows, longest), filled up on the right: what attends only to earlier tokens needs no mask,
-    and is slower with one."""
+    """Lists as one tensor (rows, longest), filled up on the right, for which no causal model needs a mask."""
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=filler)
 
 
@@ -2084,13 +2083,13 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
     limit, choices, answers = limit or chat.max_new_tokens, [], [Answer("", False)] * len(prompts)
 
     def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        best = scores.float().log_softmax(-1).topk(min(TOP_TOKENS, scores.shape[-1]))
+        best = scores.float().log_softmax(-1).topk(TOP_TOKENS)
         choices.append((best.indices.int().cpu(), best.values.cpu()))
         return scores
 
     def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Noise (Gumbel) whose largest sum is a sample; to draw from 150,000 tokens takes a second for each word."""
-        best = scores.float().topk(min(50, scores.shape[-1]))
+        best = scores.float().topk(50)
         noisy = best.values - torch.empty_like(best.values).exponential_().log()
         return torch.full_like(scores, -math.inf, dtype=torch.float32).scatter_(1, best.indices, noisy)
 
