@@ -460,7 +460,7 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
     assert all(torch.equal(p, packed[name]) for name, p in chat.model.named_parameters() if name in packed)
     tool.save_stage(chat, tmp_path / "stage", [])
     assert "quantization_config" not in (tmp_path / "stage" / "config.json").read_text(encoding="utf-8")
-    assert torch.equal(logits(tool.load_model(tmp_path / "stage", four_bits)), logits(chat.model))
+    assert torch.equal(logits(tool.load_model(tmp_path / "stage", four_bits, 4.0)), logits(chat.model))
     merged = dict(tool.load_model(tmp_path / "stage", four_bits, merge=True).named_parameters())
     adapter = dict(chat.model.named_parameters())
     for name, weight in whole.named_parameters():
