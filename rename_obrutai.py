@@ -1748,7 +1748,7 @@ def blaming(what: str):
 
 
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
-    """The configuration, RoPE and context scaled; `InputError` if transformers alone cannot use or scale it."""
+    """The configuration, RoPE and context scaled; `InputError` if it cannot be used or scaled."""
     described = read_json(Path(folder) / "config.json")
     if described.get("model_type") not in transformers.CONFIG_MAPPING:
         reason = ("precisa rodar código que vem junto com ele (trust_remote_code), e isso eu não faço por segurança"
@@ -1792,13 +1792,13 @@ def load_weights(weights: str | Path, rope_factor: float, **options) -> PreTrain
     with blaming(f"o modelo {weights} (config.json e pesos)"):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             weights, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options)
-    vars(model.config).pop("quantization_config", None)  # it is for the memory of this machine, not to be saved
+    vars(model.config).pop("quantization_config", None)  # of this machine, not to be saved
     if loading["missing_keys"]:
         raise InputError(f"falta o peso {sorted(loading['missing_keys'])[0]} no modelo {weights}; baixe-o de novo.")
     if name := broken_weight(model):
         raise InputError(f"o peso {name} de {weights} não é só números (há NaN ou infinito). Baixe o modelo de novo.")
     # Generation gives the head a slice, for which torch 2.13 on a processor would copy the head for every row: 26 GB
-    # for 96 questions to a Qwen of half a billion parameters, and where that fails, bfloat16 is slow from then on.
+    # for 96 questions to a Qwen of half a billion parameters.
     model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
     for name, weight in model.named_parameters():
         weight.requires_grad_(not re.search(NOT_TEXT, name) and weight.is_floating_point())
@@ -1862,8 +1862,8 @@ def broken_weight(model: torch.nn.Module) -> str | None:
 
 
 def logits_at(model: torch.nn.Module, inner: PreTrainedModel, needed: torch.Tensor, **inputs) -> torch.Tensor:
-    """Float32 logits (N, vocabulary) where the mask `needed` (rows, tokens) is true, to save memory. A hook on the
-    head of `inner`, which `model` may wrap, cuts its input, so that a family's scales and caps stay its own code."""
+    """Float32 logits (N, vocabulary) where the mask `needed` (rows, tokens) is true. A hook cuts what goes into the
+    head of `inner`, which `model` may wrap, so that a family's scales and caps stay its own code."""
     head = inner.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, given: (given[0][needed.to(given[0].device)], *given[1:]))
     try:
@@ -1876,7 +1876,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The model's tokenizer; one without a chat template gets ChatML."""
     with blaming(f"o tokenizer de {folder}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    if isinstance(tokenizer.chat_template, dict):  # several by name; programs use this one when none is named
+    if isinstance(tokenizer.chat_template, dict):  # several by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.eos_token is None:
         raise InputError("falta o token de fim: escreva eos_token no tokenizer_config.json da pasta do modelo.")
@@ -2063,7 +2063,7 @@ def stacked(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
 
 
 def progress(total: int, label: str):
-    """A progress bar on a terminal; in a log file, with --quiet, without a label or in other processes none."""
+    """A progress bar where there is a terminal and a label, and no --quiet."""
     return tqdm.tqdm(total=total, desc=f"  {label}", disable=not label or say.quiet or RANK > 0 or None, leave=False,
                      dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, faltam {remaining}")
 
