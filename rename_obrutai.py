@@ -1984,7 +1984,7 @@ def encode(tokenizer: Tokenizer, messages: list[dict]) -> Encoded:
     gap, end_of_turn, has_end = turn_end(tokenizer, pieces[-1])
     text = "".join(piece + m["content"] for piece, m in zip(pieces, messages)) + pieces[-1] * has_end
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = tokens["input_ids"] + ([] if has_end else end_of_turn)
+    ids = tokens["input_ids"] + [end_of_turn] * (not has_end)
     starts, ends = zip(*tokens["offset_mapping"])
     labels, turns, question, end = [-100] * len(ids), [], 0, 0
     for piece, message in zip(pieces, messages):
@@ -1994,18 +1994,19 @@ def encode(tokenizer: Tokenizer, messages: list[dict]) -> Encoded:
         if message["role"] == "user":
             question = first
         if message["role"] == "assistant":
-            last += next((n + 1 for n in range(gap + 1) if ids[last + n:last + n + 1] == end_of_turn), 0)
+            if end_of_turn in ids[last:last + gap + 1]:
+                last = ids.index(end_of_turn, last) + 1
             labels[first:last] = ids[first:last]
             turns.append((question, last))
     return Encoded(ids, labels, turns)
 
 
 @functools.cache
-def turn_end(tokenizer: Tokenizer, piece: str) -> tuple[int, list[int], bool]:
-    """After an answer: leading spaces, ids that end the turn, and whether the template writes them (else EOS)."""
-    token = tokenizer(piece.lstrip(), add_special_tokens=False)["input_ids"][:1]
-    ends = bool(token) and token[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return len(piece) - len(piece.lstrip()), token if ends else [tokenizer.eos_token_id], ends
+def turn_end(tokenizer: Tokenizer, piece: str) -> tuple[int, int, bool]:
+    """After an answer: leading spaces, the id that ends the turn, and whether the template writes it (else EOS)."""
+    first = tokenizer(piece.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    ends = bool(first) and first[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return len(piece) - len(piece.lstrip()), first[0] if ends else tokenizer.eos_token_id, ends
 
 
 # ---- Talking to a model -----------------------------------------------------------------------------------
