@@ -1933,11 +1933,15 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
     texts = [text.strip("'\"") for _, kind, text in jinja2.Environment().lex(tokenizer.chat_template)
              if kind in ("data", "string")]
     lines = [line for text in texts for line in re.split(r"<[^<>]*>|\\n|\n", text)]
-    said = [plain(match[0]) for line in lines for match in pattern.finditer(line) if not match[1]]
+
+    def bare(match: re.Match) -> str:
+        return re.sub(r"[\d\s]+$", "", plain(match[0]))  # without a version
+
+    said = [bare(match) for line in lines for match in pattern.finditer(line) if not match[1]]
     model = next((name for name in said if name not in makers), "")
 
     def renewed(text: str) -> str:
-        return pattern.sub(lambda m: m[1] or (ours if plain(m[0]) == model or not model else theirs), text)
+        return pattern.sub(lambda m: m[1] or (ours if bare(m) == model or not model else theirs), text)
 
     for line in sorted(dict.fromkeys(lines), key=len, reverse=True):  # a short one may be part of a long one
         if renewed(line) != line:
