@@ -1460,35 +1460,26 @@ def load_json(path: Path):
 
 def read_json(path: Path) -> dict:
     """A JSON object of a base model's folder; `InputError` when it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = load_json(path)
-        if isinstance(value, dict):
-            return value
-    raise InputError(f"o arquivo {path} está estragado; baixe o modelo de novo.")
-
-
-def check_shard(path: Path) -> int:
-    """Number of weights in a safetensors file; its header must fit the file's size."""
-    if not path.is_file():
-        raise InputError(f"falta o arquivo de pesos {path}; baixe o modelo de novo.")
-    with path.open("rb") as file:
-        if file.read(8) == b"version ":
-            raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta dele.")
-    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
-        if count := sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):  # noqa: SIM118
-            return count
-    raise InputError(f"o arquivo de pesos {path} está incompleto ou estragado; baixe o modelo de novo.")
+    with blaming(f"o arquivo {path}"):
+        return {**load_json(path)}  # of a list or a number this cannot be made
 
 
 def weight_count(folder: Path) -> int:
     """Number of weights of the model in a folder, as the headers of its safetensors files tell; 0 without any."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    paths, count = [single] * single.is_file(), 0
     if index.is_file():
-        named = read_json(index).get("weight_map")
-        if not named or not isinstance(named, dict):
-            raise InputError(f"o arquivo {index} está estragado; baixe o modelo de novo.")
-        return sum(check_shard(folder / str(name)) for name in sorted(set(named.values())))
-    return sum(map(check_shard, [single] if single.is_file() else sorted(folder.glob("*.safetensors"))))
+        with blaming(f"o arquivo {index}"):
+            paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    for path in paths:
+        with blaming(f"o arquivo de pesos {path}"):
+            with path.open("rb") as file:
+                if file.read(8) == b"version ":
+                    raise InputError(f"{path} é só um ponteiro do Git LFS, sem os pesos; rode 'git lfs pull' na pasta "
+                                     "dele.")
+            with safetensors.safe_open(path, "np") as file:  # its header must fit the file's size
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def check_base(base: Path) -> int:
@@ -1505,12 +1496,9 @@ def check_base(base: Path) -> int:
                          "todo; se já o juntou, tire da pasta adapter_config.json e adapter_model.safetensors.")
     if not (base / "config.json").is_file():
         raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
-    for path in filter(Path.is_file, base.glob("*.json")):  # Windows' old editor marks them; transformers fails then
-        with path.open("rb") as file:  # not all of it: a tokenizer may have 30 MB
-            marked = file.read(3) == b"\xef\xbb\xbf"
-        if marked:
-            raise InputError(f"{path} está em UTF-8 com BOM, e o transformers não o lê. Salve-o como UTF-8 sem BOM.")
     config = read_json(base / "config.json")
+    for path in base.glob("*_config.json"):  # that users edit, and of which libraries do not say which one is broken
+        read_json(path)
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
         raise InputError(f"{base} é um modelo {kind}, que não é de conversa; escolha um Llama, Gemma, Qwen...")
