@@ -1522,7 +1522,7 @@ def check_base(base: Path) -> int:
 def check_output(base: Path, settings: Settings, finished: bool) -> None:
     """Refuse an output that would damage something: the base, another folder of the user, an older result."""
     output, work = Path(settings.output_dir), work_folder(settings)
-    parent = next(p for p in output.parents if p.exists())
+    parent = next((p for p in output.parents if p.exists()), output)  # none on a drive that there is not
     result = (output / "report.json").is_file()
 
     def within(inner: Path, outer: Path) -> bool:

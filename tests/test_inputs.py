@@ -246,6 +246,13 @@ def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base
 
 # ------------------------------------------------------------------------------------------------ rows to learn
 
+def test_an_output_on_a_drive_that_there_is_not_is_refused(base_folder, tmp_path, monkeypatch):
+    """As D: on most computers; here the root stands for the drive."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path != Path(path.anchor) and exists(path))
+    assert "não posso escrever em" in refusal(tmp_path, "--output-dir", Path(tmp_path.anchor, "nada", "novo"))
+
+
 
 def rows_refusal(tokenizer, *answers, flags=()):
     """What is said of rows with these answers, the first in line 1."""
