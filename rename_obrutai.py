@@ -1023,9 +1023,7 @@ def read_messages(record: object) -> list[dict]:
 
 def fill(text: str, values: dict[str, str]) -> str:
     """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; other double braces, and names in other marks, are `InputError`s."""
-    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: "{{" + match[1].upper() + "}}", text)
-    for name, value in values.items():
-        text = text.replace("{{" + name + "}}", value)
+    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: values.get(match[1].upper(), match[0]), text)
     word = "(?:name|nome|author|autora?|base)"
     if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)", text):
         raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem "
