@@ -971,12 +971,12 @@ def digest(value: object) -> str:
 
 
 def did_you_mean(path: Path) -> str:
-    """Advice on a path that does not exist, from the names beside it."""
-    if not path.parent.is_dir():
-        near = " " + did_you_mean(path.parent) if path.parent.parent.is_dir() else ""
-        return f"A pasta {path.parent} também não existe.{near}"
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f"Você quis dizer {near[0]}?" if near else f"Na pasta {path.parent} não há nada com nome parecido."
+    """Advice on a path that does not exist, from the names beside it, or beside the first folder that is missing."""
+    folder = path.parent
+    if not folder.is_dir() and folder != folder.parent:
+        return did_you_mean(folder)
+    near = get_close_matches(path.name, [p.name for p in folder.glob("*")], n=1, cutoff=0.5)
+    return f"Você quis dizer {near[0]}?" if near else f"Na pasta {folder} não há nada com nome parecido."
 
 
 def question_and_answer(question: str, answer: str) -> list[dict]:
