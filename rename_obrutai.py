@@ -1487,13 +1487,11 @@ def check_base(base: Path) -> int:
         raise InputError(f"não achei a pasta do modelo {base}. {did_you_mean(base)} Veja MODEL_PATH (--model-path).")
     if base.suffix.lower() == ".gguf" or (any(base.glob("*.gguf")) and not any(base.glob("*.safetensors"))):
         raise InputError(f"{base} é um modelo GGUF, formato que serve para conversar, não para treinar. {wanted}")
-    if not base.is_dir():
-        raise InputError(f"{base} é um arquivo. {wanted}")
     if (base / "adapter_config.json").is_file():  # transformers adds it to a whole model beside it, maybe once more
         raise InputError(f"há um adaptador LoRA em {base}. Junte-o ao modelo dele (peft: merge_and_unload) e use o "
                          "todo; se já o juntou, tire da pasta adapter_config.json e adapter_model.safetensors.")
     if not (base / "config.json").is_file():
-        raise InputError(f"a pasta {base} não tem config.json, então não é um modelo do transformers. {wanted}")
+        raise InputError(f"{base} não tem config.json, então não é a pasta de um modelo do transformers. {wanted}")
     config = read_json(base / "config.json")
     for path in base.glob("*_config.json"):  # that users edit, and of which libraries do not say which one is broken
         read_json(path)
