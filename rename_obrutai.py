@@ -987,6 +987,8 @@ def read_turns(record: object) -> list[tuple[str, object]]:
     """The (role, content) pairs of a row, of which the last may be a user's; `InputError` says what is wrong, not
     where."""
     match {"input": "", **record} if isinstance(record, dict) else record:
+        case InputError():
+            raise record
         case {"messages": list(turns)} | {"conversations": list(turns)} if all(isinstance(t, dict) for t in turns):
             pairs = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in turns]
         case {"prompt": question, "completion": answer}:
@@ -1013,6 +1015,8 @@ def read_messages(record: object) -> list[dict]:
     for _, content in turns:
         if not isinstance(content, str) or not content.strip():
             raise InputError("há uma pergunta ou resposta vazia, ou que não é texto")
+        if len(content) > MAX_LINE:
+            raise InputError(f"o texto tem {len(content)} letras; o máximo é {MAX_LINE}")
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", content):
             raise InputError("há um caractere de controle ou inválido no texto; apague-o e escreva de novo")
         if mark := FOREIGN.search(content):
@@ -1038,6 +1042,12 @@ def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
         raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *mistakes[:10], *more]))
 
 
+def within(inner: Path, outer: Path) -> bool:
+    """Whether a path is another one, which exists, or below it, also by other spellings, links and mounts."""
+    inner = Path(os.path.realpath(inner))
+    return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
+
+
 def check_file(path: Path, setting: str) -> None:
     """`InputError` for what cannot be a text file, by its name or first bytes."""
     flag = f"{setting} (--{setting.lower().replace('_', '-')})"
@@ -1045,7 +1055,7 @@ def check_file(path: Path, setting: str) -> None:
         raise InputError(f"não achei o arquivo {path}. {did_you_mean(path)} Confira {flag}.")
     if not path.is_file():
         raise InputError(f"{path} é uma pasta; {flag} precisa ser um arquivo .jsonl.")
-    with unreadable(path), path.open("rb") as file:
+    with blaming_disk(path), path.open("rb") as file:
         head = file.read(64)
     if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF", b"\x1f\x8b", b"PAR1", b"ARROW1", b"SQLite format",
                         b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
@@ -1054,28 +1064,6 @@ def check_file(path: Path, setting: str) -> None:
                          ".jsonl, um objeto {...} em cada linha.")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > 8:
         raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
-
-
-@contextlib.contextmanager
-def unreadable(path: Path):
-    """Of a reading, unlike an opening, the system does not say which file failed."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"não consegui ler {path} ({error.strerror}). Confira a permissão e o disco.") from None
-
-
-def read_text(path: Path) -> str:
-    """The identity file as text; `InputError` says why it cannot be one."""
-    check_file(path, "IDENTITY_FILE")
-    if path.stat().st_size > MAX_FILE:
-        raise InputError(f"{path} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
-    with unreadable(path):
-        data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_utf_8(path, data[:error.start].count(b"\n") + 1) from None
 
 
 def broken_json(error: Exception) -> InputError:
@@ -1089,29 +1077,19 @@ def not_utf_8(path: Path, line: int) -> InputError:
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
-    """Parse the identity file. Raises one `InputError` with up to ten bad lines, each with its number."""
-    text, rows, mistakes, used = read_text(path), [], [], Counter()
-    for line, raw in enumerate(text.split("\n"), start=1):
+    """The identity rows, each with an answer. Raises one `InputError` for all that have a mistake."""
+    rows, mistakes, used = [], [], Counter()
+    for line, record in records_of(path):
         try:
-            if len(raw) > MAX_LINE:
-                raise InputError(f"a linha tem {len(raw)} letras; o máximo é {MAX_LINE}")
-            if raw.strip():
-                messages = read_messages(json.loads(raw))
-                if messages[-1]["role"] == "user":
-                    question = messages[-1]["content"]
-                    answer = own_wording(question, intent_of(question), used)
-                    messages.append({"role": "assistant", "content": answer})
-                rows.append(Row(line, [{**m, "content": fill(m["content"], values)} for m in messages]))
+            messages = read_messages(record)
+            question = messages[-1]["content"]
+            if messages[-1]["role"] == "user":
+                answer = own_wording(question, intent_of(question), used)
+                messages.append({"role": "assistant", "content": answer})
+            rows.append(Row(line, [{**m, "content": fill(m["content"], values)} for m in messages]))
         except InputError as error:
             mistakes.append(f"linha {line}: {error}")
-        except (ValueError, RecursionError) as error:
-            mistakes.append(f"linha {line}: {broken_json(error)}")
-    if mistakes:
-        with contextlib.suppress(ValueError, RecursionError):
-            if json.loads(text) and len(rows) + len(mistakes) > 1:
-                raise InputError(f"{path}, linha 1: o arquivo é um JSON só, em várias linhas. Escreva um objeto "
-                                 "{...} inteiro em cada linha, sem lista em volta nem vírgula no fim.")
-        refuse_lines(path, mistakes)
+    refuse_lines(path, mistakes)
     if not rows:
         raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
     return rows
@@ -1126,20 +1104,22 @@ def languages_of(texts: list[str]) -> tuple[str, ...]:
 
 def check_inputs(settings: Settings) -> Inputs:
     """The identity rows, none without a file, and the questions for measuring; `InputError` if something is wrong."""
-    for path in filter(None, (settings.identity_file, settings.knowledge_file)):
-        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(settings.output_dir)):
+    given = {name: Path(value) for name in ("identity_file", "knowledge_file") if (value := getattr(settings, name))}
+    for name, path in given.items():
+        if within(path, Path(settings.output_dir)):
             raise InputError(f"{path} está dentro de OUTPUT_DIR ({settings.output_dir}), que será substituída. Mude "
                              "um dos dois.")
-    identity = Path(settings.identity_file)
+        check_file(path, name.upper())
+    if len(given) == 2 and Path.samefile(*given.values()):
+        raise InputError(f"{settings.knowledge_file} está em IDENTITY_FILE e em KNOWLEDGE_FILE (--knowledge-file). "
+                         "Ponha o material num arquivo só dele.")
     values = {"NAME": settings.name, "AUTHOR": settings.author,
               "BASE": settings.base_name or re.sub(r"[_\s]+", " ", Path(settings.model_path).name)}
-    if settings.knowledge_file:
-        check_file(Path(settings.knowledge_file), "KNOWLEDGE_FILE")
-        if settings.identity_file and identity.exists() and identity.samefile(settings.knowledge_file):
-            raise InputError(f"{settings.knowledge_file} está em IDENTITY_FILE e em KNOWLEDGE_FILE "
-                             "(--knowledge-file). Ponha o material num arquivo só dele.")
     if not settings.identity_file:
         return Inputs([], values, "", tuple(NEAR_TEMPLATES), (), [])
+    identity = given["identity_file"]
+    if identity.stat().st_size > MAX_FILE:
+        raise InputError(f"{identity} passa do máximo ({size_text(MAX_FILE)}). É mesmo o arquivo de identidade?")
     rows = read_rows(identity, values)
     languages = languages_of([row.question for row in rows])
     asked = {plain(m["content"]) for row in rows for m in row.messages}
@@ -1148,12 +1128,13 @@ def check_inputs(settings: Settings) -> Inputs:
         raise InputError(f"{identity} contém quase todas as perguntas de prova (TEST_QUESTIONS, no script); tire "
                          "algumas, senão falta o que medir.")
     told = [name_warning(setting, getattr(settings, setting)) for setting in ("name", "author")]
-    first, told = {}, [text for text in told if text]
+    first = {}
     for row in rows:
         other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
         if plain(other.answer) != plain(row.answer):
             told.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes")
-    return Inputs(rows, values, hashlib.sha256(identity.read_bytes()).hexdigest(), languages, test, told)
+    data_hash = hashlib.sha256(identity.read_bytes()).hexdigest()
+    return Inputs(rows, values, data_hash, languages, test, list(filter(None, told)))
 
 
 def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> None:
@@ -1520,11 +1501,6 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
     output, work = Path(settings.output_dir), work_folder(settings)
     parent = next((p for p in output.parents if p.exists()), output)  # none on a drive that there is not
     result = (output / "report.json").is_file()
-
-    def within(inner: Path, outer: Path) -> bool:
-        inner = inner.resolve()  # samefile tells through other spellings and mounts, too
-        return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
-
     problems = {
         f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela":
             any(within(path, base) or within(base, path) for path in (output, work)),
@@ -1706,13 +1682,13 @@ def rope_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def blaming_disk(settings: Settings):
-    """What the system will not open is the user's to mend."""
+def blaming_disk(path: str | Path):
+    """What the system will not open is the user's to mend; of a reading it does not say which file, here `path`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"não consegui abrir {error.filename or settings.model_path} ({error.strerror}). "
-                         "Confira a permissão e o disco.") from None
+        raise InputError(f"não consegui abrir {error.filename or path} ({error.strerror}). Confira a permissão e o "
+                         "disco.") from None
 
 
 @contextlib.contextmanager
@@ -3673,7 +3649,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
 
 def check_job(settings: Settings) -> Job | None:
     """What all checks before the model is loaded found; None if the result is there."""
-    with blaming_disk(settings):
+    with blaming_disk(settings.model_path):
         inputs, folder = check_inputs(settings), local_folder(settings)
         weights, material = check_base(folder), read_knowledge(settings)
         if not inputs.rows:
@@ -3997,7 +3973,7 @@ def ready_folder(settings: Settings) -> Path:
     if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
         raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
                          "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
-    with blaming_disk(settings):
+    with blaming_disk(settings.model_path):
         folder = local_folder(settings)
         check_base(folder)
     return folder

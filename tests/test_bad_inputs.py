@@ -166,7 +166,9 @@ def no_hang():
     GOOD, b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n" + GOOD.replace(b"Quem", b"Mas quem") + b"\r\n",
     '{"text": "Quem é você?"}'.encode(), raw({"prompt": "Quem é você?", "completion": "Sou {{NAME}}.\n\tE só."}),
     raw({"conversations": [HUMAN, GPT]}), raw({"messages": [SYSTEM, USER, ASSISTANT, USER]}),
-], ids=["plain", "byte order mark, Windows line ends", "question alone", "tab in text", "sharegpt", "ends with user"])
+    b"[" + GOOD + b', {"text": "Oi?"}]', b"\xef\xbb\xbf[\r\n" + GOOD + b"\r\n]\r\n", GOOD.replace(b": ", b":\n"),
+], ids=["plain", "byte order mark, Windows line ends", "question alone", "tab in text", "sharegpt", "ends with user",
+        "array", "pretty array behind a byte order mark", "one row over two lines"])
 def test_a_good_identity_file_is_not_refused(content, work, capsys):
     """Without this, a script that refuses everything would pass all the rest."""
     (work / IDENTITY).write_bytes(content)
@@ -336,6 +338,7 @@ def placed_lines():
     """Every bad line in one of the places, in turn."""
     lines = [(name, line, fragment) for fragment, group in BAD_LINES.items() for name, line in group.items()]
     for (name, line, fragment), place in zip(lines, itertools.cycle(PLACES)):
+        place = "middle" if isinstance(line, list) else place  # as the first line, it would begin an array
         yield pytest.param(line, place, fragment, id=f"{name}, {place}")
 
 
@@ -439,16 +442,12 @@ def test_any_unknown_placeholder_is_refused_with_its_line(work, capsys, name):
 
 ROWS = [{"text": "Quem é você?\nSou a Jandira."}, {"text": "Quem te fez?\nFoi a Oficina Maré."}]
 TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-PRETTY = r"lista|(por|cada|uma|v[aá]rias) (s[oó] )?linhas?\b|JSON ?L|objeto inteiro"
 
 
 @pytest.mark.parametrize("content, fragment", cases(
-    ("pretty list", json.dumps(ROWS, indent=2, ensure_ascii=False).encode(), PRETTY),
-    ("pretty list, Windows line ends", json.dumps(ROWS, indent="\t").replace("\n", "\r\n").encode(), PRETTY),
-    ("pretty object of rows", json.dumps({"data": ROWS}, indent=4).encode(), PRETTY),
-    ("one row over many lines", json.dumps(ROWS[0], indent=2).encode(), PRETTY),
-    ("pretty list behind a byte order mark", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode(), PRETTY),
-    ("list in one line", json.dumps(ROWS).encode(), f"{PRETTY}|objeto"),
+    ("pretty object of rows", json.dumps({"data": ROWS}, indent=4).encode(), "linha 1: .*formato.*objeto"),
+    ("pretty list that is cut", json.dumps(ROWS, indent=2).encode()[:-9], "linha 2 da lista.*JSON"),
+    ("a list in each line", "\n".join(json.dumps([row]) for row in ROWS).encode(), "depois do ].*em cada linha"),
     ("UTF-16 LE with mark", b"\xff\xfe" + TEXT.encode("utf-16-le"), "UTF-16"),
     ("UTF-16 BE with mark", b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16"),
     ("UTF-16 LE", TEXT.encode("utf-16-le"), "UTF-?(16|8)|codifica"),

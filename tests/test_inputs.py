@@ -88,6 +88,13 @@ def test_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(tmp_pa
     assert [(row.line, row.messages) for row in read(path)] == [(1, short), (4, long)]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_of_rows_is_read_as_the_lines_are(indent, tmp_path):
+    rows = [{"messages": [USER, ASSISTANT]}, {"text": "E quem te fez?\nOficina Maré."}]
+    path = write(tmp_path, json.dumps(rows, indent=indent))
+    assert [(row.line, row.messages) for row in read(path)] == [(1, [USER, ASSISTANT]), (2, MORE)]
+
+
 def test_all_bad_lines_are_reported_together(tmp_path):
     good = {"messages": [USER, ASSISTANT]}
     message = mistake(write(tmp_path, good, "{", good, {"text": ""}, {"texto": "x"}))
@@ -104,7 +111,9 @@ def test_of_many_bad_lines_the_first_ten_and_the_number_of_the_rest_are_reported
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_missing_file_without_a_similar_one_is_said_to_be_missing(exists, tmp_path):
     folder = tmp_path if exists else tmp_path / "outra"
-    message = mistake(folder / "eu.jsonl")
+    with pytest.raises(tool.InputError) as error:
+        tool.check_file(folder / "eu.jsonl", "IDENTITY_FILE")
+    message = str(error.value)
     assert "não achei" in message and "eu.jsonl" in message and "quis dizer" not in message
 
 
@@ -237,6 +246,13 @@ def test_an_existing_output_is_refused_without_overwrite(base_folder, tmp_path):
     assert check(tmp_path, "--overwrite").rows
 
 
+def test_an_output_on_a_drive_that_there_is_not_is_refused(base_folder, tmp_path, monkeypatch):
+    """As D: on most computers; here the root stands for the drive."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path != Path(path.anchor) and exists(path))
+    assert "não posso escrever em" in refusal(tmp_path, "--output-dir", Path(tmp_path.anchor, "nada", "novo"))
+
+
 def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base_folder, tmp_path):
     config = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}
     (base_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -245,13 +261,6 @@ def test_a_scaling_that_cannot_be_combined_is_refused_before_any_heavy_work(base
 
 
 # ------------------------------------------------------------------------------------------------ rows to learn
-
-def test_an_output_on_a_drive_that_there_is_not_is_refused(base_folder, tmp_path, monkeypatch):
-    """As D: on most computers; here the root stands for the drive."""
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: path != Path(path.anchor) and exists(path))
-    assert "não posso escrever em" in refusal(tmp_path, "--output-dir", Path(tmp_path.anchor, "nada", "novo"))
-
 
 
 def rows_refusal(tokenizer, *answers, flags=()):
