@@ -1030,8 +1030,8 @@ def fill(text: str, values: dict[str, str]) -> str:
     text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: values.get(match[1].upper(), match[0]), text)
     word = "(?:name|nome|author|autora?|base)"
     if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)", text):
-        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem "
-                         + ", ".join(f"{{{{{name}}}}}" for name in values))
+        raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem {{{{NAME}}}}, "
+                         "{{AUTHOR}}, {{BASE}}")
     return text
 
 
