@@ -1062,8 +1062,6 @@ def check_file(path: Path, setting: str) -> None:
         raise InputError(f"{path} é uma planilha, um documento (do Excel ou do Word, ou um PDF), um banco de dados "
                          "ou um arquivo compactado, não um texto. Copie as perguntas e respostas para um arquivo "
                          ".jsonl, um objeto {...} em cada linha.")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > 8:
-        raise InputError(f"{path} está em UTF-16 ou UTF-32. Salve-o de novo escolhendo a codificação UTF-8.")
 
 
 def broken_json(error: Exception) -> InputError:
@@ -1072,8 +1070,8 @@ def broken_json(error: Exception) -> InputError:
 
 
 def not_utf_8(path: Path, line: int) -> InputError:
-    return InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252). Salve-o de novo "
-                      "escolhendo UTF-8.")
+    return InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252 ou UTF-16). "
+                      "Salve-o de novo escolhendo UTF-8.")
 
 
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
