@@ -1064,16 +1064,6 @@ def check_file(path: Path, setting: str) -> None:
                          ".jsonl, um objeto {...} em cada linha.")
 
 
-def broken_json(error: Exception) -> InputError:
-    return InputError(f"não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; confira aspas, chaves e "
-                      "vírgulas")
-
-
-def not_utf_8(path: Path, line: int) -> InputError:
-    return InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252 ou UTF-16). "
-                      "Salve-o de novo escolhendo UTF-8.")
-
-
 def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
     """The identity rows, each with an answer. Raises one `InputError` for all that have a mistake."""
     rows, mistakes, used = [], [], Counter()
@@ -1249,7 +1239,7 @@ def whole_object(file, path: Path) -> list[dict] | None:
 
 
 def records_of(path: Path):
-    """(number, record) of each row of a knowledge file, which is read once; a row that is no JSON is an `InputError`
+    """(number, record) of each row of a file of JSON, which is read once; a row that is no JSON is an `InputError`
     in place of a record."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -1267,11 +1257,13 @@ def records_of(path: Path):
                     if text := line.strip():
                         yield number, json.loads(text)
                 except (ValueError, RecursionError) as error:
-                    yield number, broken_json(error)
+                    yield number, InputError(f"não é JSON válido perto da coluna {getattr(error, 'colno', 1)}; "
+                                             "confira aspas, chaves e vírgulas")
     except UnicodeDecodeError:
         with path.open("rb") as file:
             line = next(n for n, raw in enumerate(file, start=1) if raw != raw.decode(errors="ignore").encode())
-        raise not_utf_8(path, line) from None
+        raise InputError(f"{path}, linha {line}: o arquivo não está em UTF-8 (talvez em Windows-1252 ou UTF-16). "
+                         "Salve-o de novo escolhendo UTF-8.") from None
 
 
 def field_text(name: str, value: object) -> str:
@@ -1285,8 +1277,6 @@ def field_text(name: str, value: object) -> str:
 def material_turns(record: object, question: str, answer: str) -> list[tuple[str, str]] | str:
     """The (role, content) pairs of a row of the material, or why it is left out. Templates come first: any row that
     has one of their fields is for them. `InputError` says what is wrong with the row."""
-    if isinstance(record, InputError):
-        raise record
     if not isinstance(record, dict):
         return read_turns(record)  # which says what a row may be
     names = dict.fromkeys(FIELD.findall(question + answer))
