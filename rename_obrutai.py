@@ -1116,11 +1116,6 @@ def check_inputs(settings: Settings) -> Inputs:
         raise InputError(f"{identity} contém quase todas as perguntas de prova (TEST_QUESTIONS, no script); tire "
                          "algumas, senão falta o que medir.")
     told = [name_warning(setting, getattr(settings, setting)) for setting in ("name", "author")]
-    first = {}
-    for row in rows:
-        other = first.setdefault(plain(" ".join(m["content"] for m in row.messages[:-1])), row)
-        if plain(other.answer) != plain(row.answer):
-            told.append(f"as linhas {other.line} e {row.line} fazem a mesma pergunta com respostas diferentes")
     data_hash = hashlib.sha256(identity.read_bytes()).hexdigest()
     return Inputs(rows, values, data_hash, languages, test, list(filter(None, told)))
 

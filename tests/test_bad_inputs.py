@@ -1077,14 +1077,6 @@ def test_a_row_longer_than_the_window_is_refused_with_its_line(work, capsys):
     refused(work, capsys, "--window", 64, "--max-new-tokens", 16, fragment="window|token|long", line=2)
 
 
-def test_the_same_question_with_two_answers_is_a_warning_that_names_both_lines(work, capsys):
-    identity(work, GOOD, pair("Quem te fez?", "Foi a {{AUTHOR}}."), b"", GOOD.replace(b"Quem", b"Mas quem"),
-             pair("quem te fez??", "O Zeca, da {{AUTHOR}}."))
-    with pytest.raises(Accepted):
-        call(work, capsys, "--check")
-    assert re.search(r"linhas? (2\b.*\b5|5\b.*\b2)\b", capsys.readouterr().out)
-
-
 # ------------------------------------------------------------------------------------------------ as a user runs it
 
 
