@@ -1237,7 +1237,7 @@ def records_of(path: Path):
     """(number, record) of each row of a file of JSON, which is read once; a row that is no JSON is an `InputError`
     in place of a record."""
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with blaming_disk(path), path.open(encoding="utf-8-sig", newline="\n") as file:
             text = file.read(2**16).lstrip()
             if text.startswith("["):
                 yield from array_items(file, text[1:], path)

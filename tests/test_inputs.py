@@ -95,6 +95,12 @@ def test_a_json_array_of_rows_is_read_as_the_lines_are(indent, tmp_path):
     assert [(row.line, row.messages) for row in read(path)] == [(1, [USER, ASSISTANT]), (2, MORE)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux only")
+def test_a_file_whose_reading_fails_is_named():
+    """The system names it only where the opening fails."""
+    assert "/proc/self/mem" in mistake(Path("/proc/self/mem"))
+
+
 def test_all_bad_lines_are_reported_together(tmp_path):
     good = {"messages": [USER, ASSISTANT]}
     message = mistake(write(tmp_path, good, "{", good, {"text": ""}, {"texto": "x"}))
