@@ -1473,8 +1473,8 @@ def check_base(base: Path) -> int:
                          "sys.argv[1]).save_pretrained(sys.argv[2]) for k in (M, T)]\" PASTA_ATUAL PASTA_NOVA\n"
                          "Depois rode com --model-path PASTA_NOVA.")
     if not weights:
-        raise InputError(f"a pasta {base} não tem os pesos (model.safetensors, ou as partes e o índice delas): baixe "
-                         "de novo, ou escolha outra versão.")
+        raise InputError(f"a pasta {base} não tem pesos em safetensors (model.safetensors, ou as partes e o índice): "
+                         "baixe de novo, ou escolha outra versão.")
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"a pasta {base} não tem tokenizer (tokenizer.json ou tokenizer.model); baixe-o também.")
     return weights
