@@ -3219,7 +3219,7 @@ def figures_of(scores: Scores) -> dict[str, float | None]:
             "divergência (nats)": scores.divergence, **after, "tokens a mais por pergunta": scores.extra_tokens}
 
 
-def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
+def figures_table(scores: dict[str, dict]) -> list[list[str]]:
     """Head and rows of the table of figures, one column per exam; a dash is what an exam did not measure."""
     def cell(title: str, value: float | None) -> str:
         digits = {"divergência (nats)": 3, "tokens a mais por pergunta": 0}
@@ -3227,7 +3227,7 @@ def figures_table(scores: dict[str, Scores]) -> list[list[str]]:
             return "-"
         return decimal(value, digits[title]) if title in digits else percent(value)
 
-    columns = {head: figures_of(scores[name]) for name, head in EXAMS.items() if name in scores}
+    columns = {head: figures_of(Scores(**scores[name])) for name, head in EXAMS.items() if name in scores}
     titles = [*columns.values()][-1]
     if "prompt" not in scores:  # a model alone is measured without a context
         titles.pop("tokens a mais por pergunta")
@@ -3426,10 +3426,9 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
     about = (f"Modelo de {escaped(job.settings.author)}, feito a partir de {base} com rename_obrutai.py:\nidentidade "
              "nova" if taught else f"{base}, que aprendeu o material de {file} com rename_obrutai.py:\n"
              "material novo")
-    scores = {exam: Scores(**values) for exam, values in report["scores"].items()}
-    thoughtful = thinks(load_tokenizer(folder))
+    thoughtful, scores = thinks(load_tokenizer(folder)), report["scores"]
     pairs = [[old["question"], old["answer"], new["answer"]]
-             for old, new in zip(scores["before"].answers, scores["pass_2"].answers)]
+             for old, new in zip(scores["before"]["answers"], scores["pass_2"]["answers"])]
     huggingface_hub.ModelCard(CARD.format(
         head=head, name=escaped(name), about=about, **report["context"], figures=markdown_table(figures_table(scores)),
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
@@ -3460,20 +3459,21 @@ def publish(result: Path, settings: Settings) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def show_scores(scores: dict[str, Scores]) -> Scores:
-    """Say some answers, before and after if both are known, and all figures; the last scores."""
-    *before, after = [scores[name] for name in ("before", "pass_2", "alone") if name in scores]
-    if after.answers:
+def show_scores(scores: dict[str, dict]) -> None:
+    """Say some answers, before and after if both are known, and all figures."""
+    after = scores.get("pass_2") or scores["alone"]
+    before = scores.get("before", after)
+    pairs = list(zip(before["answers"], after["answers"]))
+    if pairs:
         say()
-    for i in range(0, len(after.answers), max(1, len(after.answers) // 8)):
-        say(f"  {after.answers[i]['question']} ({after.answers[i]['kind']})")
-        for old in before:
-            say(f"    antes:  {old.answers[i]['answer']}")
-        say(f"    {'depois:' if before else 'resposta:'} {after.answers[i]['answer']}")
-    for leak in after.leaks[:3]:
+    for old, new in pairs[::max(1, len(pairs) // 8)]:
+        say(f"  {new['question']} ({new['kind']})")
+        if before is not after:
+            say(f"    antes:  {old['answer']}")
+        say(f"    {'resposta:' if before is after else 'depois:'} {new['answer']}")
+    for leak in after["leaks"][:3]:
         say(f"  {leak['question']}\n    o nome novo apareceu onde não devia: {leak['answer'][:200]}")
     say(f"\n{text_table(figures_table(scores))}")
-    return after
 
 
 TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e STEPS_2",
@@ -3487,19 +3487,18 @@ TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aum
 def conclude(settings: Settings) -> int:
     """Show the result; exit status 0 when every target is met, 3 when one is missed."""
     report, work = load_json(Path(settings.output_dir) / "report.json"), work_folder(settings)
-    after = show_scores({name: Scores(**values) for name, values in report["scores"].items()})
+    show_scores(report["scores"])
     if learnt := report.get("knowledge"):
         show_mastery(learnt)
     worked = clock(sum(report["seconds"].values()))
     say(f"\nModelo salvo em {settings.output_dir} ({worked} de trabalho). Veja o README.md de lá.", verdict=True)
     if kept := folder_size(work):
         say(f"As etapas ficaram em {work} ({size_text(kept)}); pode apagar essa pasta quando quiser.")
-    missed = [*after.gaps(settings), *material_gaps(report.get("knowledge"), settings)]
-    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):" if missed
-        else "Todas as metas foram atingidas.", verdict=True)
-    for name in missed:
+    say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):"
+        if report["missed"] else "Todas as metas foram atingidas.", verdict=True)
+    for name in report["missed"]:
         say(f"  - {name}: {TIPS[name]}.", verdict=True)
-    return 3 if missed else 0
+    return 3 if report["missed"] else 0
 
 
 # ---- The plan ---------------------------------------------------------------------------------------------
@@ -3976,27 +3975,27 @@ def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
     join_processes()
     say(f"Medindo {folder}")
-    of_material: list[str] = []
-    if not (folder / "exam.json").is_file():
-        if not settings.identity_file:
-            raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
-        inputs, chat = check_inputs(settings), load_chat(folder, as_measured(settings, folder))
+    same, report = as_measured(settings, folder), {}
+    if (folder / "exam.json").is_file():
+        with blaming(f"o report.json ou o exam.json de {folder}"):
+            report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
+            reported = Scores(**report["scores"]["pass_2"])
+            same = replace(same, max_new_tokens=report["settings"]["max_new_tokens"])
+        after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
+        differs = {"reported": reported._asdict()} if after != reported else {}
+        say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
+        show_scores({**report["scores"], **differs, "pass_2": after._asdict()})
+    elif settings.identity_file:
+        inputs, chat = check_inputs(settings), load_chat(folder, same)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
         exam = make_exam(chat.tokenizer, inputs, Heard(names, [], talks, talks), 0)
-        scores = {"alone": evaluate(chat, exam, names, None, "perguntas de prova")}
+        after = evaluate(chat, exam, names, None, "perguntas de prova")
+        show_scores({"alone": after._asdict()})
     else:
-        with blaming(f"o report.json ou o exam.json de {folder}"):
-            report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
-            scores = {name: Scores(**values) for name, values in report["scores"].items()}
-            of_material = material_gaps(report.get("knowledge"), settings)  # which is not measured again
-            same = replace(as_measured(settings, folder), max_new_tokens=report["settings"]["max_new_tokens"])
-        after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
-        differs = {"reported": scores["pass_2"]} if after != scores["pass_2"] else {}
-        say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
-        scores = {**scores, **differs, "pass_2": after}
-    missed = [*show_scores(scores).gaps(settings), *of_material]
+        raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
+    missed = [*after.gaps(settings), *material_gaps(report.get("knowledge"), settings)]  # which is not measured again
     say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0
 

@@ -95,10 +95,11 @@ def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named
     lengths = [{"tokens": 0, "identity": identity, "retention": retention}]
     score = tool.Scores(identity, {"sozinha": identity}, old, leak, leak, retention, 0.0, lengths, [], [])
     scores = dict.fromkeys(("before", "pass_2"), score)
+    settings = small_settings("--output-dir", tmp_path)
     report = {"scores": {name: score._asdict() for name, score in scores.items()},
-              "seconds": {"1-base": 60.5, "2-healed": 140}}
+              "missed": [*score.gaps(settings)], "seconds": {"1-base": 60.5, "2-healed": 140}}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    assert tool.conclude(small_settings("--output-dir", tmp_path)) == status
+    assert tool.conclude(settings) == status
     said = capsys.readouterr().out
     assert f"{tmp_path} (3 min 20 s " in said
     tips = [line for line in said.splitlines() if line.startswith("  - ")]

@@ -123,7 +123,7 @@ def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "run", tool.conclude)
-    report = {"seconds": {"1-base": 60.5}, "scores": {
+    report = {"seconds": {"1-base": 60.5}, "missed": ["identidade antiga"], "scores": {
         name: {**REPORT["scores"]["pass_2"], "by_kind": {"sozinha": 0.967}, "leak_near": 0.5, "divergence": 0.1,
                "answers": [{"question": "Quem é?", "kind": "sozinha", "answer": "Eu.", "problem": ""}],
                "leaks": [{"question": "Quem pintou?", "answer": "A ObrutAi.", "base": "Não sei."}]}

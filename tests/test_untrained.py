@@ -101,9 +101,9 @@ def scores(identity, lengths, extra=0.0, retention=1.0):
 
 def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_each_way_costs():
     full, short = (0, 64), (0,)
-    table = tool.figures_table({"before": scores(0.0, full), "prompt": scores(0.5, (), 61.6, None),
-                                "rows": scores(0.6, (), 100.2, None), "reported": scores(0.7, short),
-                                "pass_2": scores(0.9, full)})
+    measured = {"before": scores(0.0, full), "prompt": scores(0.5, (), 61.6, None),
+                "rows": scores(0.6, (), 100.2, None), "reported": scores(0.7, short), "pass_2": scores(0.9, full)}
+    table = tool.figures_table({name: found._asdict() for name, found in measured.items()})
     assert table[0] == ["medida", "antes", "com prompt", "com linhas", "no report", "depois"]
     rows = {row[0]: row[1:] for row in table[1:]}
     assert rows["identidade nova"] == ["0%", "50%", "60%", "70%", "90%"]
@@ -115,6 +115,6 @@ def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_eac
 
 def test_a_retention_that_was_not_measured_is_a_dash_and_no_missed_target():
     unknown = scores(1.0, (0,), retention=None)
-    rows = {row[0]: row[1] for row in tool.figures_table({"alone": unknown})}
+    rows = {row[0]: row[1] for row in tool.figures_table({"alone": unknown._asdict()})}
     assert rows["medida"] == "medido" and rows["identidade nova"] == "100%" and rows["retenção"] == "-"
     assert unknown.gaps(small_settings()) == {}
