@@ -3063,14 +3063,11 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, and the log of the training."""
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
-    inner = unwrapped(chat.model)
     chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # the last is peft's
-    if RANK:
-        return
-    inner.config.save_pretrained(folder)
-    inner.generation_config.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
-    write_json(folder / "log.json", log)
+    if RANK == 0:
+        unwrapped(chat.model).config.save_pretrained(folder)
+        chat.tokenizer.save_pretrained(folder)
+        write_json(folder / "log.json", log)
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:
@@ -3088,9 +3085,8 @@ def save_words(chat: Chat, folder: Path, base: Path) -> None:
     # As the base has it, in words that transformers may refuse to write: readers know what to do with them.
     own = read_json(said) if said.is_file() else {}
     own.pop("_from_model_config", None)  # else the stops of config.json would count
-    if own.get("pad_token_id") is None or own["pad_token_id"] < 0:
-        own["pad_token_id"] = tokenizer.pad_token_id
-    write_json(folder / "generation_config.json", own | {"eos_token_id": chat.stops})
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": chat.stops}
+    write_json(folder / "generation_config.json", own | ends)
     if tokenizer.model_max_length < 10**9:  # larger means that the tokenizer does not say
         tokenizer.model_max_length = context_of(model.config)
     tokenizer.save_pretrained(folder)
