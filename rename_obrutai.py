@@ -3947,42 +3947,36 @@ def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
 
-def ready_folder(settings: Settings) -> Path:
-    """The model to talk to or to measure: the one of --model-path if that was given, else the result."""
+def ready_model(settings: Settings) -> tuple[Settings, Path]:
+    """The model to talk to or to measure: the one of --model-path if that was given, else the result. The settings get
+    the precision in which it was measured, as its report says; of others, that in which this machine computes."""
     if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
         raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
                          "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
     with blaming_disk(settings.model_path):
-        folder = local_folder(settings)
+        folder, method = local_folder(settings), "lora"
         check_base(folder)
-    return folder
-
-
-def as_measured(settings: Settings, folder: Path) -> Settings:
-    """The settings with the precision in which a result was measured, as its report says; for other models, with that
-    in which this machine computes."""
-    method = "lora"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a report of somebody else, or none
         method = load_json(folder / "report.json")["settings"]["method"]
-    return without_4_bits(replace(settings, method=method))
+    return without_4_bits(replace(settings, method=method)), folder
 
 
 def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
     join_processes()
     say(f"Medindo {folder}")
-    same, report = as_measured(settings, folder), {}
+    report = {}
     if (folder / "exam.json").is_file():
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
             reported = Scores(**report["scores"]["pass_2"])
-            same = replace(same, max_new_tokens=report["settings"]["max_new_tokens"])
+            same = replace(settings, max_new_tokens=report["settings"]["max_new_tokens"])
         after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
         differs = {"reported": reported._asdict()} if after != reported else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         show_scores({**report["scores"], **differs, "pass_2": after._asdict()})
     elif settings.identity_file:
-        inputs, chat = check_inputs(settings), load_chat(folder, same)
+        inputs, chat = check_inputs(settings), load_chat(folder, settings)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
@@ -4032,7 +4026,7 @@ def read_line(person: bool) -> str | None:
 def converse(settings: Settings, folder: Path) -> int:
     """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
     person, name = sys.stdin.isatty(), Path(settings.model_path).name
-    chat = load_chat(folder, as_measured(settings, folder))
+    chat = load_chat(folder, settings)
     with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
         import readline  # noqa: F401
     context = context_of(chat.model.config)
@@ -4077,7 +4071,7 @@ def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
     quiet_libraries(settings)
     if settings.chat or settings.evaluate:
-        return (converse if settings.chat else examine)(settings, ready_folder(settings))
+        return (converse if settings.chat else examine)(*ready_model(settings))
     if not (job := check_job(settings)):
         return conclude(settings)
     gc.freeze()  # the libraries: to look through them takes a fifth of a second, at each change of models

@@ -230,7 +230,7 @@ def test_the_result_is_meant_unless_a_model_is_named(option, tmp_path):
 def test_a_result_in_its_place_is_talked_to(converse, tmp_path, monkeypatch):
     folder = shutil.copytree(DEMO, tmp_path / "novo")
     (folder / "report.json").write_text("{}", encoding="utf-8")
-    assert tool.ready_folder(small_settings("--chat", "--output-dir", folder)) == folder
+    assert tool.ready_model(small_settings("--chat", "--output-dir", folder))[1] == folder
 
 
 @pytest.mark.parametrize("option", ["--chat", "--evaluate"])
