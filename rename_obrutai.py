@@ -4011,18 +4011,6 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
     return "".join(said).strip(), tokens.shape[1] > len(ids) and tokens[0, -1].item() in chat.stops
 
 
-def read_line(person: bool) -> str | None:
-    """The next thing that the user says; None when there is no more."""
-    while True:
-        try:
-            return input("Você: " if person else "").strip("\ufeff \t\r")
-        except EOFError:
-            print(end="\n" * person)
-            return None
-        except KeyboardInterrupt:
-            print("\nPara sair, escreva /sair.", file=sys.stderr)
-
-
 def converse(settings: Settings, folder: Path) -> int:
     """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
     person, name = sys.stdin.isatty(), Path(settings.model_path).name
@@ -4038,7 +4026,15 @@ def converse(settings: Settings, folder: Path) -> int:
     if person:
         note(f"Conversa com {name}. {commands}")
     system, turns = [], []
-    while (line := read_line(person)) is not None:
+    while True:
+        try:
+            line = input("Você: " if person else "").strip("\ufeff \t\r")
+        except KeyboardInterrupt:
+            note("\nPara sair, escreva /sair.")
+            continue
+        except EOFError:
+            print(end="\n" * person)
+            return 0
         command, _, text = line.partition(" ")
         if command == "/sair":
             return 0
@@ -4062,7 +4058,6 @@ def converse(settings: Settings, folder: Path) -> int:
         if not ended:
             note("(parou aqui)")
         turns = [*heard, {"role": "assistant", "content": answer}] if answer else heard[:-1]
-    return 0
 
 
 # ---- Run --------------------------------------------------------------------------------------------------
