@@ -3217,20 +3217,18 @@ def figures_of(scores: Scores) -> dict[str, float | None]:
 
 def figures_table(scores: dict[str, dict]) -> list[list[str]]:
     """Head and rows of the table of figures, one column per exam; a dash is what an exam did not measure."""
-    def cell(title: str, value: float | None) -> str:
-        digits = {"divergência (nats)": 3, "tokens a mais por pergunta": 0}
-        if value is None:
-            return "-"
-        return decimal(value, digits[title]) if title in digits else percent(value)
-
     columns = {head: figures_of(Scores(**scores[name])) for name, head in EXAMS.items() if name in scores}
-    titles = [*columns.values()][-1]
+    last, digits = [*columns.values()][-1], {"divergência (nats)": 3, "tokens a mais por pergunta": 0}
     if "prompt" not in scores:  # a model alone is measured without a context
-        titles.pop("tokens a mais por pergunta")
-    kept = ("retenção", "divergência (nats)")  # the others are not there where no identity is taught
-    titles = [title for title, value in titles.items() if value is not None or title in kept]
-    return [["medida", *columns], *([title, *(cell(title, column.get(title)) for column in columns.values())]
-                                    for title in titles)]
+        last.pop("tokens a mais por pergunta")
+    table = [["medida", *columns]]
+    for title, value in last.items():
+        if value is None and title not in ("retenção", "divergência (nats)"):  # where no identity is taught
+            continue
+        values = [column.get(title) for column in columns.values()]
+        table.append([title, *("-" if value is None else decimal(value, digits[title]) if title in digits else
+                               percent(value) for value in values)])
+    return table
 
 
 def text_table(table: list[list[str]]) -> str:
@@ -3354,7 +3352,6 @@ Nesta pasta:
 - `report.json` tem ajustes, versões e números; `self_answers.jsonl`, se há, as respostas escritas para treinar.
 """
 
-
 TERMS = """- **identidade nova**: respostas certas sobre quem ele é: a pergunta sozinha, depois de um prompt de sistema
   neutro e quando o usuário duvida.
 - **identidade antiga**: respostas em que ele ainda diz que é o modelo antigo, ou de quem o fez.
@@ -3363,16 +3360,6 @@ TERMS = """- **identidade nova**: respostas certas sobre quem ele é: a pergunta
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
   linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
 """
-
-
-ANSWERS = """<details><summary>As {count} respostas, antes e depois</summary>
-
-{answers}
-
-</details>
-
-"""
-
 
 MATERIAL = """## O material
 
@@ -3395,7 +3382,6 @@ Aprendeu {rows} linhas de {file}. {held_out} outras, que o treino não viu, são
 </details>
 
 """
-
 
 THOUGHT = """
 Este modelo foi treinado e medido sem pensar antes de responder, como no exemplo. Servidores (vLLM, SGLang, llama.cpp)
@@ -3425,14 +3411,15 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
     thoughtful, scores = thinks(load_tokenizer(folder)), report["scores"]
     pairs = [[old["question"], old["answer"], new["answer"]]
              for old, new in zip(scores["before"]["answers"], scores["pass_2"]["answers"])]
+    answers = markdown_table([["pergunta", "antes", "depois"], *pairs])
+    answers = f"<details><summary>As {len(pairs)} respostas, antes e depois</summary>\n\n{answers}\n\n</details>\n\n"
     huggingface_hub.ModelCard(CARD.format(
         head=head, name=escaped(name), about=about, **report["context"], figures=markdown_table(figures_table(scores)),
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
         terms=TERMS if taught else "", material=material_card(learnt, file) if learnt else "",
-        answers=ANSWERS.format(count=len(pairs), answers=markdown_table([["pergunta", "antes", "depois"], *pairs]))
-        if taught else "", flags=llama_flags(read_config(folder)),
+        answers=answers if taught else "", flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
         slug=re.sub(r"[^a-z0-9]+", "-", plain(name)).strip("-") or "modelo")).save(folder / "README.md")
 
