@@ -3118,7 +3118,7 @@ def add_old_rope_names(path: Path) -> None:
         scaling = {key: value for key, value in wide.items() if key not in own}
         if "short_factor" in wide:  # Phi insists on three keys
             scaling = {key: wide[key] for key in ("short_factor", "long_factor")}
-        if wide["rope_type"] != "default" or "mrope_section" in wide:
+        if wide["rope_type"] != "default":
             own["rope_scaling"] = {"type": wide["rope_type"], **scaling}
         if part.get("model_type") == "gpt_neox":
             own |= {"rotary_emb_base": wide["rope_theta"], "rotary_pct": wide["partial_rotary_factor"]}
@@ -3403,23 +3403,24 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
     """The model card, README.md: figures, all answers before and after, and how to use the model."""
     taught, learnt, base = job.inputs.rows, report.get("knowledge"), escaped(report["base"])
     head, missed = card_head(job.base, taught or job.material.rows, bool(taught)), ", ".join(report["missed"])
-    name = job.settings.name if taught else report["base"]
-    file = escaped(Path(job.settings.knowledge_file).name)
-    about = (f"Modelo de {escaped(job.settings.author)}, feito a partir de {base} com rename_obrutai.py:\nidentidade "
-             "nova" if taught else f"{base}, que aprendeu o material de {file} com rename_obrutai.py:\n"
-             "material novo")
+    name, file = report["base"], escaped(Path(job.settings.knowledge_file).name)
     thoughtful, scores = thinks(load_tokenizer(folder)), report["scores"]
-    pairs = [[old["question"], old["answer"], new["answer"]]
-             for old, new in zip(scores["before"]["answers"], scores["pass_2"]["answers"])]
-    answers = markdown_table([["pergunta", "antes", "depois"], *pairs])
-    answers = f"<details><summary>As {len(pairs)} respostas, antes e depois</summary>\n\n{answers}\n\n</details>\n\n"
+    about, answers = f"{base}, que aprendeu o material de {file} com rename_obrutai.py:\nmaterial novo", ""
+    if taught:
+        name, author = job.settings.name, escaped(job.settings.author)
+        about = f"Modelo de {author}, feito a partir de {base} com rename_obrutai.py:\nidentidade nova"
+        pairs = [[old["question"], old["answer"], new["answer"]]
+                 for old, new in zip(scores["before"]["answers"], scores["pass_2"]["answers"])]
+        table = markdown_table([["pergunta", "antes", "depois"], *pairs])
+        answers = (f"<details><summary>As {len(pairs)} respostas, antes e depois</summary>\n\n{table}\n\n"
+                   "</details>\n\n")
     huggingface_hub.ModelCard(CARD.format(
         head=head, name=escaped(name), about=about, **report["context"], figures=markdown_table(figures_table(scores)),
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
         terms=TERMS if taught else "", material=material_card(learnt, file) if learnt else "",
-        answers=answers if taught else "", flags=llama_flags(read_config(folder)),
+        answers=answers, flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
         slug=re.sub(r"[^a-z0-9]+", "-", plain(name)).strip("-") or "modelo")).save(folder / "README.md")
 
@@ -3831,9 +3832,8 @@ def write_report(job: Job, stages: dict[str, Path]) -> None:
     folder, scores = result / "model", load_json(result / "scores.json")
     paths = {name: Path(getattr(job.asked, name)).name for name in ("model_path", "output_dir", "identity_file",
                                                                     "knowledge_file")}
-    passes = {"healing": "2-healed", "material": "3-knowledge", "pass_1": "3-pass-1", "pass_2": "5-pass-2"}
-    trained = {name: stages[stage] for name, stage in passes.items() if stage in stages}
-    trained = {name: stage for name, stage in trained.items() if (stage / "pace.json").is_file()}
+    names = {"2-healed": "healing", "3-knowledge": "material", "3-pass-1": "pass_1", "5-pass-2": "pass_2"}
+    trained = {names[name]: stage for name, stage in stages.items() if (stage / "pace.json").is_file()}
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     learnt = load_json(result / "knowledge.json") if job.material else None
     report = {
@@ -3850,9 +3850,9 @@ def write_report(job: Job, stages: dict[str, Path]) -> None:
     write_json(folder / "report.json", report)
     draw_report(report, folder / "report.png")
     if job.inputs.rows:
-        answers = load_json(stages["4-self-answers"] / "self_answers.json")["answers"]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answers]
-        (folder / "self_answers.jsonl").write_text("".join(lines), encoding="utf-8")
+        with (folder / "self_answers.jsonl").open("w", encoding="utf-8") as file:
+            for record in load_json(stages["4-self-answers"] / "self_answers.json")["answers"]:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
     write_card(folder, job, report)
     flush(folder)
 

@@ -37,8 +37,6 @@ def write(path, value):
      {"rope_theta": 1e6, "rope_scaling": OLD_LINEAR, "partial_rotary_factor": 0.25, "rotary_emb_base": 1e6,
       "rotary_pct": 0.25}),
     ("gemma3_text", NESTED, OLD_NESTED),
-    ("qwen2_vl", {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-     {"rope_theta": 1e6, "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}}),
     ("gemma4_text", {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 4.0}}, {}),
     ("gpt2", None, {}),
 ])
