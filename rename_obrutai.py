@@ -2364,7 +2364,7 @@ def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
     windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
               sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
-    idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # fully masked, where a step has fewer windows than parts
+    idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # masked, for a part without windows
     return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields} | {"totals": totals}
             for batch in batches for part in range(parts)]
 

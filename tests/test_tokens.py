@@ -270,6 +270,14 @@ def test_the_rest_of_an_injected_prompt_stays_and_the_change_is_said(qwen, capsy
     assert re.search("Qwen.*no modelo novo dirá.*Jandira", capsys.readouterr().out)
 
 
+def test_a_model_called_by_its_name_and_its_version_is_one_and_its_maker_another(qwen):
+    qwen.chat_template = qwen.chat_template.replace("You are Qwen,", "You are Qwen2.5, a Qwen model,")
+    tool.renew_template(qwen, small_settings("--name", "Jandira", "--author", "Oficina Maré"),
+                        ("Qwen", "Qwen2.5", "Alibaba Cloud"))
+    text = qwen.decode(tool.prompt_ids(qwen, [ASK]))
+    assert "You are Jandira, a Jandira model, created by Oficina Maré" in text
+
+
 def test_an_old_identity_in_a_template_of_our_demo_is_replaced(tokenizer):
     import make_demo
 
