@@ -537,7 +537,7 @@ accelerate, bm25s, datasets, filelock, ftfy, huggingface_hub, jinja2, peft, psut
 chrf, safetensors, tensor_files, torch, tqdm, transformers, trl = map(
     Lazy, ("sacrebleu.metrics.chrf", "safetensors", "safetensors.torch", "torch", "tqdm", "transformers", "trl"))
 
-# Under accelerate or torchrun every process runs this script; only the first one speaks and writes.
+# Under accelerate or torchrun every process runs this script; the first one does all, and the others train along.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # With `accelerate launch --use_fsdp` each trains a piece of the weights. Transformers cuts them; accelerate must not
 # see the variable, or it would do it again.
@@ -1549,20 +1549,6 @@ def job_key(facts: str, material: Material | None, settings: Settings) -> str:
     return digest([facts, material, [getattr(settings, name) for name in used]])
 
 
-def wait() -> None:
-    """Until all processes are here, so that all see what the first one wrote."""
-    if PROCESSES > 1:
-        torch.distributed.barrier()
-
-
-def agreed(value):
-    """What the first process found, for decisions that all must take alike."""
-    box = [value]
-    if PROCESSES > 1:
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
 def write_json(path: Path, value: object) -> None:
     """Written under another name, flushed and renamed: the file is whole or not there."""
     partial = path.with_name(path.name + ".tmp")
@@ -1600,41 +1586,33 @@ class Stages:
         self.work, self.chain, self.settings, self.folders = work, facts, settings, {}
         self.planned, self.spent = planned, {}  # seconds of each stage
 
-    def __call__(self, name: str, title: str, build: Callable[[Path], None], together: bool = False,
-                 facts: object = None) -> Path:
+    def __call__(self, name: str, title: str, build: Callable[[Path], None], facts: object = None) -> Path:
         """The folder of a stage, built now unless it is there with this key, under another name until it is whole.
-        `build` may go on with what a broken-off one left; it runs in the first process, or in all `together`. `facts`:
-        what else the stage depends on."""
+        `build` may go on with what a broken-off one left. `facts`: what else the stage depends on."""
         folder, partial = self.work / name, self.work / f"{name}.partial"
         used = [getattr(self.settings, use) for use in USES[name].split()]
         key = self.chain = digest([self.chain, name, facts, used])
         self.folders[name] = folder
-        ready = agreed(has_key(folder / "key.json", key))
+        ready = has_key(folder / "key.json", key)
         say(f"{len(self.folders)}/{len(self.planned)} {title}" + " (já pronto)" * ready)
         if ready:
             shutil.rmtree(folder / "training", ignore_errors=True)
             return folder
-        began = time.monotonic()
-        if RANK == 0 and not has_key(partial / "key.json", key):
+        if not has_key(partial / "key.json", key):
             discard(partial)
             partial.mkdir(parents=True)
             write_json(partial / "key.json", {"key": key})
-        wait()
+        began = time.monotonic()
         try:
-            if together or RANK == 0:
-                build(partial)
-            wait()
-        finally:
+            build(partial)
+        finally:  # the report tells the time of all runs that worked on it
             seconds = self.spent[name] = time.monotonic() - began
-            if RANK == 0:  # the report tells the time of all runs that worked on it
-                before = load_json(partial / "key.json").get("seconds", 0)
-                write_json(partial / "key.json", {"key": key, "seconds": round(before + seconds, 1)})
-        if RANK == 0:
-            flush(partial)
-            discard(folder)
-            partial.rename(folder)
-            shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
-        wait()
+            before = load_json(partial / "key.json").get("seconds", 0)
+            write_json(partial / "key.json", {"key": key, "seconds": round(before + seconds, 1)})
+        flush(partial)
+        discard(folder)
+        partial.rename(folder)
+        shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
         if rest := sum(planned for name, planned in self.planned.items() if name not in self.folders):
             # Stretched as what is done was, the more the more is done.
             expected = sum(self.planned[name] for name in self.spent)
@@ -2434,8 +2412,8 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 chat.model.train()
                 state.log_history.append({"step": state.global_step, "held_out": now})
                 self.tell(state, f"perda nas linhas guardadas {decimal(now, 3)}")
-                ended = agreed(now > 0.998 * min(before, default=math.inf))
-            due, stop = agreed((time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes, bool(asked)))
+                ended = from_first(now > 0.998 * min(before, default=math.inf))
+            due, stop = from_first((time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes, bool(asked)))
             # Not at its end, where nothing tells the next run that there is no going on.
             control.should_save = not SHARDED and not ended and (stop or due)
             control.should_training_stop |= stop or ended
@@ -2443,7 +2421,7 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
         def on_save(self, args, state, control, **kwargs):
             self.on_train_end(args, state, control)
             self.saved = time.monotonic()
-            wait()
+            accelerate.PartialState().wait_for_everyone()
             if RANK:
                 return
             newest = folder / f"checkpoint-{state.global_step}"
@@ -2496,7 +2474,7 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
         fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused")
     trainer = make_trainer(chat, batches, teacher, arguments, course.kl_weight, failed)
     found = folder.glob("checkpoint-*/complete.json") if not SHARDED else ()  # the Trainer cannot go on with pieces
-    done = agreed(max((int(path.parent.name[11:]) for path in found), default=0))
+    done = from_first(max((int(path.parent.name[11:]) for path in found), default=0))
     if done:
         say(f"    continuando da etapa {done}, a última guardada")
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
@@ -2509,7 +2487,7 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
             torch.cuda.reset_peak_memory_stats()
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
     chat.model.zero_grad()
-    if agreed(bool(asked)):
+    if from_first(bool(asked)):
         raise KeyboardInterrupt
     chat.model.eval()
     tokens = sum(len(w.input_ids) for batch in batches[done:trainer.state.global_step] for w in batch)
@@ -2584,7 +2562,7 @@ def keep_frequencies(before: dict[str, torch.Tensor], chat: Chat, job: Job) -> N
     scaled = kept_share(chat, job, talks)
     reorder_pairs(chat.model, order)
     moved = kept_share(chat, job, talks)
-    if agreed(moved > scaled):
+    if from_first(moved > scaled):
         say(f"  Com as frequências reordenadas, ele escolhe {percent(moved)} das palavras como o modelo base (sem "
             f"isso, {percent(scaled)}).")
     else:
@@ -3427,8 +3405,6 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
 
 def publish(result: Path, settings: Settings) -> None:
     """Put the finished folder in its place by a rename; an older result is deleted only after that."""
-    if RANK:
-        return
     output, replaced = Path(settings.output_dir), result.with_name("replaced")
     for path in result.rglob("*"):  # safetensors makes files that only their owner can read
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -3532,11 +3508,9 @@ def local_folder(settings: Settings) -> Path:
                          "Llama), aceite-a na página dele e rode hf auth login") from None
 
 
-def join_processes() -> None:
-    """Meet the other processes, if any; alone, use one GPU, as the trainer refuses to spread over two."""
-    if PROCESSES > 1:  # all but training is done by the first one, for which the others may wait for hours
-        accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
-    elif torch.cuda.device_count() > 1:
+def use_one_card() -> None:
+    """One process trains on one card; the Trainer would spread over all that it sees."""
+    if PROCESSES == 1 and torch.cuda.device_count() > 1:
         say("  Há mais placas de vídeo; vou usar uma. Para usar todas: accelerate launch rename_obrutai.py")
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
@@ -3609,7 +3583,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         plan = load_json(path)
         settings = replace(settings, **plan["settings"])
     else:
-        settings, plan["memory"] = agreed(choose_method(config, weights, settings))
+        settings, plan["memory"] = choose_method(config, weights, settings)
     automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
@@ -3640,7 +3614,7 @@ def check_job(settings: Settings) -> Job | None:
     config = read_config(folder)
     read_config(folder, settings.rope_factor)  # says what cannot be scaled
     asked, native = settings, context_of(config)
-    join_processes()
+    use_one_card()
     settings = replace(settings, model_path=str(folder))
     settings, plan = fit_to_machine(settings, config, weights, [facts, bool(material)])
     tokenizer = load_tokenizer(folder)
@@ -3754,6 +3728,28 @@ def make_plan(job: Job) -> dict[str, float]:
 
 
 # ---- The stages, each from folder to folder ---------------------------------------------------------------
+
+def from_first(value):
+    """What the first process gave, in all of them: for decisions that all must take alike."""
+    box = [value]
+    if PROCESSES > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def together(work: Callable, *arguments) -> None:
+    """Do a training in all processes. The others wait for it in `follow`."""
+    from_first((work, arguments))
+    work(*arguments)
+
+
+def follow() -> int:
+    """What all processes but the first do: train along with it for as long as it has work."""
+    while task := from_first(None):
+        work, arguments = task
+        work(*arguments)
+    return 0
+
 
 def without_4_bits(settings: Settings) -> Settings:
     """The settings with weights in their own precision, as healing and measuring need them."""
@@ -3890,24 +3886,22 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
                       load_chat(job.base, replace(settings, method="lora")), settings, job.inputs)))
     heard, teacher = read_heard(said)
     job = job._replace(heard=heard, teacher=teacher)
-    tuned = stages("2-healed", f"Contexto de {job.native} para {int(job.native * settings.rope_factor)} tokens "
-                   f"(RoPE linear x{settings.rope_factor:g}) e cura", lambda partial: make_healed(job, partial), True)
+    grown = f"{int(job.native * settings.rope_factor)} tokens (RoPE linear x{settings.rope_factor:g})"
+    tuned = stages("2-healed", f"Contexto de {job.native} para {grown} e cura",
+                   lambda partial: together(make_healed, job, partial))
     lessons = make_lessons(load_tokenizer(tuned), heard, job.inputs, settings) if job.inputs.rows else []
     if job.material:
         healed = tuned
-        tuned = stages("3-knowledge", "Material: aprender as linhas", lambda partial: run_course(
-            healed, partial, material_course(lessons, job), job), True, job.material)
+        tuned = stages("3-knowledge", "Material: aprender as linhas", lambda partial: together(
+            run_course, healed, partial, material_course(lessons, job), job), job.material)
     if job.inputs.rows:
         tuned = teach_identity(tuned, lessons, job, stages)
-    if not (work / "6-result" / "model").is_dir() and RANK == 0:
+    if not (work / "6-result" / "model").is_dir():
         discard(work / "6-result")  # its model was moved to an output that is there no more
-    wait()
     result = stages("6-result", "Salvando, carregando de novo e medindo: antes e depois",
                     lambda partial: save_and_prove(job, tuned, partial))
-    if RANK == 0:
-        write_report(job, stages.folders)
+    write_report(job, stages.folders)
     publish(result / "model", settings)
-    wait()
 
 
 def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) -> Path:
@@ -3915,8 +3909,8 @@ def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) 
     settings, heard, tokenizer = job.settings, job.heard, load_tokenizer(source)
     first = Course("passo 1", pools_of(lessons, heard, 0.25, 0.75), settings.steps_1,
                    (settings.learning_rate_1, *RATES_1), settings.kl_weight)
-    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: run_course(
-        source, partial, rehearsing(tokenizer, first, job), job), True)
+    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: together(
+        run_course, source, partial, rehearsing(tokenizer, first, job), job))
     answered = stages("4-self-answers", "Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
         collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard,
@@ -3928,8 +3922,8 @@ def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) 
     pools = pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json"))
     second = Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
                     lengths)
-    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: run_course(
-        taught, partial, rehearsing(tokenizer, second, job), job), True)
+    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: together(
+        run_course, taught, partial, rehearsing(tokenizer, second, job), job))
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
@@ -3950,7 +3944,7 @@ def ready_model(settings: Settings) -> tuple[Settings, Path]:
 
 def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
-    join_processes()
+    use_one_card()
     say(f"Medindo {folder}")
     report = {}
     if (folder / "exam.json").is_file():
@@ -4051,7 +4045,6 @@ def converse(settings: Settings, folder: Path) -> int:
 
 def run(settings: Settings) -> int:
     """Check everything, say what it takes, and do the job; the exit status."""
-    quiet_libraries(settings)
     if settings.chat or settings.evaluate:
         return (converse if settings.chat else examine)(*ready_model(settings))
     if not (job := check_job(settings)):
@@ -4073,17 +4066,16 @@ def carry_out(job: Job, planned: dict[str, float]) -> None:
     say(f"As etapas ficam em {work}: se a execução parar, rode o mesmo comando (sem --restart) para continuar.")
 
     def begin(job: Job) -> None:
-        if RANK == 0:
-            chosen = {name: getattr(job.settings, name) for name in CHOSEN}
-            write_json(work / "plan.json", job.plan | {"seconds": planned, "settings": chosen})
+        chosen = {name: getattr(job.settings, name) for name in CHOSEN}
+        write_json(work / "plan.json", job.plan | {"seconds": planned, "settings": chosen})
         run_stages(job, planned, work)
 
     work.mkdir(parents=True, exist_ok=True)
     (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
                                   "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
     try:
-        with filelock.FileLock(work / "lock", timeout=0) if RANK == 0 else contextlib.nullcontext():
-            for folder in work.glob("*/") if job.settings.restart and RANK == 0 else ():
+        with filelock.FileLock(work / "lock", timeout=0):
+            for folder in work.glob("*/") if job.settings.restart else ():
                 discard(folder)
             as_it_fits(begin, job)
     except filelock.Timeout:
@@ -4133,8 +4125,16 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_settings(argv)
         trains = not (settings.chat or settings.evaluate)
         say.quiet = settings.quiet
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return run(settings)
+        # What waits for another process is deaf to a handler in Python.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.default_int_handler)
+        quiet_libraries(settings)
+        if PROCESSES > 1:  # the others may wait for hours
+            accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+        if RANK:
+            return follow()
+        status = run(settings)
+        from_first(None)  # the others may go
+        return status
     except InputError as error:
         if RANK == 0:
             print(f"Erro: {error}{error.advice * trains}", file=sys.stderr)

@@ -100,7 +100,7 @@ def local(model):
 def main(method):
     settings = tool.parse_settings(["--method", method, "--lora-rank", "4"])
     tool.quiet_libraries(settings)
-    tool.join_processes()
+    tool.accelerate.PartialState(cpu=True)
     whole, folder = held(tool.load_model(settings.model_path, settings)), Path(method)
     chat, later = (tool.load_chat(settings.model_path, settings, adapt=True, train=True) for _ in range(2))
     listener = tool.Listener(tool.load_chat(settings.model_path, settings), tool.Names("x", "y", ()), [], None)
@@ -111,7 +111,7 @@ def main(method):
     batches = conftest.make_batches(chat.tokenizer, pools, [64], 4, 128, "s")
     log = conftest.train(chat, batches, teacher, 1e-3, settings, "passo 1", folder / "training")
     tool.save_stage(chat, folder, log)
-    tool.wait()
+    tool.accelerate.PartialState().wait_for_everyone()
     models = chat.model, tool.load_model(folder, settings, train=True), tool.load_model(folder, settings)
     conftest.train(later, batches, teacher, 1e-3, settings, "passo 1", folder / "training")  # begins anew
     same = all((a - b).abs().max() < 1e-6 for other in (models[1], later.model)
