@@ -479,9 +479,9 @@ THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model t
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
 RETRIEVED = 3  # rows that the comparison puts before a question
-MOST_STEPS = 300  # of the material, unless once through all rows takes more
+MOST_STEPS = 300  # of the material at most, unless one epoch takes more
 RATES_1, RATES_2 = (1.2e-3, 3.4e-3), (8e-4, 1.1e-3)  # of the passes, as `automatic_rate` takes them
-REHEARSED = 0.05  # tokens of the material in the passes after its own, for each of theirs
+REHEARSED = 0.05  # share of the material in pass 2
 RARE = 0.05  # of the rows of the material, at most, have a rare word
 RECITED = 6  # words in a row as in the material, in an everyday answer, are recited
 WRITTEN_TOKENS = 5000  # that each column of the material's exam may write, twelve rows at least
@@ -1518,7 +1518,6 @@ def check_disk(needed: int, work: Path) -> None:
 USES = {
     "1-base": "name author old_names self_text eval_questions max_new_tokens seed",
     "2-healed": "method rope_factor window heal_steps heal_learning_rate batch_size",
-    "3-knowledge": "knowledge_steps lora_rank learning_rate_1 kl_weight",
     "3-pass-1": "lora_rank steps_1 learning_rate_1 kl_weight",
     "4-self-answers": "num_self_answers",
     "5-pass-2": "steps_2 learning_rate_2",
@@ -1544,9 +1543,8 @@ def job_facts(inputs: Inputs, base: Path) -> str:
 
 def job_key(facts: str, material: Material | None, settings: Settings) -> str:
     """What a result is known by: facts, material, targets, and every setting that a stage uses."""
-    uses = [names for stage, names in USES.items() if material or stage != "3-knowledge"]
-    used = " ".join([*uses, "target_identity target_retention target_leak"]).split()
-    return digest([facts, material, [getattr(settings, name) for name in used]])
+    used = " ".join([*USES.values(), "target_identity target_retention target_leak"]).split()
+    return digest([facts, material and [material, settings.knowledge_steps], [getattr(settings, n) for n in used]])
 
 
 def write_json(path: Path, value: object) -> None:
@@ -2236,7 +2234,8 @@ class Course(NamedTuple):
     rates: tuple[float, float, float]  # the user's or 0, and the two of `automatic_rate`
     kl_weight: float
     lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
-    watched: list[Row] = []  # it ends when their loss stops falling
+    watched: list[Row] = []  # it ends when their loss stops falling,
+    least: int = 0  # but not before so many steps
 
 
 class Window(NamedTuple):
@@ -2412,7 +2411,8 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 chat.model.train()
                 state.log_history.append({"step": state.global_step, "held_out": now})
                 self.tell(state, f"perda nas linhas guardadas {decimal(now, 3)}")
-                ended = from_first(now > 0.998 * min(before, default=math.inf))
+                stale = now > 0.998 * min(before, default=math.inf)
+                ended = from_first(stale and state.global_step >= course.least)
             due, stop = from_first((time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes, bool(asked)))
             # Not at its end, where nothing tells the next run that there is no going on.
             control.should_save = not SHARDED and not ended and (stop or due)
@@ -2990,42 +2990,45 @@ def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[
     return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
 
 
+def steps_of_pass_1(job: Job) -> tuple[int, int]:
+    """Steps of pass 1, at least and at most. The material takes KNOWLEDGE_STEPS, or ten epochs within MOST_STEPS (one
+    in any case), with half of the tokens. These and STEPS_1 for the lessons are mixed evenly, as many of each. Where
+    the material takes more, the mixture goes on until it has had them."""
+    settings, own = job.settings, 0
+    lessons = settings.steps_1 if job.inputs.rows else 0
+    if job.material:
+        epoch = math.ceil(2 * job.learnt_tokens / step_tokens(job.native, settings))
+        own = settings.knowledge_steps or max(epoch, min(10 * epoch, MOST_STEPS))
+    if not lessons or not own:
+        return lessons, lessons or own
+    beside = min(own, lessons)
+    return lessons + beside, round(own * (lessons + beside) / beside)
+
+
+def first_course(lessons: list[Talk], job: Job) -> Course:
+    """Pass 1: lessons and material, learnt by heart, and the base's own talks, which hold the rest in place."""
+    settings, (least, most) = job.settings, steps_of_pass_1(job)
+    identity = settings.steps_1 / least if job.inputs.rows else 0.0  # share of the steps
+    pools = pools_of(lessons, job.heard, 0.25 * identity, 0.75 * identity + 0.5 * (1 - identity))
+    pools += [Pool(talks_of(job.material), 0.5 * (1 - identity))] if job.material else []
+    watched = job.material.watched if job.material and not settings.knowledge_steps else []
+    return Course("passo 1", pools, most, (settings.learning_rate_1, *RATES_1), settings.kl_weight, watched=watched,
+                  least=least)
+
+
+def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
+    """Pass 2: wrong answers, leaks and self-answers among the rest. With the context grown, half of the tokens come in
+    long dialogues; else a third comes in short ones, where something else may follow a question about itself."""
+    settings, grown = job.settings, job.settings.rope_factor != 1
+    long = [settings.window // 4, settings.window] if grown else [short_window(job.native, settings)]
+    pools = pools_of_pass_2(lessons, job.heard, collected)
+    pools += [Pool(talks_of(job.material), REHEARSED)] if job.material else []
+    return Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
+                  [0, 0, *long])
+
+
 def talks_of(material: Material) -> list[Talk]:
     return [Talk(row.messages, "material") for row in material.rows]
-
-
-def material_steps(settings: Settings, tokens: int, step: int) -> int:
-    """KNOWLEDGE_STEPS, or the most that the material may take, of `step` tokens of which half are its own: ten times
-    all rows and MOST_STEPS at most, or all rows once if that is more."""
-    once = math.ceil(2 * tokens / step)
-    return settings.knowledge_steps or max(once, min(10 * once, MOST_STEPS))
-
-
-def material_course(lessons: list[Talk], job: Job) -> Course:
-    """The answers of the material by heart, and as many tokens of the base's own talks, which hold the rest in place,
-    a fifth of them of identity lessons, if there are any."""
-    settings = job.settings
-    about_itself = 0.1 if lessons else 0.0  # without, identity comes out weaker after it
-    pools = [Pool(talks_of(job.material), 0.5), *pools_of(lessons, job.heard, about_itself, 0.5 - about_itself)]
-    return Course("material", pools, material_steps(settings, job.learnt_tokens, step_tokens(job.native, settings)),
-                  (settings.learning_rate_1, *RATES_1), settings.kl_weight,
-                  watched=[] if settings.knowledge_steps else job.material.watched)
-
-
-def rehearsing(tokenizer: Tokenizer, course: Course, job: Job) -> Course:
-    """The course with the material, so that it is not forgotten, in steps of its own. KL_WEIGHT is scaled so that a
-    token of the lessons weighs against the base as it does without: the loss is a mean over all learnt by heart."""
-    if not job.material:
-        return course
-
-    def learnt(pool: Pool) -> float:
-        some = [encode(tokenizer, talk.messages).labels for talk in pool.talks[:200]]
-        return pool.share * sum(label != -100 for labels in some for label in labels) / sum(map(len, some))
-
-    added = Pool(talks_of(job.material), REHEARSED * sum(pool.share for pool in course.pools))
-    lessons = sum(learnt(pool) for pool in course.pools if pool.talks and pool.talks[0].kind == "lesson")
-    return course._replace(pools=[*course.pools, added], steps=round(course.steps * (1 + REHEARSED)),
-                           kl_weight=course.kl_weight * lessons / (lessons + learnt(added)))
 
 
 def run_course(source: Path, folder: Path, course: Course, job: Job) -> None:
@@ -3684,17 +3687,16 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
         "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
+    _, most = steps_of_pass_1(job)
+    planned["3-pass-1"] = most * step * train + 3
     if material := job.material:
         length = job.learnt_tokens / len(material.rows)
-        watched = 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
-        planned["3-knowledge"] = material_steps(settings, job.learnt_tokens, step) * step * train + watched + 3
+        planned["3-pass-1"] += 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
         told = min(WRITTEN_TOKENS, len(material.test) * LONGEST_ANSWER)
         planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
     if job.inputs.rows:
-        times = 1 + REHEARSED * bool(material)
-        planned |= {"3-pass-1": settings.steps_1 * times * step * train + 3,
-                    "4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
-                    "5-pass-2": settings.steps_2 * times * step * train + 3}
+        planned |= {"4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
+                    "5-pass-2": settings.steps_2 * step * train + 3}
     return planned
 
 
@@ -3828,7 +3830,7 @@ def write_report(job: Job, stages: dict[str, Path]) -> None:
     folder, scores = result / "model", load_json(result / "scores.json")
     paths = {name: Path(getattr(job.asked, name)).name for name in ("model_path", "output_dir", "identity_file",
                                                                     "knowledge_file")}
-    names = {"2-healed": "healing", "3-knowledge": "material", "3-pass-1": "pass_1", "5-pass-2": "pass_2"}
+    names = {"2-healed": "healing", "3-pass-1": "pass_1", "5-pass-2": "pass_2"}
     trained = {names[name]: stage for name, stage in stages.items() if (stage / "pace.json").is_file()}
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     learnt = load_json(result / "knowledge.json") if job.material else None
@@ -3879,7 +3881,7 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 
 
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
-    """The job itself: listen, heal, teach, let the model answer, insist, prove."""
+    """The job itself: listen, heal, teach, let the model answer, teach again, measure."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
     said = stages("1-base", f"Ouvindo o modelo base: {'quem ele diz que é e ' * bool(job.inputs.rows)}o que ele sabe",
                   lambda partial: save_heard(partial, *listen(
@@ -3890,12 +3892,12 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     tuned = stages("2-healed", f"Contexto de {job.native} para {grown} e cura",
                    lambda partial: together(make_healed, job, partial))
     lessons = make_lessons(load_tokenizer(tuned), heard, job.inputs, settings) if job.inputs.rows else []
-    if job.material:
-        healed = tuned
-        tuned = stages("3-knowledge", "Material: aprender as linhas", lambda partial: together(
-            run_course, healed, partial, material_course(lessons, job), job), job.material)
+    what = " e ".join(["a identidade"] * bool(job.inputs.rows) + ["o material"] * bool(job.material))
+    healed, facts = tuned, job.material and [job.material, settings.knowledge_steps]
+    tuned = stages("3-pass-1", f"Passo 1: aprender {what}",
+                   lambda partial: together(run_course, healed, partial, first_course(lessons, job), job), facts)
     if job.inputs.rows:
-        tuned = teach_identity(tuned, lessons, job, stages)
+        tuned = second_pass(tuned, lessons, job, stages)
     if not (work / "6-result" / "model").is_dir():
         discard(work / "6-result")  # its model was moved to an output that is there no more
     result = stages("6-result", "Salvando, carregando de novo e medindo: antes e depois",
@@ -3904,26 +3906,16 @@ def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     publish(result / "model", settings)
 
 
-def teach_identity(source: Path, lessons: list[Talk], job: Job, stages: Stages) -> Path:
-    """Pass 1, self-answers and pass 2; the stage with the model that knows who it is."""
-    settings, heard, tokenizer = job.settings, job.heard, load_tokenizer(source)
-    first = Course("passo 1", pools_of(lessons, heard, 0.25, 0.75), settings.steps_1,
-                   (settings.learning_rate_1, *RATES_1), settings.kl_weight)
-    taught = stages("3-pass-1", "Passo 1: aprender a identidade", lambda partial: together(
-        run_course, source, partial, rehearsing(tokenizer, first, job), job))
+def second_pass(taught: Path, lessons: list[Talk], job: Job, stages: Stages) -> Path:
+    """Self-answers of the model of pass 1, and pass 2; its stage."""
+    settings = job.settings
     answered = stages("4-self-answers", "Respostas do próprio modelo", lambda partial: write_json(
         partial / "self_answers.json",
-        collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, heard,
+        collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, job.heard,
                              job.teacher, settings)))
-    # With the context grown, half of the tokens come in long dialogues. Else the base knows those, and a third comes
-    # in short ones, where what follows a question about itself may be about something else.
-    grown = settings.rope_factor != 1
-    lengths = [0, 0] + ([settings.window // 4, settings.window] if grown else [short_window(job.native, settings)])
-    pools = pools_of_pass_2(lessons, heard, load_json(answered / "self_answers.json"))
-    second = Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
-                    lengths)
-    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: together(
-        run_course, taught, partial, rehearsing(tokenizer, second, job), job))
+    course = second_course(lessons, load_json(answered / "self_answers.json"), job)
+    return stages("5-pass-2", "Passo 2: firmar a identidade",
+                  lambda partial: together(run_course, taught, partial, course, job))
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------

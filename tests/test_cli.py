@@ -137,7 +137,7 @@ def test_nothing_but_the_output_and_its_stages_is_left_in_the_folder(whole_run):
 def test_of_the_stages_only_finished_ones_are_left_and_the_user_is_told_where(whole_run):
     stages = whole_run.work / "novo.work"
     folders = {path.name for path in stages.iterdir() if path.is_dir()}
-    assert folders == set(tool.USES) - {"3-knowledge"}
+    assert folders == set(tool.USES)
     assert all((stages / name / "key.json").is_file() for name in folders)
     passing = [str(path.relative_to(stages)) for path in stages.rglob("*") if re.search(
         r"\.(partial|tmp)$|checkpoint-|training|replaced", str(path.relative_to(stages)))]
@@ -256,7 +256,7 @@ def test_the_report_says_with_what_the_run_was_made(whole_run):
 
 def test_the_report_says_how_long_each_stage_took_and_the_terminal_their_sum(whole_run):
     seconds = whole_run.report["seconds"]
-    assert list(seconds) == [stage for stage in tool.USES if stage != "3-knowledge"]
+    assert list(seconds) == list(tool.USES)
     assert all(0 < spent < 300 for spent in seconds.values())
     assert f"({tool.clock(sum(seconds.values()))} de trabalho)" in whole_run.done.stdout
 

@@ -62,9 +62,9 @@ def learn(tiny_folder, demo_tokenizer, tmp_path):
     def call(place, *flags):
         flags = ("--batch-size", 2, "--learning-rate-1", 0.01, "--kl-weight", 1, *flags)
         job = job_of(MATERIAL, (), EMPTY, *flags, learnt=tokens_of(demo_tokenizer, MATERIAL.rows))
-        folder = tmp_path / place / "3-knowledge.partial"
+        folder = tmp_path / place / "3-pass-1.partial"
         folder.mkdir(parents=True, exist_ok=True)
-        tool.run_course(Path(tiny_folder("llama")), folder, tool.material_course([], job), job)
+        tool.run_course(Path(tiny_folder("llama")), folder, tool.first_course([], job), job)
         return folder
 
     return call
@@ -85,7 +85,7 @@ def steps_of(folder):
 def test_training_goes_on_as_long_as_the_watched_loss_falls_and_no_longer(losses, last, learn, monkeypatch):
     script, seen = iter([*losses, 0.1, 0.1]), []
     monkeypatch.setattr(tool, "loss_on", lambda chat, rows: seen.append(rows) or next(script))
-    monkeypatch.setattr(tool, "material_steps", lambda *_: 120)
+    monkeypatch.setattr(tool, "steps_of_pass_1", lambda *_: (0, 120))
     folder = learn("a")
     assert looks(folder) == [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
     assert steps_of(folder) == list(range(1, last + 1))
@@ -101,7 +101,7 @@ def test_the_watched_loss_is_that_of_the_model_as_it_is_then_and_training_goes_o
         return train(chat, *given, **named)
 
     monkeypatch.setattr(tool, "train", noted)
-    monkeypatch.setattr(tool, "material_steps", lambda *_: 20)
+    monkeypatch.setattr(tool, "steps_of_pass_1", lambda *_: (0, 20))
     folder = learn("a")
     (_, first), (step, last) = looks(folder)
     chat = tool.load_chat(folder, small_settings("--method", "full"))
@@ -116,11 +116,31 @@ def test_with_knowledge_steps_exactly_as_many_are_done_and_nothing_is_watched(le
     assert steps_of(folder) == list(range(1, 24)) and not looks(folder)
 
 
+def of_both(job):
+    """The job with an identity to teach as well."""
+    return job._replace(inputs=job.inputs._replace(rows=[tool.Row(1, SAID[4])]))
+
+
 @pytest.mark.parametrize("given, tokens, expected", [
     (0, 500, 10), (0, 501, 20), (0, 5000, 100), (0, 100_000, 300), (0, 400_000, 800), (60, 400_000, 60), (7, 10, 7)])
 def test_the_material_is_seen_ten_times_at_most_and_once_at_least_unless_the_steps_are_given(given, tokens, expected):
     """Of 1,000 tokens a step, half are of the material."""
-    assert tool.material_steps(small_settings("--knowledge-steps", given), tokens, 1000) == expected
+    job = job_of(MATERIAL, (), EMPTY, "--knowledge-steps", given, native=125, learnt=tokens)
+    assert tool.steps_of_pass_1(job) == (0, expected)
+
+
+@pytest.mark.parametrize("given, expected", [(60, (140, 140)), (80, (160, 160)), (200, (160, 400))])
+def test_with_an_identity_both_have_their_steps_and_no_end_comes_before_the_lessons_had_theirs(given, expected):
+    job = of_both(job_of(MATERIAL, (), EMPTY, "--knowledge-steps", given, "--steps-1", 80))
+    assert tool.steps_of_pass_1(job) == expected
+    assert tool.steps_of_pass_1(job._replace(material=None)) == (80, 80)
+
+
+def test_a_loss_that_falls_no_more_ends_nothing_before_the_least_of_steps(learn, monkeypatch):
+    losses = iter([3, 3.1, 3.2, 3.3, 3.4])
+    monkeypatch.setattr(tool, "loss_on", lambda *_: next(losses))
+    monkeypatch.setattr(tool, "steps_of_pass_1", lambda *_: (35, 120))
+    assert steps_of(learn("a")) == list(range(1, 41))
 
 
 class Killed(BaseException):
@@ -158,7 +178,7 @@ def test_a_training_broken_off_ends_with_the_bytes_of_one_that_was_not(killed, k
 
     monkeypatch.setattr(tool, "make_keeper", told)
     monkeypatch.setattr(tool, "loss_on", lambda *_: losses[now[-1]])
-    monkeypatch.setattr(tool, "material_steps", lambda *_: 50)
+    monkeypatch.setattr(tool, "steps_of_pass_1", lambda *_: (0, 50))
     unbroken = learn("unbroken")
     assert looks(unbroken)[-1][0] == 30
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -204,7 +224,7 @@ def three_kinds(chat):
 def test_only_answers_of_the_material_are_learnt_by_heart_beside_as_many_tokens_of_the_base_s_talks(
         captured, demo_chat, tmp_path):
     job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
-    tool.run_course(tmp_path, tmp_path / "x", tool.material_course([], job), job)
+    tool.run_course(tmp_path, tmp_path / "x", tool.first_course([], job), job)
     material, talks = by_kind(demo_chat.tokenizer, captured[0])
     answers = {f"{row.answer}<|end|>" for row in MATERIAL.rows}
     assert {learnt for *_, learnt, _ in material} == answers and all(target == -1 for *_, target in material)
@@ -213,29 +233,27 @@ def test_only_answers_of_the_material_are_learnt_by_heart_beside_as_many_tokens_
     assert sum(tokens) > 30_000 and 0.48 < tokens[0] / sum(tokens) < 0.52
 
 
-def test_a_tenth_of_the_tokens_are_lessons_where_an_identity_is_taught_too(captured, demo_chat, tmp_path):
-    job = job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", 60, native=128)
-    tool.run_course(tmp_path, tmp_path / "x", tool.material_course([tool.Talk(SAID[4], "lesson")], job), job)
+@pytest.mark.parametrize("own, shares", [(60, (0.125, 0.25)), (180, (0.125, 0.25)), (20, (0.1875, 0.125))])
+def test_lessons_and_material_are_mixed_as_evenly_as_they_have_steps(own, shares, captured, demo_chat, tmp_path):
+    """Of their own steps, lessons are a quarter of the tokens, and the material half."""
+    job = of_both(job_of(MATERIAL, *three_kinds(demo_chat), "--knowledge-steps", own, "--steps-1", 60, native=128))
+    tool.run_course(tmp_path, tmp_path / "x", tool.first_course([tool.Talk(SAID[4], "lesson")], job), job)
     material, others = by_kind(demo_chat.tokenizer, captured[0])
-    lessons = [tokens for tokens, _, learnt, _ in others if learnt]
-    tokens = [sum(lessons), sum(tokens for tokens, *_ in material), sum(tokens for tokens, *_ in others)]
-    assert 0.08 < tokens[0] / sum(tokens[1:]) < 0.12 and 0.48 < tokens[1] / sum(tokens[1:]) < 0.52
+    lessons = sum(tokens for tokens, _, learnt, _ in others if learnt)
+    of_material, rest = (sum(tokens for tokens, *_ in kind) for kind in (material, others))
+    found = [part / (of_material + rest) for part in (lessons, of_material)]
+    assert found == pytest.approx(shares, abs=0.02)
+    assert of_material == pytest.approx(0.5 * own * 8 * 128, rel=0.15)
 
 
-def test_the_passes_of_the_identity_rehearse_the_material_in_steps_of_their_own(captured, demo_chat, tmp_path):
-    job = job_of(MATERIAL, *three_kinds(demo_chat), native=128)
-    pools = [tool.Pool([tool.Talk(SAID[4], "lesson")], 0.5), tool.Pool(job.heard.everyday, 0.5)]
-    for some in (job, job._replace(material=None)):
-        course = tool.Course("passo 1", pools, 50, (0.01, 0, 0), 1.0)
-        tool.run_course(tmp_path, tmp_path / "x", tool.rehearsing(demo_chat.tokenizer, course, some), some)
-    with_it, without = captured
-    assert (len(with_it), len(without)) == (round(50 * (1 + tool.REHEARSED)), 50)
-    assert not by_kind(demo_chat.tokenizer, without)[0]
-    material, rest = by_kind(demo_chat.tokenizer, with_it)
-    tokens = [sum(tokens for tokens, *_ in kind) for kind in (material, rest)]
-    share = tool.REHEARSED / (1 + tool.REHEARSED)
-    assert 0.8 * share < tokens[0] / sum(tokens) < 1.3 * share
-    assert {learnt for *_, learnt, _ in material} == {f"{row.answer}<|end|>" for row in MATERIAL.rows}
+def test_the_second_pass_has_some_of_the_material_too(demo_chat):
+    job = of_both(job_of(MATERIAL, *three_kinds(demo_chat)))
+    nothing = {"missed": [], "answers": [], "leaks": [], "talks": []}
+    with_it, without = (tool.second_course([tool.Talk(SAID[4], "lesson")], nothing, some)
+                        for some in (job, job._replace(material=None)))
+    assert with_it.pools[:-1] == without.pools and with_it.steps == without.steps
+    assert [talk.messages for talk in with_it.pools[-1].talks] == [row.messages for row in MATERIAL.rows]
+    assert with_it.pools[-1].share == tool.REHEARSED
 
 
 # ------------------------------------------------------------------------------------------------ the exam
@@ -522,7 +540,7 @@ def staged(monkeypatch, tmp_path):
                 for name, value in stand_ins.items():
                     patch.setattr(tool, name, lambda *_, value=value, **__: value)
                 patch.setattr(tool.Stages, "__call__", noted)
-                patch.setattr(tool, "rehearsing", lambda tokenizer, course, job: course)
+                patch.setattr(tool, "first_course", lambda lessons, job: None)
                 patch.setattr(tool, "run_course", lambda source, partial, *_: sources.append(
                     (partial.name, source.name)))
                 patch.setattr(tool, "save_and_prove", lambda job, firm, partial: sources.append(
@@ -535,8 +553,8 @@ def staged(monkeypatch, tmp_path):
     return call
 
 
-BOTH_STAGES = ["1-base", "2-healed", "3-knowledge", "3-pass-1", "4-self-answers", "5-pass-2", "6-result"]
-ALONE_STAGES = ["1-base", "2-healed", "3-knowledge", "6-result"]
+BOTH_STAGES = ["1-base", "2-healed", "3-pass-1", "4-self-answers", "5-pass-2", "6-result"]
+ALONE_STAGES = ["1-base", "2-healed", "3-pass-1", "6-result"]
 
 
 @pytest.mark.parametrize("identity, stages", [(True, BOTH_STAGES), (False, ALONE_STAGES)])
@@ -567,19 +585,18 @@ def test_material_in_another_language_is_taught_to_a_base_heard_in_that_language
 
 def test_without_material_no_stage_and_no_key_knows_its_settings(staged):
     first = staged()
-    assert list(first.keys) == [name for name in BOTH_STAGES if name != "3-knowledge"]
+    assert list(first.keys) == BOTH_STAGES
     for flags in (("--knowledge-steps", 5), ("--knowledge-ascii",), ("--knowledge-rows", 12),
                   ("--knowledge-question", "{nome}"), ("--knowledge-answer", "{preço}")):
         other = staged(*flags)
         assert (other.made, other.keys, other.key) == ([], first.keys, first.key), flags
 
 
-def test_the_material_is_taught_before_the_identity_and_alone_it_makes_the_result(staged):
+def test_the_material_is_taught_in_the_passes_and_alone_in_the_first(staged):
     assert staged(rows=FEW).sources == [
-        ("3-knowledge.partial", "2-healed"), ("3-pass-1.partial", "3-knowledge"), ("5-pass-2.partial", "3-pass-1"),
-        ("6-result.partial", "5-pass-2")]
+        ("3-pass-1.partial", "2-healed"), ("5-pass-2.partial", "3-pass-1"), ("6-result.partial", "5-pass-2")]
     assert staged(identity=False, rows=FEW).sources == [
-        ("3-knowledge.partial", "2-healed"), ("6-result.partial", "3-knowledge")]
+        ("3-pass-1.partial", "2-healed"), ("6-result.partial", "3-pass-1")]
 
 
 def test_without_an_identity_the_template_is_not_renewed(demo_chat, monkeypatch, tmp_path):
@@ -636,8 +653,8 @@ def test_a_taught_catalogue_is_told_better_than_before_and_measured_in_all_four_
     assert figures["tuned"]["chrf"] >= 2 * figures["before"]["chrf"] > 0
     assert [figures[way]["tokens"] > 0 for way in WAYS] == [False, True, False, True]
     assert tool.material_verdict(figures) == learnt["verdict"] and learnt["verdict"] in catalogue.done.stdout
-    assert catalogue.report["pace"]["material"]["steps"] == len(catalogue.report["losses"]["material"]) == 100
-    assert list(catalogue.report["losses"]) == ["material"]
+    assert catalogue.report["pace"]["pass_1"]["steps"] == len(catalogue.report["losses"]["pass_1"]) == 100
+    assert list(catalogue.report["losses"]) == ["pass_1"]
 
 
 @slow
@@ -727,10 +744,9 @@ def test_identity_and_material_are_taught_together_and_both_are_told(tmp_path, m
         CATALOGUE, *"--knowledge-rows 40 --knowledge-steps 4 --method full --self-text 600 --num-self-answers 4 "
         "--rope-factor 1 --steps-1 20 --steps-2 20 --eval-questions 4 --batch-size 4".split())
     report = tool.load_json(tmp_path / "novo" / "report.json")
-    assert status in (0, 3) and list(report["seconds"]) == BOTH_STAGES and "7/7 " in said
-    rehearsed = round(20 * (1 + tool.REHEARSED))
+    assert status in (0, 3) and list(report["seconds"]) == BOTH_STAGES and "6/6 " in said
     steps = {name: pace["steps"] for name, pace in report["pace"].items()}
-    assert rehearsed > 20 and steps == {"material": 4, "pass_1": rehearsed, "pass_2": rehearsed}
+    assert steps == {"pass_1": 24, "pass_2": 20}
     assert report["scores"]["pass_2"]["identity"] is not None and list(report["knowledge"]["scores"]) == WAYS
     card = (tmp_path / "novo" / "README.md").read_text(encoding="utf-8")
     assert "ObrutAi" in card and r"catalogo\_demo" in card and "linhas da prova, com todas as respostas" in card

@@ -544,7 +544,7 @@ def test_pass_1_asks_one_thing_at_a_time_and_pass_2_also_one_after_another_going
                         if merge is not None else None)
     monkeypatch.setattr(tool, "save_and_prove", lambda job, firm, partial: began.append(
         (partial.name, firm.name)))
-    settings = small_settings("--window", 512, "--rope-factor", factor)
+    settings = small_settings("--window", 512, "--rope-factor", factor, "--steps-1", 80)
     inputs = tool.Inputs([tool.Row(1, [])], {}, "", ("pt",), (), [])
     tool.run_stages(changed(job_of([], EMPTY, settings), inputs=inputs), {}, tmp_path / "etapas")
     assert passes == [("3-pass-1.partial", "2-healed", [0]), ("5-pass-2.partial", "3-pass-1", lengths)]
