@@ -1848,11 +1848,12 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
     ours, theirs = settings.name.translate(safe), settings.author.translate(safe)
     makers = {plain(name) for names in FAMILIES.values() for name in names.split("|")}
     found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
-    new = f"{re.escape(ours)}|{re.escape(theirs)}"  # first: an old name may be part of a new one
-    pattern = re.compile(rf"(?i)({new})|(?<!\w)(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)")
-    texts = [text.strip("'\"") for _, kind, text in jinja2.Environment().lex(tokenizer.chat_template)
-             if kind in ("data", "string")]
-    lines = [line for text in texts for line in re.split(r"<[^<>]*>|\\n|\n", text)]
+    # First what stays: an old name may be part of a new one. A line may begin after a written-out "\n".
+    kept = f"{re.escape(ours)}|{re.escape(theirs)}|<[^<>]*>"
+    pattern = re.compile(rf"(?i)({kept})|(?:(?<!\w)|(?<=\\[nt]))(?:{found})(?:[-. ]?\d+(?:\.\d+)*)?(?!\w)")
+    source = re.sub("\r\n?", "\n", tokenizer.chat_template)
+    pieces = [(text, kind in ("data", "string")) for _, kind, text in jinja2.Environment().lex(source)]
+    lines = re.split(r"<[^<>]*>|\\n|\n", "\n".join(text.strip("'\"") for text, own in pieces if own))
 
     def bare(match: re.Match) -> str:
         return re.sub(r"[\d\s]+$", "", plain(match[0]))  # without a version
@@ -1863,10 +1864,14 @@ def renew_template(tokenizer: Tokenizer, settings: Settings, names: tuple[str, .
     def renewed(text: str) -> str:
         return pattern.sub(lambda m: m[1] or (ours if bare(m) == model or not model else theirs), text)
 
-    for line in sorted(dict.fromkeys(lines), key=len, reverse=True):  # a short one may be part of a long one
-        if renewed(line) != line:
-            tokenizer.chat_template = tokenizer.chat_template.replace(line, renewed(line))
-            say(f'  O chat template diz "{line.strip()}"; no modelo novo dirá "{renewed(line).strip()}".')
+    for line in dict.fromkeys(line.strip() for line in lines if renewed(line) != line):
+        say(f'  O chat template diz "{line}"; no modelo novo dirá "{renewed(line)}".')
+    done = ""
+    for text, own in pieces:  # elsewhere the same word may be a variable
+        before, _, source = source.partition(text)
+        done += before + (renewed(text) if own else text)
+    if said:
+        tokenizer.chat_template = done + source
     if renewed(own_text(tokenizer)) != own_text(tokenizer):
         raise InputError("não sei trocar a identidade antiga do chat template; apague-a do chat_template.jinja ou do "
                          "tokenizer_config.json da pasta do modelo.")

@@ -330,3 +330,14 @@ def test_a_new_name_that_is_also_a_known_name_can_take_the_place_of_the_old_one(
     tool.renew_template(qwen, settings, (*NAMES, "Gemma", "Google"))
     text = qwen.decode(tool.prompt_ids(qwen, [ASK]))
     assert text.count("Gemma Carioca") == 1 and "Carioca Carioca" not in text and "Qwen" not in text
+
+
+@pytest.mark.parametrize("said", ["{{ 'Qwen' }}, a Qwen model. QwenLM is another word.",
+                                  "{% set qwen = 'Qwen' %}{{ qwen }}, a Qwen model. QwenLM is another word.",
+                                  "{{ '\\tQwen'.strip() }}, a Qwen model.\r\n QwenLM is another word."])
+def test_an_old_name_alone_in_a_text_is_replaced_once_and_nowhere_else(said, tokenizer):
+    tokenizer.chat_template = said + tokenizer.chat_template
+    before = tokenizer.decode(tool.prompt_ids(tokenizer, [ASK]))
+    tool.renew_template(tokenizer, small_settings("--name", "Novo Qwen"), ("Qwen",))
+    text = tokenizer.decode(tool.prompt_ids(tokenizer, [ASK]))
+    assert text == re.sub(r"Qwen\b", "Novo Qwen", before)
