@@ -1144,10 +1144,10 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
 # ---- Knowledge: the user's own material -------------------------------------------------------------------
 
 # An instruction written as text: what is asked, maybe with a text to work on, and the answer.
-TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?\s*" for words in (
+TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?" for words in (
     "instruction|instru[cç][aã]o|question|pergunta|title|t[ií]tulo", "input|entrada|context|contexto",
     "response|resposta|output|sa[ií]da|answer|article|artigo"))
-INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)\s*(?:{GIVEN}(?P<given>.*?)\s*)?{REPLY}(?P<reply>.*)")
+INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
 END_MARK = re.compile(r"\s*(?:</s>|<eos>|<end_of_turn>|<\|\w+\|>)\s*\Z")
 # Tags as they stand in pages; "a < b" and "List<String>" are none.
 ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
@@ -1290,8 +1290,8 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     elif texts or record.keys() & {"messages", "conversations"}:
         record = record | {name: field_text(name, record[name]) for name in texts}
         if found := INSTRUCTION.search(record.get("text", "")):
-            reply = END_MARK.sub("", found["reply"])
-            record = {"prompt": found.expand(r"\g<task>\n\g<given>"), "completion": reply}
+            asked = "\n".join(found[part].strip() for part in ("task", "given") if found[part])
+            record = {"prompt": asked, "completion": END_MARK.sub("", found["reply"])}
         turns = read_turns(record)
     else:
         raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "

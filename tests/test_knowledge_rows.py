@@ -4,6 +4,7 @@ shows. Files and flags in, rows and messages out; nothing here trains."""
 import json
 import random
 import re
+import time
 from collections import Counter
 from html.entities import html5
 
@@ -115,6 +116,12 @@ PREAMBLE = "Abaixo está uma instrução que descreve uma tarefa. Escreva uma re
 def test_a_row_of_any_shape_becomes_question_and_answer(row, turns, tmp_path):
     assert first_talk(tmp_path, row) == turns
 
+
+def test_a_long_blank_in_an_instruction_does_not_hold_the_reading_up(tmp_path):
+    row = {"text": f"### Instruction:\nQuanto{' ' * 20000}custa?\n\n### Response:\nCusta 3 reais."}
+    began = time.process_time()
+    assert first_talk(tmp_path, row) == SPOKEN
+    assert time.process_time() - began < 2
 
 @pytest.mark.parametrize("row, question, answer, turns", [
     ({"nome": "Bola", "preço": 3.5}, "Quanto custa {nome}?", "{nome} custa {preço} reais.",
