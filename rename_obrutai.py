@@ -3752,10 +3752,14 @@ def together(work: Callable, *arguments) -> None:
 
 def follow() -> int:
     """What all processes but the first do: train along with it for as long as it has work."""
-    while task := from_first(None):
-        work, arguments = task
+    while True:
+        try:
+            work, arguments = from_first(None) or (None, ())
+        except RuntimeError:  # the first one has ended, and said why
+            return 2
+        if not work:
+            return 0
         work(*arguments)
-    return 0
 
 
 def without_4_bits(settings: Settings) -> Settings:

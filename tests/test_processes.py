@@ -147,4 +147,5 @@ def test_a_mistake_is_told_once_and_nothing_is_written(tmp_path):
     folder.mkdir()
     done = launch("--model-path", folder / "nada", "--output-dir", "novo", cwd=folder, script=script)
     assert done.returncode != 0 and done.stderr.count("Erro: ") == 1 and "nada" in done.stderr
+    assert "]: Traceback" not in done.stderr  # of the one that waits for the first
     assert list(folder.iterdir()) == []
