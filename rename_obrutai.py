@@ -1659,6 +1659,8 @@ def blaming(what: str):
     except Exception as error:
         if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
             raise
+        if isinstance(error, PermissionError):
+            raise InputError(f"não consegui abrir {error.filename or what}. Confira a permissão.") from error
         package = re.search(r"pip install ([\w-]+)", str(error))
         if package and isinstance(error, ImportError):
             raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error

@@ -234,6 +234,16 @@ def test_what_is_measured_is_asked_in_the_languages_that_the_rows_speak(question
     assert {tool.language_of(question) for question in inputs.test} == set(languages)
 
 
+def test_a_file_of_the_base_that_may_not_be_read_is_not_called_broken(base_folder, tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tool, "load_json", denied)
+    with pytest.raises(tool.InputError, match=r"config\.json.*permissão") as told:
+        tool.check_base(base_folder)
+    assert "Baixe" not in str(told.value)
+
+
 def test_a_base_given_through_a_link_is_protected_as_well(base_folder, tmp_path):
     (tmp_path / "atalho").symlink_to(base_folder, target_is_directory=True)
     flags = ("--model-path", tmp_path / "atalho", "--output-dir", base_folder, "--overwrite")
