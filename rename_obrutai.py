@@ -4080,7 +4080,10 @@ def carry_out(job: Job, planned: dict[str, float]) -> None:
         with filelock.FileLock(work / "lock", timeout=0):
             for folder in work.glob("*/") if job.settings.restart else ():
                 discard(folder)
-            as_it_fits(begin, job)
+            if PROCESSES == 1:
+                as_it_fits(begin, job)
+            else:  # another process may be in the midst of a step, and would never hear of a new try
+                begin(job)
     except filelock.Timeout:
         raise InputError(f"outra execução está usando {work}: espere, ou mude a saída (--output-dir).") from None
     except InputError as error:
@@ -4154,7 +4157,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if re.search(OUT_OF_MEMORY, causes(error)):
-            text = "faltou memória para este modelo. Feche outros programas e tente de novo."
+            split = ", ou aumente GRADIENT_ACCUMULATION (--gradient-accumulation)" * (PROCESSES > 1)
+            text = f"faltou memória para este modelo. Feche outros programas{split} e tente de novo."
         elif re.search(DISK_FULL, causes(error)):
             text = (f"o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
                     "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.")

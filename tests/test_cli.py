@@ -440,6 +440,24 @@ def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_pat
     assert parts == [1, 2]
 
 
+def test_with_several_processes_a_lack_of_memory_ends_the_run_and_says_what_to_change(tmp_path, monkeypatch, capsys):
+    """The others may be in the midst of a step, in which they would wait for the first one for two days."""
+    tries = []
+
+    def run_stages(job, *_):
+        tries.append(job)
+        raise RuntimeError("CUDA out of memory.")
+
+    def run(settings):
+        tool.carry_out(tool.Job(settings, settings, None, DEMO, 0, 128, "facts", {}, 0), {})
+
+    for name, value in {"run_stages": run_stages, "run": run, "PROCESSES": 2}.items():
+        monkeypatch.setattr(tool, name, value)
+    monkeypatch.setattr(tool.accelerate, "PartialState", lambda **_: None, raising=False)
+    assert tool.main(["--output-dir", str(tmp_path / "novo")]) == 2 and len(tries) == 1
+    assert "--gradient-accumulation" in capsys.readouterr().err
+
+
 def test_a_mistake_in_the_identity_file_is_reported_with_its_line_and_nothing_is_written(tmp_path):
     rows = ['{"text": "Quem é você?"}', '{"text": "Quem é você?\\nSou {{NOME}}."}', '{"prompt": "Oi?"']
     (tmp_path / "linhas.jsonl").write_text("\n".join(rows), encoding="utf-8")
