@@ -3949,11 +3949,12 @@ def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
     use_one_card()
     say(f"Medindo {folder}")
-    report = {}
+    of_material: list[str] = []
     if (folder / "exam.json").is_file():
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
-            reported = Scores(**report["scores"]["pass_2"])
+            reported = {name: Scores(**values) for name, values in report["scores"].items()}["pass_2"]
+            of_material = material_gaps(report.get("knowledge"), settings)  # which is not measured again
             same = replace(settings, max_new_tokens=report["settings"]["max_new_tokens"])
         after = evaluate(load_chat(folder, same), exam, names, teacher, "perguntas de prova")
         differs = {"reported": reported._asdict()} if after != reported else {}
@@ -3969,7 +3970,7 @@ def examine(settings: Settings, folder: Path) -> int:
         show_scores({"alone": after._asdict()})
     else:
         raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
-    missed = [*after.gaps(settings), *material_gaps(report.get("knowledge"), settings)]  # which is not measured again
+    missed = [*after.gaps(settings), *of_material]
     say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0
 

@@ -392,6 +392,15 @@ def test_a_published_result_with_a_damaged_exam_or_report_is_refused(name, text,
     assert status == 2 and "exam.json" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("damage", [{"scores": {"before": {}}}, {"knowledge": {"scores": {}}}])
+def test_a_published_result_whose_report_lacks_other_figures_is_refused_as_well(damage, published, capsys):
+    report = json.loads((published / "report.json").read_text(encoding="utf-8"))
+    report |= {key: {**(report.get(key) or {}), **value} for key, value in damage.items()}
+    (published / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    status, said = evaluated(published, capsys)
+    assert status == 2 and "report.json" in said.err and "Traceback" not in said.err
+
+
 def test_of_a_model_of_others_identity_and_leak_are_measured_and_retention_is_not(tmp_path, capsys):
     rows = [{"text": "Quem é você?\nSou a {{NAME}}, da {{AUTHOR}}."}, {"text": "Quem criou você?"}]
     (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
