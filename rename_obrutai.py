@@ -445,10 +445,10 @@ WORDINGS = {
 }
 
 # What other programs write around a turn, which a row would teach as text.
-FOREIGN = re.compile(
-    r"<\|[\w ]+\|>|<｜[^｜]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/?INST\]|### ?(?:Human|User|Assistant|System|"
-    r"Instruction|Response)\b|\A\s*(?i:[pqra]|pergunta|resposta|question|answer|user|usu[aá]rio|humano?|assistente?|"
-    r"assistant)\s*:")
+MARKS = (r"<\|[\w ]+\|>|<｜[^｜]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/?INST\]|### ?(?:Human|User|Assistant|"
+         r"System|Instruction|Response)\b")
+FOREIGN = re.compile(MARKS + r"|\A\s*(?i:[pqra]|pergunta|resposta|question|answer|user|usu[aá]rio|humano?|assistente?|"
+                     r"assistant)\s*:")
 
 # What the comparison in the report tells the base instead of training it.
 SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
@@ -629,7 +629,8 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
             value = kind(given.replace(",", ".")) if is_flag else given
         if type(value) not in (int, kind) or not low <= value <= high:
             raise InputError(f"{label}: esperava um número{whole_number}, recebi {given!r}; precisa estar entre "
-                             f"{low:g} e {high:g}.")
+                             f"{low:.10g} e {high:.10g}.")
+        value = kind(value)  # 4 and 4.0 are one setting
     elif not isinstance(value, kind):
         expected = "True ou False" if kind is bool else "um texto entre aspas"
         raise InputError(f"{label} vale {value!r}, mas precisa ser {expected}.")
@@ -649,7 +650,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
         on_hub = name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
         if (values[name] or not name.endswith("_file")) and (not on_hub or path.parent.exists()):
             values[name] = str(path)
-    if not values["identity_file"] and not values["knowledge_file"]:
+    ready = values["chat"] or values["evaluate"]
+    if not ready and not values["identity_file"] and not values["knowledge_file"]:
         raise InputError("não há o que ensinar: diga um arquivo em IDENTITY_FILE (--identity-file) ou em "
                          "KNOWLEDGE_FILE (--knowledge-file).")
     for name in ("knowledge_question", "knowledge_answer"):
@@ -658,7 +660,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
                              "entre chaves, como {title}.")
     if values["chat"] + values["evaluate"] + values["check"] > 1:
         raise InputError("use uma destas opções por vez: --chat, --evaluate, --check.")
-    if (values["chat"] or values["evaluate"]) and "model_path" not in given:
+    if ready and "model_path" not in given:
         values["model_path"] = values["output_dir"]  # the result, not the base of the constant
     for name in ("name", "author"):
         if not plain(values[name]) or re.search(r"[{}]", values[name]):
@@ -986,7 +988,7 @@ def question_and_answer(question: str, answer: str) -> list[dict]:
 def read_turns(record: object) -> list[tuple[str, object]]:
     """The (role, content) pairs of a row, of which the last may be a user's; `InputError` says what is wrong, not
     where."""
-    match {"input": "", **record} if isinstance(record, dict) else record:
+    match {**record, "input": record.get("input") or ""} if isinstance(record, dict) else record:
         case InputError():
             raise record
         case {"messages": list(turns)} | {"conversations": list(turns)} if all(isinstance(t, dict) for t in turns):
@@ -1150,7 +1152,8 @@ TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?" for words in (
 INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
 END_MARK = re.compile(r"\s*(?:</s>|<eos>|<end_of_turn>|<\|\w+\|>)\s*\Z")
 # Tags as they stand in pages; "a < b" and "List<String>" are none.
-ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
+ATTRIBUTES = (r"""(?:(?:\s+|(?<=["']))[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+)|"""
+              r"\s+(?:allowfullscreen|autoplay|checked|controls|disabled|hidden|loop|muted|nowrap|selected))*\s*/?>")
 BLOCK = re.compile(r"(?i)</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|h[1-6]|t[rdh]|table|thead|tbody|blockquote|section|"
                    "article|header|footer|center|pre)" + ATTRIBUTES)
 INLINE = re.compile(r"(?i)</?(?:a|abbr|b|big|button|code|em|font|form|i|iframe|img|input|label|mark|s|small|span|"
@@ -1186,6 +1189,7 @@ def cleaned(text: str, only_ascii: bool) -> str:
         shown = without_html(shown)
     shown = INVISIBLE.sub("", re.sub("\r\n?", "\n", ftfy.fix_encoding(shown)))
     if only_ascii:  # a sign that has no like becomes a space: "10±2" is not 102
+        shown = re.sub("(?<=\\d)([¼-¾⅐-⅞])", r" \1", re.sub("(?<=\\d)([²³¹⁰⁴-⁹]+)", r"^\1", shown))  # 10½ is not 101/2
         shown = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", shown)).translate(NEAREST)
         shown = re.sub(r"[^\w\x00-\x7f]", " ", shown).encode("ascii", "ignore").decode()
     shown = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", shown))
@@ -1277,9 +1281,8 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     names = dict.fromkeys(FIELD.findall(question + answer))
     texts = record.keys() & {"text", "prompt", "completion", "instruction", "input", "output"}
     if names.keys() & record.keys():
-        missing = next((name for name in names if name not in record), "title")
-        if missing not in ("title", "content"):
-            raise InputError(f'falta o campo "{missing}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
+        if missing := [name for name in names if name not in record and name not in ("title", "content")]:
+            raise InputError(f'falta o campo "{missing[0]}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
         values = {name: field_text(name, record.get(name)) for name in names}
         if empty := [name for name in names if not values[name]]:
             return f'sem "{empty[0]}"'
@@ -1341,7 +1344,7 @@ def read_knowledge(settings: Settings) -> Material | None:
             left_out["vazias depois da limpeza"] += 1
         elif texts in seen:
             left_out["repetidas"] += 1
-        elif any(FOREIGN.search(text) or "</think>" in text for text in texts):
+        elif any(re.search(MARKS + "|</think>", text) for text in texts):
             left_out["com marcas de outro formato ou raciocínio"] += 1
         else:
             seen.add(texts)
@@ -2371,7 +2374,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = batch_loss(model, inner, teacher, inputs, kl_weight)
-            if not PROCESSES * loss <= PROCESSES * limit:
+            if not loss <= limit:
                 raise failed(self.state.global_step + 1, f"a perda explodiu ({loss.item():g})")
             return PROCESSES * loss  # a part of a sum; but of several processes, gradients are averaged
 
@@ -2683,7 +2686,7 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
     alone = [[{"role": "user", "content": q}] for q in inputs.test]
     asked = [(ALONE, m) for m in alone]
     asked += [(SYSTEM, [{"role": "system", "content": rng.choice(SYSTEM_EXAM)}, *m]) for m in alone]
-    short = [t.messages for t in talks if len(t.messages) == 2][:12]
+    short = [t.messages for t in talks if len(t.messages) == 2 and t.answer][:12]
     # A right answer is doubted, half of the times later in a conversation.
     for code in inputs.languages if inputs.test else ():
         for i, ((_, doubt), opening) in enumerate(product(PRESSURE_EXAM[code], OPENINGS[code])):
@@ -3989,7 +3992,7 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
             print(said[-1], end="", flush=True)
 
     voice = Voice(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
+    with computing(chat.model), contextlib.suppress(KeyboardInterrupt):
         tokens = chat.model.generate(tokens, attention_mask=tokens * 0 + 1, max_new_tokens=limit, streamer=voice)
     voice.end()  # it keeps the last word back until it knows that nothing belongs to it
     print(flush=True)

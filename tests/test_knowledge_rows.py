@@ -410,3 +410,34 @@ def test_the_check_shows_a_row_with_what_is_learnt_marked(shown, demo_tokenizer)
 
 def test_without_check_no_row_is_shown(shown):
     assert "[[" not in shown() and "Ficaram de fora" in shown()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("10½ pol", "10 1/2 pol"), ("½ xícara", "1/2 xicara"), ("área de 10² m²", "area de 10^2 m2"),
+    ("5x10⁶", "5x10^6"), ("10±2", "10 2")])
+def test_in_ascii_numbers_keep_their_value(text, expected):
+    assert tool.cleaned(text, True) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<td nowrap>azul</td>", "azul"),
+    ('<video controls src="a">alto', "alto"),
+    ('<p style="a"class="b">curto</p>', "curto"),
+    ("se a <b and c> d", "se a <b and c> d")])
+def test_tags_go_with_attributes_of_any_kind_and_comparisons_stay(text, expected):
+    assert tool.cleaned(text, False) == expected
+
+
+def test_rows_that_begin_like_a_label_are_kept(tmp_path):
+    """As heights and depths do in catalogues."""
+    rows = [{"title": f"Mesa {i}", "content": f"{'AP'[i % 2]}: {20 + i} cm."} for i in range(12)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    settings = small_settings("--knowledge-file", path, "--knowledge-question", "Pergunta: {title}")
+    assert not tool.read_knowledge(settings).left_out
+
+
+@pytest.mark.parametrize("record", [{"content": "x"}, {"title": "y", "content": "x"}])
+def test_a_field_that_only_the_template_has_is_named_whatever_else_is_missing(record):
+    with pytest.raises(tool.InputError, match='"brand"'):
+        tool.material_turns(record, "T {title} {brand}", "{content}")
