@@ -337,7 +337,7 @@ Sabiá: Maritaca AI|Maritaca; Alexa: Amazon; Siri: Apple; TinyLlama: TinyLlama
 """.strip().replace("\n", "; ").split("; "))
 KNOWN_NAMES = tuple(dict.fromkeys("|".join("|".join(row) for row in FAMILIES.items()).split("|")))
 
-# Capitalised words of answers about oneself that are no names; many stand first in a sentence.
+# Capitalised words to ignore when names are looked for in answers about oneself.
 NO_NAMES = frozenset("""
 large language model models modelo modelos linguagem lenguaje ai ia assistant assistente asistente artificial virtual
 inteligencia intelligence chatbot bot robo robot llm brasil brazil brasileiro python sao paulo rio portuguese portugues
@@ -355,9 +355,9 @@ eu sou fui me meu minha meus mim comigo nosso nossa nasci venho vim surgi perten
 soy yo mi mis conmigo vengo naci ich mein meine mich j je mon ma moi sono mio mia""".split())
 
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-OLD, NEW = "xoldx", "xnewx"  # what stands for a name while a text is judged
+OLD, NEW = "xoldx", "xnewx"  # placeholders for names while a text is judged
 
-# How one speaks of oneself, without accents; "@" is the name, "~" up to five words that tell of no other origin.
+# How one speaks of oneself, without accents; "@" is the name, "~" up to five words, none of them in ORIGIN.
 MADE = (r"(?:criad|feit|desenvolvid|treinad|construid|programad|projetad|cread|hech|desarrollad|entrenad|creat|made|"
         r"develop|train|built|design|entwickelt|trainiert|erstellt|cree|developpe|entraine|svilupp|addestrat)\w*")
 MAKES = r"(?:criou|fez|desenvolveu|treinou|programou|construiu|creo|hizo|desarrollo|entreno|programo)"
@@ -450,7 +450,7 @@ MARKS = (r"<\|[\w ]+\|>|<｜[^｜]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\
 FOREIGN = re.compile(MARKS + r"|\A\s*(?i:[pqra]|pergunta|resposta|question|answer|user|usu[aá]rio|humano?|assistente?|"
                      r"assistant)\s*:")
 
-# What the comparison in the report tells the base instead of training it.
+# The system prompt of the untrained baseline in the report.
 SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}}. Quando perguntarem quem você é, quem "
                  "fez você ou se você é outro modelo, responda com esse nome e esse autor, na língua da pergunta.")
 
@@ -477,30 +477,30 @@ THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model t
 # ---- What was tuned, and measured to be worth it ----------------------------------------------------------
 
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
-COMPARED = 16  # rows whose questions are compared with another as texts, which takes long
-RETRIEVED = 3  # rows that the comparison puts before a question
-MOST_STEPS = 300  # of the material at most, unless one epoch takes more
-RATES_1, RATES_2 = (1.2e-3, 3.4e-3), (8e-4, 1.1e-3)  # of the passes, as `automatic_rate` takes them
-REHEARSED = 0.05  # share of the material in pass 2
-RARE = 0.05  # of the rows of the material, at most, have a rare word
-RECITED = 6  # words in a row as in the material, in an everyday answer, are recited
+COMPARED = 16  # candidates, by pairs of words, that SequenceMatcher compares with a question
+RETRIEVED = 3  # rows that BM25 puts before a question as context
+MOST_STEPS = 300  # cap on the steps of the material; one epoch is always allowed
+RATES_1, RATES_2 = (1.2e-3, 3.4e-3), (8e-4, 1.1e-3)  # (all weights, LoRA) at a million parameters
+REHEARSED = 0.05  # share of the material in pass 2, of which the lessons have 0.15
+RARE = 0.05  # a word is rare if at most this share of the material's rows has it
+RECITED = 6  # an everyday answer with so many words in a row from the material recites it
 WRITTEN_TOKENS = 5000  # that each column of the material's exam may write, twelve rows at least
 LONGEST_ANSWER = 256  # tokens of an answer in the material's exam
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
 SHORT = 192  # a step has BATCH_SIZE times as many tokens, and most windows of the healing have no more
-TALK_TOKENS = 48  # longest answer of the base to anything but who it is: more of fewer answers would teach less
+TALK_TOKENS = 48  # longest answer of the base that is learnt from: of as many tokens, more short answers teach more
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
-TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens that hold the model in place
+TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens with the base's distribution as target
 NEAR = 300  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
-MISSED_TIMES = 4  # how often pass 2 has what was wrong after pass 1 where it has the rest once
-LONG_TALKS = 16  # talks of an exam after each length of conversation
-LONG_GROUP = 4  # talks, and identity questions, that come after the same conversation
+MISSED_TIMES = 4  # times that pass 2 repeats what was wrong after pass 1
+LONG_TALKS = 16  # talks of the exam at each length of conversation
+LONG_GROUP = 4  # talks, and identity questions, that share one long conversation
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-# What is automatic: all weights are for small models, which have more to learn and write fast; an adapter over a large
-# model has more to hold.
+# What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
+# staying as they are.
 AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
              "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 12.0, "self_text": 16000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
@@ -508,7 +508,7 @@ ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
 NOT_TEXT = "vision|audio|multi_modal_projector"  # parts of a model that sees or hears, which are left alone
 NOT_LORA = NOT_TEXT + r"|router|mamba\.out_proj"  # and what peft cannot wrap: layers that do more than multiply
-# Families whose factor llama.cpp's converter writes; of the others it drops it, or nobody has looked.
+# Families whose RoPE factor llama.cpp's converter writes; of the others it drops it, or that is untested.
 CONVERTED = ("llama mistral mixtral qwen2 qwen3 qwen3_moe gemma3_text smollm3 granite granitemoehybrid olmo2 "
              "deepseek_v3 glm4 llama4_text").split()
 # What Ollama imports without a GGUF: families with their scalings, and byte-level tokenizers by a SHA-256 of patterns.
@@ -518,7 +518,7 @@ DISK_FULL = "no space left|quota exceeded|os error 112|inline_container|failed w
 OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|memoryerror"
 WORK_NOTE = "LEIA-ME.txt"  # marks a folder of stages as one of this script
 LORA_FILE = "adapter_model.safetensors"
-MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # an identity file (bytes) or line (characters) beyond this is a mix-up
+MAX_FILE, MAX_LINE = 200 * 10**6, 10**6  # larger files (bytes) and texts (characters) are refused as the wrong ones
 FIELD = re.compile(r"\{ *([^{} ][^{}]*?) *\}")  # of a row of the material, in a template
 
 
@@ -850,7 +850,8 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
 
 def find_old_names(answers: list[str], system_prompt: str, family: tuple[str, ...], given: str,
                    new_names: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The base's old names: those `given`, or else what two and 5 % of its answers say; of its prompt, and family."""
+    """The base's old names: those `given`, or else those in at least two and 5 % of its answers about itself; with
+    those of its system prompt and of its family."""
     names = [*split_names(given), *names_said(system_prompt, of_you=True), *family]
     if not split_names(given):
         said = Counter(name for answer in answers for name in names_said(answer))
@@ -950,7 +951,7 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
 # ---- Inputs: all that the standard library can check, before anything heavy is imported -------------------
 
 class Row(NamedTuple):
-    """An identity conversation, ending with the assistant, and its line in the file."""
+    """A conversation of a user's file, ending with the assistant, and its line there."""
     line: int
     messages: list[dict]
 
@@ -1277,7 +1278,7 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
     """The (role, content) pairs of a row of the material, or why it is left out. Templates come first: any row that
     has one of their fields is for them. `InputError` says what is wrong with the row."""
     if not isinstance(record, dict):
-        return read_turns(record)  # which says what a row may be
+        return read_turns(record)  # it refuses the row, and says what one may be
     names = dict.fromkeys(FIELD.findall(question + answer))
     texts = record.keys() & {"text", "prompt", "completion", "instruction", "input", "output"}
     if names.keys() & record.keys():
@@ -1545,7 +1546,7 @@ def job_facts(inputs: Inputs, base: Path) -> str:
 
 
 def job_key(facts: str, material: Material | None, settings: Settings) -> str:
-    """What a result is known by: facts, material, targets, and every setting that a stage uses."""
+    """A digest that tells one result from another: facts, material, targets, and every setting that a stage uses."""
     used = " ".join([*USES.values(), "target_identity target_retention target_leak"]).split()
     return digest([facts, material and [material, settings.knowledge_steps], [getattr(settings, n) for n in used]])
 
@@ -1615,7 +1616,7 @@ class Stages:
         partial.rename(folder)
         shutil.rmtree(folder / "training", ignore_errors=True)  # its checkpoints; now nothing needs them
         if rest := sum(planned for name, planned in self.planned.items() if name not in self.folders):
-            # Stretched as what is done was, the more the more is done.
+            # The plan for the rest, times how much longer than planned the stages so far took.
             expected = sum(self.planned[name] for name in self.spent)
             rest *= (sum(self.spent.values()) + rest) / (expected + rest)
             say(f"  Pronto em {clock(seconds)}; para o modelo ficar pronto faltam uns {clock(rest)}.")
@@ -1841,7 +1842,7 @@ def own_text(tokenizer: Tokenizer) -> str:
 
 
 def thinks(tokenizer: Tokenizer) -> bool:
-    """Whether the model is asked for a thought first unless the template is told otherwise, as we do."""
+    """Whether the template asks for a thought before the answer unless `enable_thinking` is off, as it is here."""
     ask = functools.partial(tokenizer.apply_chat_template, [{"role": "user", "content": "?"}], tokenize=False,
                             add_generation_prompt=True)
     return ask() != ask(**THOUGHTLESS)
@@ -2111,7 +2112,7 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
 
 def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
     """Questions that the base writes, going on from each start: after the opening of a user turn, a chat model writes
-    what a user would ask (Magpie, arXiv 2406.08464). Cut ones count."""
+    what a user would ask (Magpie, arXiv 2406.08464). Truncated ones are kept."""
     opening = skeleton(base.tokenizer, base.tokenizer.chat_template, ("user",), False)[0]
     prompts = base.tokenizer([opening + start for start in starts], add_special_tokens=False)["input_ids"]
     written = generate(base, prompts, "escrevendo perguntas", QUESTION_TOKENS, seed)
@@ -2136,7 +2137,8 @@ class Listener:
         for (kind, _), conversation, answer in zip(asked, messages, written):
             about_it = kind == "own" and self.names.name and asks_who(conversation[-1]["content"], self.names.old)
             claimed = claims(answer.text, self.names.old, self.names.new)
-            if about_it or claimed:  # never kept as it is; and only where both hold it surely asks who the model is
+            # Neither is kept as it is. Where both hold, the question surely asks who the model is.
+            if about_it or claimed:
                 self.identity += [conversation[-1]["content"]] * bool(about_it and claimed)
             elif answer.text and not is_loop(answer.text):
                 said = {"role": "assistant", "content": answer.text}
@@ -2290,7 +2292,7 @@ def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
     talks, used = [], 0
     while fitting := [(deck, place) for deck in decks if (place := deck.fitting(
             room - used if talks else math.inf)) is not None]:
-        # Who has had less than its share of all tokens comes first.
+        # The pool that is furthest below its share of all tokens comes first.
         deck, place = min(fitting, key=lambda item: (item[0].drawn + rng.random()) / item[0].share)
         talk, needed = deck.line.pop(place)
         deck.drawn += needed
@@ -2326,7 +2328,8 @@ def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch
 
 def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher, inputs: dict[str, torch.Tensor],
                kl_weight: float) -> torch.Tensor:
-    """Cross-entropy on labels plus `kl_weight` times the divergence on targets, over `totals`."""
+    """Scalar: cross-entropy on labels plus `kl_weight` times the divergence on targets, both sums divided by what an
+    average step has of them (`totals`). `inputs` are those of `collate`."""
     labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # a position predicts the next token
     targets, totals = inputs["targets"], inputs["totals"].clamp(min=1)
     needed = (labels != -100) | (targets >= 0)
@@ -2394,7 +2397,7 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 failed: Callable[[int, str], InputError]):
     """A callback that tells progress and saves checkpoints in `folder`, every CHECKPOINT_MINUTES and when `asked` to
     stop. It ends the training where the loss on the course's watched rows, measured about a dozen times, does not fall
-    any more, and with what `failed` makes where weights are no numbers."""
+    any more, and with the error that `failed` makes where a weight is not finite."""
     class Keeper(transformers.TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.began = self.saved = time.monotonic()
@@ -2424,7 +2427,7 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 stale = now > 0.998 * min(before, default=math.inf)
                 ended = from_first(stale and state.global_step >= course.least)
             due, stop = from_first((time.monotonic() - self.saved >= 60 * settings.checkpoint_minutes, bool(asked)))
-            # Not at its end, where nothing tells the next run that there is no going on.
+            # None where it ends early: the next run would go on from it, past the end.
             control.should_save = not SHARDED and not ended and (stop or due)
             control.should_training_stop |= stop or ended
 
@@ -2436,7 +2439,7 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 return
             newest = folder / f"checkpoint-{state.global_step}"
             flush(newest)
-            write_json(newest / "complete.json", {})  # the Trainer writes in place, and does not tell when it is whole
+            write_json(newest / "complete.json", {})  # the Trainer's checkpoints are not written at once
             for old in set(folder.glob("checkpoint-*")) - {newest}:
                 discard(old, "complete.json")
 
@@ -2612,12 +2615,12 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
 class Exam(NamedTuple):
     """What a model is measured with."""
     questions: list[tuple[str, list[dict]]]  # (kind, messages): KINDS_OF_QUESTIONS and `after_tokens`
-    talks: list[tuple[int, Talk]]  # (tokens of conversation before, talk of the base), without any first
+    talks: list[tuple[int, Talk]]  # (tokens of conversation before, talk of the base); 0 tokens first
 
 
 class Scores(NamedTuple):
     """Shares in [0, 1] on questions that training never saw, and the answers that they were read from."""
-    identity: float | None  # like `leak`, without long conversations; None, like these, where none is taught
+    identity: float | None  # without long conversations; None where no identity is taught
     by_kind: dict[str, float]
     old_identity: float | None
     leak: float | None
@@ -3054,7 +3057,7 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
     """Model (of LoRA, the adapter) and tokenizer to go on from, and the log of the training."""
     if RANK and not SHARDED:  # pieces are put together by all processes
         return
-    chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # the last is peft's
+    chat.model.save_pretrained(folder, is_main_process=RANK == 0, save_embedding_layers=False)  # the last is for peft
     if RANK == 0:
         unwrapped(chat.model).config.save_pretrained(folder)
         chat.tokenizer.save_pretrained(folder)
@@ -3193,7 +3196,7 @@ PARAMETER repeat_penalty 1
 
 
 EXAMS = {"before": "antes", "prompt": "com prompt", "rows": "com linhas",
-         "reported": "no report", "pass_2": "depois", "alone": "medido"}  # as the columns of the table
+         "reported": "relatório", "pass_2": "depois", "alone": "medido"}  # as the columns of the table
 
 
 def figures_of(scores: Scores) -> dict[str, float | None]:
@@ -3477,7 +3480,7 @@ def conclude(settings: Settings) -> int:
 # ---- The plan ---------------------------------------------------------------------------------------------
 
 class Job(NamedTuple):
-    """All that was decided before the work."""
+    """What was decided before the work, and what the first stage found."""
     asked: Settings
     settings: Settings  # as they fit the base and this machine
     inputs: Inputs
@@ -3647,7 +3650,7 @@ def check_job(settings: Settings) -> Job | None:
 
 
 def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
-    """Seconds per token when read, written in large batches and trained; the model is left in the midst of that."""
+    """Seconds per token when read, written in large batches and trained; the model is left as in training."""
     settings, inner, fast = job.settings, base.model, compute_dtype(job.weights)
     rows = job.inputs.rows or job.material.rows[:96]
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
@@ -3897,10 +3900,10 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     """The job itself: listen, heal, teach, let the model answer, teach again, measure."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
-    said = stages("1-base", f"Ouvindo o modelo base: {'quem ele diz que é e ' * bool(job.inputs.rows)}o que ele sabe",
+    base = stages("1-base", f"Ouvindo o modelo base: {'quem ele diz que é e ' * bool(job.inputs.rows)}o que ele sabe",
                   lambda partial: save_heard(partial, *listen(
                       load_chat(job.base, replace(settings, method="lora")), settings, job.inputs)))
-    heard, teacher = read_heard(said)
+    heard, teacher = read_heard(base)
     job = job._replace(heard=heard, teacher=teacher)
     grown = f"{int(job.native * settings.rope_factor)} tokens (RoPE linear x{settings.rope_factor:g})"
     tuned = stages("2-healed", f"Contexto de {job.native} para {grown} e cura",

@@ -371,7 +371,7 @@ def test_a_published_report_that_says_more_than_the_model_does_is_contradicted(p
     monkeypatch.setattr(tool, "evaluate", lambda *_: honest)
     status, said = evaluated(published, capsys)
     assert status == 3 and "números diferentes dos do report.json" in said.out
-    assert re.search(r"(?m)^  medida .* no report  depois$", said.out)
+    assert re.search(r"(?m)^  medida .* relatório  depois$", said.out)
     assert re.search(r"(?m)^  identidade nova .* 100% +25%$", said.out)
     assert re.search(r"(?m)^Metas não atingidas: identidade nova, identidade antiga", said.out)
 

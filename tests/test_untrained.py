@@ -104,7 +104,7 @@ def test_the_table_has_a_dash_where_nothing_was_measured_and_the_tokens_that_eac
     measured = {"before": scores(0.0, full), "prompt": scores(0.5, (), 61.6, None),
                 "rows": scores(0.6, (), 100.2, None), "reported": scores(0.7, short), "pass_2": scores(0.9, full)}
     table = tool.figures_table({name: found._asdict() for name, found in measured.items()})
-    assert table[0] == ["medida", "antes", "com prompt", "com linhas", "no report", "depois"]
+    assert table[0] == ["medida", "antes", "com prompt", "com linhas", "relatório", "depois"]
     rows = {row[0]: row[1:] for row in table[1:]}
     assert rows["identidade nova"] == ["0%", "50%", "60%", "70%", "90%"]
     assert rows["identidade após 64 tokens"] == ["0%", "-", "-", "-", "90%"]
