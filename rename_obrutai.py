@@ -3352,7 +3352,8 @@ TERMS = """- **identidade nova**: respostas certas sobre quem ele é: a pergunta
 - **vazamento**: respostas sobre outros assuntos com o nome novo; **perto da identidade**, sobre nome ou origem
   de outros.
 - **com prompt**, **com linhas**: o modelo base sem treino, com um prompt de sistema que diz a identidade, ou com as
-  linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta.
+  linhas mais parecidas antes de cada pergunta, e os tokens que isso gasta; só nas perguntas sozinhas e nas perto da
+  identidade.
 """
 
 MATERIAL = """## O material
