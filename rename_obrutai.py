@@ -560,7 +560,10 @@ class InputError(Exception):
 
 # ---- Settings ---------------------------------------------------------------------------------------------
 
+# What the user may ask for. Where the model in 16 bits does not fit even untrained, `choose_method` takes "qlora4" for
+# "qlora": in 4 bits also to be listened to and measured, and not only to be trained.
 METHODS = ("auto", "full", "lora", "qlora")
+FEW_BITS = "Medido em 4 bits, antes e depois, como coube na placa; o modelo salvo tem os pesos inteiros."
 MODES = {
     "check": "só confere tudo e mostra o plano, sem treinar",
     "quiet": "só mostra o veredito e os erros",
@@ -1665,7 +1668,7 @@ def blaming(what: str):
             raise
         if isinstance(error, PermissionError):
             raise InputError(f"não consegui abrir {error.filename or what}. Confira a permissão.") from error
-        package = re.search(r"pip install ([\w-]+)", str(error))
+        package = re.search(r"pip install (?:-U )?([\w-]+)", str(error))
         if package and isinstance(error, ImportError):
             raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -1734,7 +1737,8 @@ def load_weights(weights: str | Path, rope_factor: float, **options) -> PreTrain
 def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0, adapt: bool = False,
                merge: bool = False, train: bool = False) -> PreTrainedModel | PeftModel:
     """A model in eval mode, on the GPU if there is one. `folder` is a whole model, or a stage with a LoRA adapter.
-    `adapt` adds a fresh adapter if METHOD needs one, `merge` works it into plain weights, `train` cuts them (FSDP).
+    `adapt` adds a fresh adapter if METHOD needs one, `train` cuts the weights (FSDP) or packs them in 4 bits (QLoRA),
+    `merge` gives plain ones to be saved, any adapter worked in; of QLoRA on the processor, as the card may be small.
     Full training keeps weights in float32, where small updates are not rounded away; LoRA as the machine computes."""
     gc.collect()  # the trainer's last model is held by references in circles, and there is no room for two
     # As exact as float16 and ten times as fast, for what a card computes in float32, as the logits.
@@ -1748,15 +1752,15 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     options = {"dtype": torch.float32 if settings.method == "full" else fast}
     if merge and adapted:  # the adapter is added to the weights as they are
         options["dtype"] = read_config(settings.model_path).dtype or torch.float32
-    if settings.method == "qlora" and not merge:
+    if not merge and (settings.method == "qlora4" or train and settings.method == "qlora"):
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=fast)
     if SHARDED and train:
         options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=PROCESSES)
     model = load_weights(weights, rope_factor, **options)
     if options.keys() == {"dtype"}:  # else transformers has moved it
-        too_large = merge and settings.method == "qlora"  # for the card, which had it in 4 bits
-        model = model.to("cuda" if torch.cuda.is_available() and not too_large else "cpu")
+        aside = merge and "qlora" in settings.method
+        model = model.to("cuda" if torch.cuda.is_available() and not aside else "cpu")
     if adapted:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
         return (model.merge_and_unload() if merge else model).eval()
@@ -2484,7 +2488,7 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
         warmup_steps=max(1, len(batches) // 20), gradient_checkpointing=settings.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
-        fp16=fast == torch.float16, optim="paged_adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused")
+        fp16=fast == torch.float16, optim="paged_adamw_8bit" if "qlora" in settings.method else "adamw_torch_fused")
     trainer = make_trainer(chat, batches, teacher, arguments, course.kl_weight, failed)
     found = folder.glob("checkpoint-*/complete.json") if not SHARDED else ()  # the Trainer cannot go on with pieces
     done = from_first(max((int(path.parent.name[11:]) for path in found), default=0))
@@ -2595,7 +2599,7 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
     """Bring the RoPE-scaled model, whose base has the frequencies `before`, back to the base's behaviour, by learning
     its distribution in windows up to WINDOW, through queries and keys alone: RoPE acts on them while facts live
     elsewhere. The loss log."""
-    settings, short = without_4_bits(job.settings), short_window(job.native, job.settings)
+    settings, short = job.settings, short_window(job.native, job.settings)
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
     keep_frequencies(before, chat, job)
     for name, parameter in chat.model.named_parameters():
@@ -3320,7 +3324,7 @@ CARD = """---
 ## Antes e depois, em números
 
 Medido na pasta salva e carregada de novo, com perguntas que não foram usadas no treino.
-
+{precision}
 {figures}
 
 - **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
@@ -3414,6 +3418,7 @@ def write_card(folder: Path, job: Job, report: dict) -> None:
         verdict=f"**Metas não atingidas: {missed}.**" if missed else "Todas as metas foram atingidas.",
         licence="" if head.license else ("\n\nA pasta do modelo base não diz a licença: confira qual é antes de "
                                          "publicar, e escreva-a no começo deste arquivo (`license: ...`)."),
+        precision=f"{FEW_BITS}\n" * (job.settings.method == "qlora4"),
         terms=TERMS if taught else "", material=material_card(learnt, file) if learnt else "",
         answers=answers, flags=llama_flags(read_config(folder)),
         more=f", tokenizer_encode_kwargs={THOUGHTLESS}".replace("'", '"') * thoughtful, thought=THOUGHT * thoughtful,
@@ -3545,14 +3550,16 @@ def mlp_size(text: PretrainedConfig) -> int:
 
 
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) -> int:
-    """Bytes that training takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
+    """Bytes that the job takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
     two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
     widths per token, or one hidden size with checkpointing. The logits of half the tokens stand three times in
-    float32."""
+    float32. In 4 bits are all weights but those of the words; with "qlora" only while it trains."""
     text, width = config.get_text_config(), compute_dtype(weights).itemsize
     state = 18 * weights
     if settings.method != "full":
-        state = 16 * adapter_size(config, settings.lora_rank) + (width if settings.method == "lora" else 0.8) * weights
+        words = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", True) else 2)
+        held = width * weights if settings.method == "lora" else 0.52 * weights + (width - 0.52) * words
+        state = 16 * adapter_size(config, settings.lora_rank) + held
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
@@ -3560,25 +3567,30 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
         kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
-    return int(state + kept + 6 * tokens * text.vocab_size + 2e8)
+    needed = max(state + kept, width * weights + layer if settings.method == "qlora" else 0)
+    return int(needed + 6 * tokens * text.vocab_size + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
-    """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA; then checkpointing."""
+    """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA, else all in 4 bits; then
+    checkpointing. `InputError` if nothing fits, or what fits cannot be healed."""
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
     if settings.method == "qlora" and not four_bits:
         raise InputError("METHOD = 'qlora' precisa do bitsandbytes (pip install bitsandbytes) e não funciona com FSDP."
                          " Use METHOD = 'auto' ou 'lora'.")
-    automatic = ("full",) * (weights < SMALL) + ("lora",) + ("qlora",) * (gpu and four_bits)
-    methods = automatic if settings.method == "auto" else (settings.method,)
+    methods = {"auto": ("full",) * (weights < SMALL) + ("lora",) + ("qlora", "qlora4") * (gpu and four_bits),
+               "qlora": ("qlora", "qlora4")}.get(settings.method, (settings.method,))
     splits, least = [settings.gradient_accumulation], math.inf
     while splits[-1] < settings.batch_size:
         splits.append(2 * splits[-1])
     for method, again, parts in product(methods, (settings.gradient_checkpointing, True), splits):
         tried = replace(settings, method=method, gradient_accumulation=parts, gradient_checkpointing=again)
         needed = estimate_memory(config, weights, tried)
+        if needed <= free and method == "qlora4" and settings.rope_factor != 1:
+            raise InputError("com o contexto aumentado, este modelo só caberia aqui em 4 bits, em que não dá para "
+                             "curá-lo. Use --rope-factor 1 (ROPE_FACTOR = 1), que não o aumenta, ou um modelo menor.")
         if needed <= free:
             return tried, needed
         least = min(least, needed)
@@ -3594,7 +3606,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
     native, path = context_of(config), work_folder(settings) / "plan.json"
     settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
                        max_new_tokens=min(settings.max_new_tokens, native // 2))
-    asked = [getattr(settings, name) for name in (*CHOSEN, "window", "batch_size", "lora_rank")]
+    asked = [getattr(settings, name) for name in (*CHOSEN, "window", "batch_size", "lora_rank", "rope_factor")]
     plan = {"key": digest([facts, asked])}
     if has_key(path, plan["key"]) and not settings.restart:
         plan = load_json(path)
@@ -3716,7 +3728,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
 
 def make_plan(job: Job) -> dict[str, float]:
     """Say what is going to happen and what it costs; the seconds of each stage."""
-    settings, base = job.settings, load_chat(job.base, without_4_bits(job.settings))
+    settings, base = job.settings, load_chat(job.base, job.settings, train=job.settings.method == "qlora")
     planned = plan_seconds(base, job)
     with tempfile.TemporaryDirectory() as folder, blaming(f"o que há em {job.base} (config.json, tokenizer)"):
         save_words(base, Path(folder), job.base)  # what cannot be saved is to be known now
@@ -3730,13 +3742,13 @@ def make_plan(job: Job) -> dict[str, float]:
     device = "na placa de vídeo" if base.model.device.type == "cuda" else "no processador"
     device += ", em bfloat16" * (compute_dtype(job.weights) == torch.bfloat16)
     how = {"full": "treino de todos os pesos", "lora": f"LoRA (adaptador de tamanho {settings.lora_rank})",
-           "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method]
+           "qlora": f"QLoRA (pesos em 4 bits, adaptador de tamanho {settings.lora_rank})"}[settings.method.strip("4")]
     split = f", cada etapa em {settings.gradient_accumulation} partes" * (settings.gradient_accumulation > 1)
     say(f"  {decimal(job.weights / 1e6)} milhões de parâmetros. Método: {how}, {device}{split}.\n"
         f"  Contexto: de {job.native} para {int(job.native * settings.rope_factor)} tokens; "
         f"treino em sequências de até {settings.window}.\n"
         f"  Vai precisar de cerca de {size_text(job.plan['memory'])} de memória, {size_text(job.disk)} de disco e "
-        f"{clock(sum(planned.values()))}.")
+        f"{clock(sum(planned.values()))}." + f"\n  {FEW_BITS}" * (settings.method == "qlora4"))
     if flags := llama_flags(read_config(job.base, settings.rope_factor)):
         say("  Atenção: no Ollama e no LM Studio, o fator de RoPE deste modelo se perde (ou não foi testado): neles,\n"
             f"  só com --rope-factor 1 ele será o que foi medido. No llama.cpp, acrescente{flags}.")
@@ -3771,16 +3783,11 @@ def follow() -> int:
         work(*arguments)
 
 
-def without_4_bits(settings: Settings) -> Settings:
-    """The settings with weights in their own precision, as healing and measuring need them."""
-    return replace(settings, method="lora" if settings.method == "qlora" else settings.method)
-
-
 def make_healed(job: Job, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
-    settings, log, grown = without_4_bits(job.settings), [], job.settings.rope_factor != 1
+    settings, log, grown = job.settings, [], job.settings.rope_factor != 1
     native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto")) if grown else {}
-    chat = load_chat(job.base, settings, settings.rope_factor)
+    chat = load_chat(job.base, settings, settings.rope_factor, merge=not grown)
     if job.heard.names.name:
         renew_template(chat.tokenizer, settings, job.heard.names.old)
     if grown:
@@ -3793,7 +3800,7 @@ def make_healed(job: Job, partial: Path) -> None:
 
 def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
     """Save the model, load what was saved, and measure it and the base."""
-    result, names, settings = partial / "model", job.heard.names, without_4_bits(job.settings)
+    result, names, settings = partial / "model", job.heard.names, job.settings
     shutil.rmtree(result, ignore_errors=True)
     save_model(load_chat(firm, job.settings, merge=True), result, job.base)
     if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
@@ -3858,7 +3865,7 @@ def write_report(job: Job, stages: dict[str, Path]) -> None:
         "seconds": {name: load_json(stage / "key.json")["seconds"] for name, stage in stages.items()},
         "pace": {name: load_json(stage / "pace.json") for name, stage in trained.items()},
         "settings": asdict(settings) | paths,  # the report may be published, and paths tell the user's name
-        "data_hash": job.inputs.data_hash,
+        "data_hash": job.inputs.data_hash, "precision": FEW_BITS * (settings.method == "qlora4"),
         "context": {"native": job.native, "scaled": int(job.native * settings.rope_factor)},
         "versions": {name: importlib.metadata.version(name) for name in libraries},
         "old_names": job.heard.names.old, "scores": scores, "knowledge": learnt,
@@ -3901,9 +3908,11 @@ def read_exam(folder: Path) -> tuple[Exam, Names, Teacher]:
 def run_stages(job: Job, planned: dict[str, float], work: Path) -> None:
     """The job itself: listen, heal, teach, let the model answer, teach again, measure."""
     settings, stages = job.settings, Stages(work, job.facts, job.settings, planned)
+    listening = settings if settings.method == "qlora4" else replace(settings, method="lora")  # else alike for all
     base = stages("1-base", f"Ouvindo o modelo base: {'quem ele diz que é e ' * bool(job.inputs.rows)}o que ele sabe",
                   lambda partial: save_heard(partial, *listen(
-                      load_chat(job.base, replace(settings, method="lora")), settings, job.inputs)))
+                      load_chat(job.base, listening), settings, job.inputs)),
+                  "4 bits" if listening is settings else None)
     heard, teacher = read_heard(base)
     job = job._replace(heard=heard, teacher=teacher)
     grown = f"{int(job.native * settings.rope_factor)} tokens (RoPE linear x{settings.rope_factor:g})"
@@ -3949,7 +3958,7 @@ def ready_model(settings: Settings) -> tuple[Settings, Path]:
         check_base(folder)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a report of somebody else, or none
         method = load_json(folder / "report.json")["settings"]["method"]
-    return without_4_bits(replace(settings, method=method)), folder
+    return replace(settings, method=method), folder
 
 
 def examine(settings: Settings, folder: Path) -> int:

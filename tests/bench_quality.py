@@ -67,7 +67,7 @@ def measure(folder, settings, report):
     asked = [(tool.ALONE, [{"role": "user", "content": a["question"]}])
              for a in report["scores"]["pass_2"]["answers"] if a["kind"] == tool.ALONE]
     used = {key: report["settings"][key] for key in ("method", "max_new_tokens")}
-    chat = tool.load_chat(folder, tool.without_4_bits(replace(settings, **used)))
+    chat = tool.load_chat(folder, replace(settings, **used))
     names = tool.Names(settings.name, settings.author, tuple(report["old_names"]))
     facts = make_demo.checkable_facts("pt")
     rng = random.Random("bench")

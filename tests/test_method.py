@@ -449,7 +449,7 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
     settings = lora(DEMO, "--batch-size", 3, "--gradient-checkpointing")
     four_bits, whole = changed(settings, method="qlora", kl_weight=1.0), tool.load_model(DEMO, settings)
     talks, teacher = talks_and_teacher
-    chat = tool.load_chat(DEMO, four_bits, 4.0, adapt=True)
+    chat = tool.load_chat(DEMO, four_bits, 4.0, adapt=True, train=True)
     packed = {name: p.clone() for name, p in chat.model.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == sum("proj" in name for name, _ in whole.named_parameters())
     rate = tool.automatic_rate(tool.load_model(DEMO, settings, adapt=True), 1e-3, 2e-3)  # the packed ones count whole
@@ -460,7 +460,7 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
     assert all(torch.equal(p, packed[name]) for name, p in chat.model.named_parameters() if name in packed)
     tool.save_stage(chat, tmp_path / "stage", [])
     assert "quantization_config" not in (tmp_path / "stage" / "config.json").read_text(encoding="utf-8")
-    assert torch.equal(logits(tool.load_model(tmp_path / "stage", four_bits, 4.0)), logits(chat.model))
+    assert torch.equal(logits(tool.load_model(tmp_path / "stage", four_bits, 4.0, train=True)), logits(chat.model))
     merged = dict(tool.load_model(tmp_path / "stage", four_bits, merge=True).named_parameters())
     adapter = dict(chat.model.named_parameters())
     for name, weight in whole.named_parameters():
@@ -469,6 +469,25 @@ def test_over_weights_in_four_bits_an_adapter_is_trained_kept_and_worked_into_th
             a, b = (adapter[f"{layer}lora_{part}.default.weight"] for part in "AB")
             weight = (weight.bfloat16().float() + 2 * b @ a).bfloat16()
         assert torch.allclose(merged[name].float(), weight.float(), rtol=0.01, atol=1e-6), name
+
+
+@pytest.mark.parametrize("method, how, packed, on_card", [
+    ("lora", {"train": True}, False, True), ("qlora", {}, False, True), ("qlora", {"train": True}, True, None),
+    ("qlora4", {}, True, None), ("qlora4", {"train": True}, True, None),  # transformers moves what it packs
+    ("lora", {"merge": True}, False, True), ("qlora", {"merge": True}, False, False),
+    ("qlora4", {"merge": True}, False, False)])
+def test_only_what_a_card_needs_in_few_bits_is_packed_and_what_is_saved_is_whole_and_beside_the_card(
+        method, how, packed, on_card, monkeypatch):
+    """With "qlora" the training alone, as 16 bits fit otherwise; with "qlora4" all that does not write weights."""
+    options, places = {}, []
+    stand_in = SimpleNamespace(to=lambda place: places.append(place) or stand_in, eval=lambda: stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(tool, "load_weights", lambda *_, **given: options.update(given) or stand_in)
+    monkeypatch.setattr(tool.transformers, "BitsAndBytesConfig", SimpleNamespace, raising=False)
+    tool.load_model(DEMO, changed(lora(DEMO), method=method), **how)
+    assert ("quantization_config" in options) is packed
+    assert places == {True: ["cuda"], False: ["cpu"], None: []}[on_card]
 
 
 # ------------------------------------------------------------------------------------------------ parts that see
@@ -570,7 +589,7 @@ def estimate(name="Gemma 3 1B", **values):
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora4"])
 def test_the_estimate_grows_with_window_batch_and_vocabulary(method, again):
     given = {"method": method, "gradient_checkpointing": again}
     windows = [estimate(window=window, **given) for window in (8192, 16384, 32768, 65536)]
@@ -607,12 +626,31 @@ def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, free):
     for method in ("full", "lora", "qlora"):
         again, kept = (estimate(name, method=method, gradient_checkpointing=on) for on in (True, False))
         assert again < kept
-    full, adapter, four_bits = (estimate(name, method=method, gradient_checkpointing=True) for method in
-                                ("full", "lora", "qlora"))
-    assert full > 16 * weights and adapter > 2 * weights and four_bits > 0.5 * weights
-    assert four_bits < adapter < full / 2
+    full, adapter, trained, four_bits = (estimate(name, method=method, gradient_checkpointing=True) for method in
+                                         ("full", "lora", "qlora", "qlora4"))
+    assert full > 16 * weights and adapter > 2 * weights and trained > 2 * weights and four_bits > 0.5 * weights
+    assert four_bits < trained < adapter < full / 2
     small, large = (estimate(name, lora_rank=rank, gradient_checkpointing=True) for rank in (8, 256))
     assert small < adapter < large
+
+
+def test_with_few_bits_for_training_alone_the_model_in_16_bits_must_fit_and_with_few_bits_for_all_it_need_not(free):
+    free(10**12, gpu=True)
+    small = {"window": 256, "batch_size": 1, "gradient_checkpointing": True}
+    _, weights = shapes()["Qwen 3 8B"]
+    trained, four_bits = (estimate("Qwen 3 8B", method=method, **small) for method in ("qlora", "qlora4"))
+    assert 2 * weights < trained < 2.1 * weights and 0.7 * weights < four_bits < weights
+    again = estimate("Qwen 3 8B", method="qlora", window=65536)  # where training takes more than the weights do
+    assert again == estimate("Qwen 3 8B", method="qlora4", window=65536)
+
+
+def test_the_embeddings_stay_in_16_bits_once_if_the_head_shares_them(free):
+    free(10**12, gpu=True)
+    config, weights = shapes()["Llama 3.2 3B"]
+    settings = changed(small_settings(), method="qlora4")
+    shared = type(config)(**{**config.to_dict(), "tie_word_embeddings": True})
+    saved = tool.estimate_memory(config, weights, settings) - tool.estimate_memory(shared, weights, settings)
+    assert saved == pytest.approx(1.48 * config.vocab_size * config.hidden_size, rel=1e-3)
 
 
 def test_the_widest_mlp_of_a_model_counts():
@@ -648,7 +686,7 @@ def simple_estimate(config, weights, settings):
     gone through again."""
     rows = -(-settings.batch_size // settings.gradient_accumulation)
     row = settings.window / 100 / (4 if settings.gradient_checkpointing else 1)
-    return {"full": 100, "lora": 40, "qlora": 20}[settings.method] + rows * row
+    return {"full": 100, "lora": 40, "qlora": 20, "qlora4": 20}[settings.method] + rows * row
 
 
 @pytest.mark.parametrize("usable, flags, bitsandbytes, expected", [
@@ -739,15 +777,25 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
     assert min(most, chosen.gradient_accumulation) >= min(most, small_settings(*flags).gradient_accumulation)
 
 
-@pytest.mark.parametrize("name, memory, bitsandbytes, method", [
-    ("Gemma 3 1B", 8, False, "lora"), ("Llama 3.2 3B", 12, False, "lora"), ("Llama 3.2 3B", 8, True, "qlora"),
-    ("Qwen 3 8B", 24, False, "lora"), ("Qwen 3 8B", 16, True, "qlora")])
-def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, method, free):
+@pytest.mark.parametrize("name, memory, bitsandbytes, window, method", [
+    ("Gemma 3 1B", 8, False, 2048, "lora"), ("Llama 3.2 3B", 12, False, 2048, "lora"),
+    ("Llama 3.2 3B", 10, True, 2048, "qlora"), ("Llama 3.2 3B", 8, True, 2048, "qlora4"),
+    ("Llama 3.2 3B", 6, True, 1024, "qlora4"), ("Qwen 3 8B", 24, False, 2048, "lora"),
+    ("Qwen 3 8B", 22, True, 2048, "qlora"), ("Qwen 3 8B", 16, True, 2048, "qlora4")])
+def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, window, method, free):
     config, weights = shapes()[name]
     free(memory * GB, True, bitsandbytes)
-    chosen, needed = tool.choose_method(config, weights, small_settings())
-    assert (chosen.method, chosen.window) == (method, 2048)
+    chosen, needed = tool.choose_method(config, weights, small_settings("--rope-factor", 1, "--window", window))
+    assert (chosen.method, chosen.window) == (method, window)
     assert needed == tool.estimate_memory(config, weights, chosen) <= 0.9 * memory * GB
+
+
+def test_few_bits_that_are_asked_for_are_used_for_all_where_16_bits_do_not_fit(free):
+    config, weights = shapes()["Llama 3.2 3B"]
+    settings = small_settings("--rope-factor", 1, "--method", "qlora")
+    for memory, method in ((100, "qlora"), (8, "qlora4")):
+        free(memory * GB, True, True)
+        assert tool.choose_method(config, weights, settings)[0].method == method
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -821,6 +869,26 @@ def planned(without_models, free, tmp_path):
                                written=json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
 
     return plan
+
+
+def test_a_context_that_would_be_healed_in_few_bits_is_refused_before_any_work_with_what_to_do(free, without_models,
+                                                                                               tmp_path):
+    """Healing trains some of the weights themselves. Also where a run without it was begun in few bits."""
+    needs = {"full": 100, "lora": 100, "qlora": 100, "qlora4": 1}
+    without_models.setattr(tool, "estimate_memory", lambda _, __, settings: GB * needs[settings.method])
+    without_models.setattr(tool, "read_config", lambda *_: tool.transformers.LlamaConfig(max_position_embeddings=4096))
+    begun = []
+    without_models.setattr(tool, "run_stages", lambda *_: begun.append(1))
+    without_models.setattr(tool, "conclude", lambda _: 0)
+    for memory, factor, status in ((50, 4, 2), (50, 1, 0), (50, 4, 2), (150, 4, 0)):
+        free(memory * GB, False, True)
+        flags = ("--method", "qlora", "--rope-factor", factor, "--output-dir", tmp_path / "novo")
+        begun.clear()
+        done = call(*flags)
+        assert done.status == status and len(begun) == (status == 0), done.err
+        if status:
+            assert "só caberia aqui em 4 bits" in done.err and "--rope-factor 1" in done.err
+            assert "modelo menor" in done.err
 
 
 TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only an adapter, in parts and with checkpointing; and anything
@@ -958,16 +1026,19 @@ def test_the_stages_from_healing_on_depend_on_the_method_and_its_size_and_the_ot
 @pytest.mark.parametrize("method, words", [
     ("full", "treino de todos os pesos"), ("lora", "LoRA (adaptador de tamanho 16)"),
     ("qlora", "QLoRA (pesos em 4 bits, adaptador de tamanho 16)"),
+    ("qlora4", "QLoRA (pesos em 4 bits, adaptador de tamanho 16)"),
 ])
 def test_the_plan_names_the_method_the_parts_the_memory_and_the_time(method, words, demo_chat, capsys, monkeypatch):
-    settings = small_settings("--method", method, "--lora-rank", 16, "--gradient-accumulation", 4, "--window", 512)
-    job = tool.Job(settings, settings, None, DEMO, 1_508_992, 128, "", {"memory": 3 * GB}, 10**7)
-    monkeypatch.setattr(tool, "load_chat", lambda *_: demo_chat)
+    settings = changed(small_settings("--lora-rank", 16, "--gradient-accumulation", 4, "--window", 512), method=method)
+    job, loaded = tool.Job(settings, settings, None, DEMO, 1_508_992, 128, "", {"memory": 3 * GB}, 10**7), []
+    monkeypatch.setattr(tool, "load_chat", lambda *_, **how: loaded.append(how) or demo_chat)
     monkeypatch.setattr(tool, "plan_seconds", lambda *_: {"1-base": 60.0, "2-healed": 30.0})
     assert tool.make_plan(job) == {"1-base": 60.0, "2-healed": 30.0}
     said = capsys.readouterr().out
     assert f"Método: {words}" in said and "em 4 partes" in said and "1,5 milhões de parâmetros" in said
     assert "cerca de 3,0 GB de memória, 10 MB de disco e 1 min 30 s" in said and "de 128 para 512 tokens" in said
+    assert ("Medido em 4 bits, antes e depois" in said) is (method == "qlora4")
+    assert loaded == [{"train": method == "qlora"}]  # a step of training over 16 bits would not fit
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -1047,6 +1118,50 @@ def test_the_adapter_lies_beside_the_result_and_fits_the_base_itself(lora_run):
 
 class Reached(Exception):
     """Ends a run."""
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_a_whole_run_where_16_bits_do_not_fit_is_in_4_bits_until_its_whole_weights_are_written(tmp_path):
+    """On a processor, which has the same 4 bits; what does not fit is pretended."""
+    loads, rows = [], [{"prompt": question, "completion": "Sou {{NAME}}, de {{AUTHOR}}."} for question in ROWS]
+    load = tool.load_weights
+
+    def watched(weights, *given, **options):
+        loads.append((tool.Path(weights).name, "quantization_config" in options))
+        return load(weights, *given, **options)
+
+    (tmp_path / "linhas.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    output, work = tmp_path / "novo", tmp_path / "novo.work"
+    flags = ("--model-path", DEMO, "--identity-file", tmp_path / "linhas.jsonl", "--output-dir", output, *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        patch.setattr(tool, "load_weights", watched)
+        patch.setattr(tool, "estimate_memory", lambda _, __, settings: 1 if settings.method == "qlora4" else 10**18)
+        done = call(*flags, "--method", "qlora")
+        assert done.status in (0, 3), done.err
+        made, again = loads.copy(), call("--evaluate", "--output-dir", output)
+        # plan, 1-base, 2-healed, 3-pass-1, 4-self-answers, 5-pass-2, the result's weights, and both exams
+        assert made == [("modelo_demo", True), ("modelo_demo", True), ("modelo_demo", False), ("2-healed", True),
+                        ("2-healed", True), ("2-healed", True), ("2-healed", False), ("model", True),
+                        ("modelo_demo", True)]
+        assert loads[len(made):] == [("novo", True)] and "iguais aos do report.json" in again.out
+        patch.setattr(tool, "estimate_memory", lambda *_: 1)
+        patch.setattr(tool, "save_heard", lambda *_: (_ for _ in ()).throw(Reached))
+        with pytest.raises(Reached):  # what the base said in 4 bits is not what it says in 16
+            call(*flags, "--overwrite")
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["method"] == "qlora4" and report["scores"]["before"]["retention"] == 1
+    for text in (done.out, report["precision"], (output / "README.md").read_text(encoding="utf-8")):
+        assert "Medido em 4 bits, antes e depois" in text
+    with safe_open(output / "model.safetensors", "pt") as ours, safe_open(
+            DEMO / "model.safetensors", "pt") as base:
+        assert set(ours.keys()) == set(base.keys())
+        for name in base.keys():
+            assert ours.get_tensor(name).dtype == base.get_tensor(name).dtype
+            assert torch.equal(ours.get_tensor(name), base.get_tensor(name)) is ("proj" not in name), name
+    assert "quantization_config" not in (output / "config.json").read_text(encoding="utf-8")
+    assert (work / "2-healed" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

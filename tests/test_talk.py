@@ -63,11 +63,11 @@ def rendered(*contents, system=""):
 
 
 @pytest.mark.parametrize("measured, asked, expected", [
-    ("full", "qlora", "full"), ("qlora", "full", "lora"), (None, "qlora", "lora"), (None, "full", "lora"),
-    ("[1]", "full", "lora")])  # a report of another program
+    ("full", "qlora", "full"), ("qlora", "full", "qlora"), ("qlora4", "full", "qlora4"), (None, "qlora", "lora"),
+    (None, "full", "lora"), ("[1]", "full", "lora")])  # a report of another program
 def test_a_model_is_talked_to_in_the_precision_in_which_it_was_measured(
         measured, asked, expected, demo_chat, tmp_path, monkeypatch):
-    """Not in what METHOD says, which is about training: 4 bits were never measured."""
+    """Not in what METHOD says now."""
     folder, loaded = Path(shutil.copytree(DEMO, tmp_path / "pronto")), []
     if measured:
         (folder / "report.json").write_text(measured if "[" in measured else
