@@ -3553,7 +3553,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     """Bytes that the job takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
     two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
     widths per token, or one hidden size with checkpointing. The logits of half the tokens stand three times in
-    float32. In 4 bits are all weights but those of the words; with "qlora" only while it trains."""
+    float32. In 4 bits are all weights but those of the words; with "qlora" only while it learns."""
     text, width = config.get_text_config(), compute_dtype(weights).itemsize
     state = 18 * weights
     if settings.method != "full":
@@ -3567,13 +3567,19 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
         kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
-    needed = max(state + kept, width * weights + layer if settings.method == "qlora" else 0)
-    return int(needed + 6 * tokens * text.vocab_size + 2e8)
+    state += kept
+    if settings.method == "qlora":  # in 16 bits where it is measured
+        state = max(state, width * weights + layer)
+    if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
+        heads = text.num_attention_heads + (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        across = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        healed = text.num_hidden_layers * text.hidden_size * across
+        state = max(state, width * weights + 16 * healed + kept)
+    return int(state + 6 * tokens * text.vocab_size + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
-    """Settings that fit the free memory, and bytes: full if small, else LoRA, else QLoRA, else all in 4 bits; then
-    checkpointing. `InputError` if nothing fits, or what fits cannot be healed."""
+    """Settings that fit the free memory, and bytes: full if small, LoRA, QLoRA, all in 4 bits; then checkpointing."""
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
@@ -3596,6 +3602,7 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
         least = min(least, needed)
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
                      f"{size_text(least)}. Feche outros programas, diminua WINDOW (--window) ou use um modelo menor"
+                     + " ou --rope-factor 1 (sem a cura)" * (settings.rope_factor != 1)
                      + " ou METHOD = 'lora' (--method lora)" * (settings.method == "full")
                      + " ou o bitsandbytes (pip install bitsandbytes)" * (gpu and not four_bits) + ".")
 

@@ -585,7 +585,8 @@ def shapes():
 
 def estimate(name="Gemma 3 1B", **values):
     config, weights = shapes()[name]
-    return tool.estimate_memory(config, weights, changed(small_settings("--method", "lora"), **values))
+    settings = changed(small_settings("--method", "lora", "--rope-factor", 1), **values)
+    return tool.estimate_memory(config, weights, settings)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -642,6 +643,25 @@ def test_with_few_bits_for_training_alone_the_model_in_16_bits_must_fit_and_with
     assert 2 * weights < trained < 2.1 * weights and 0.7 * weights < four_bits < weights
     again = estimate("Qwen 3 8B", method="qlora", window=65536)  # where training takes more than the weights do
     assert again == estimate("Qwen 3 8B", method="qlora4", window=65536)
+
+
+@pytest.mark.parametrize("name, adamw", [("Llama 3.2 3B", 28 * 3072 * 4096), ("Qwen 3 8B", 36 * 4096 * 5120)])
+def test_queries_and_keys_that_are_healed_take_more_than_an_adapter_over_the_same_weights(name, adamw, free):
+    """Each has a value, a gradient and two moments in float32; without healing, they are like the others."""
+    free(10**12, gpu=True)
+    _, weights = shapes()[name]
+    for method in ("lora", "qlora"):
+        again, healed = (estimate(name, method=method, rope_factor=factor) for factor in (1, 4))
+        assert healed > again and healed > 2 * weights + 16 * adamw
+    small = estimate(name, method="lora", rope_factor=4, gradient_checkpointing=True, window=256, batch_size=1)
+    assert small == pytest.approx(2 * weights + 16 * adamw, rel=0.07)
+
+
+def test_a_family_whose_heads_differ_by_layer_is_estimated_without_a_longer_context_which_it_cannot_have():
+    config = tool.transformers.CONFIG_MAPPING["gemma4_text"]()
+    for method in ("full", "lora", "qlora", "qlora4"):
+        settings = changed(small_settings("--rope-factor", 1), method=method)
+        assert tool.estimate_memory(config, 10**9, settings) > 5 * 10**8
 
 
 def test_the_embeddings_stay_in_16_bits_once_if_the_head_shares_them(free):
@@ -788,6 +808,19 @@ def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, wi
     chosen, needed = tool.choose_method(config, weights, small_settings("--rope-factor", 1, "--window", window))
     assert (chosen.method, chosen.window) == (method, window)
     assert needed == tool.estimate_memory(config, weights, chosen) <= 0.9 * memory * GB
+
+
+@pytest.mark.parametrize("name, memory, method", [
+    ("Gemma 3 1B", 8, "lora"), ("Llama 3.2 3B", 12, None), ("Llama 3.2 3B", 17, "lora"), ("Qwen 3 8B", 24, None),
+    ("Qwen 3 8B", 40, "lora")])
+def test_a_context_is_made_longer_only_where_its_healing_fits(name, memory, method, free):
+    config, weights = shapes()[name]
+    free(memory * GB, True)
+    if method:
+        assert tool.choose_method(config, weights, small_settings())[0].method == method
+        return
+    with pytest.raises(tool.InputError, match="--rope-factor 1 .sem a cura"):
+        tool.choose_method(config, weights, small_settings())
 
 
 def test_few_bits_that_are_asked_for_are_used_for_all_where_16_bits_do_not_fit(free):
