@@ -1740,7 +1740,7 @@ def load_model(folder: str | Path, settings: Settings, rope_factor: float = 1.0,
     `adapt` adds a fresh adapter if METHOD needs one, `train` cuts the weights (FSDP) or packs them in 4 bits (QLoRA),
     `merge` gives plain ones to be saved, any adapter worked in; of QLoRA on the processor, as the card may be small.
     Full training keeps weights in float32, where small updates are not rounded away; LoRA as the machine computes."""
-    gc.collect()  # the trainer's last model is held by references in circles, and there is no room for two
+    gc.collect()  # the Trainer leaves reference cycles around its model, and there may be no room for two
     # As exact as float16 and ten times as fast, for what a card computes in float32, as the logits.
     torch.backends.cuda.matmul.allow_tf32 = torch.cuda.is_available()
     adapted = (Path(folder) / LORA_FILE).is_file()
@@ -3540,13 +3540,14 @@ def use_one_card() -> None:
 def adapter_size(config: PretrainedConfig, rank: int) -> int:
     """About how many weights LoRA of this rank adds to all linear layers of a model."""
     text = config.get_text_config()
-    return text.num_hidden_layers * rank * (11 * text.hidden_size + 3 * mlp_size(text))
+    mlp = widest(text, "intermediate_size", 4 * text.hidden_size)
+    return text.num_hidden_layers * rank * (11 * text.hidden_size + 3 * mlp)
 
 
-def mlp_size(text: PretrainedConfig) -> int:
-    """Width of the widest MLP, where a family says it."""
-    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return max(width) if isinstance(width, (list, tuple)) else width
+def widest(text: PretrainedConfig, name: str, default: int) -> int:
+    """A size of the model, of its largest layer where they differ; the default where its family does not say it."""
+    size = getattr(text, name, None) or default
+    return max(size) if isinstance(size, (list, tuple)) else size
 
 
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) -> int:
@@ -3563,7 +3564,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
-    layer = width * tokens * (16 * text.hidden_size + 5 * mlp_size(text))
+    layer = width * tokens * (16 * text.hidden_size + 5 * widest(text, "intermediate_size", 4 * text.hidden_size))
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
         kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
@@ -3571,9 +3572,10 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     if settings.method == "qlora":  # in 16 bits where it is measured
         state = max(state, width * weights + layer)
     if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
-        heads = text.num_attention_heads + (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        across = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        healed = text.num_hidden_layers * text.hidden_size * across
+        queries = widest(text, "num_attention_heads", 1)
+        heads = queries + widest(text, "num_key_value_heads", queries)
+        head = widest(text, "head_dim", text.hidden_size // queries)
+        healed = text.num_hidden_layers * text.hidden_size * heads * head
         state = max(state, width * weights + 16 * healed + kept)
     return int(state + 6 * tokens * text.vocab_size + 2e8)
 

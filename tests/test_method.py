@@ -674,8 +674,8 @@ def test_the_embeddings_stay_in_16_bits_once_if_the_head_shares_them(free):
 
 
 def test_the_widest_mlp_of_a_model_counts():
-    assert tool.mlp_size(SimpleNamespace(hidden_size=64, intermediate_size=[128, 256])) == 256  # as Gemma 3n has it
-    assert tool.mlp_size(SimpleNamespace(hidden_size=64)) == 256
+    layers = SimpleNamespace(intermediate_size=[128, 256])  # as Gemma 3n has it
+    assert tool.widest(layers, "intermediate_size", 64) == 256 and tool.widest(layers, "head_dim", 64) == 64
 
 
 # ------------------------------------------------------------------------------------------------ the choice
