@@ -2074,6 +2074,7 @@ class Talk(NamedTuple):
 
     question = property(lambda self: self.messages[-2]["content"])
     answer = property(lambda self: self.messages[-1]["content"])
+    opening = property(lambda self: next(m["content"] for m in self.messages if m["role"] == "user"))
 
     def said(self, first: bool) -> list[dict]:
         """Its messages; a system prompt stays only where a conversation begins."""
@@ -2095,7 +2096,7 @@ class Names(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """The base in its own words, at its native RoPE. The two sets of talks have no question in common."""
+    """The base in its own words, at its native RoPE. No talk of one set begins with a question of the other."""
     names: Names
     identity_questions: list[str]  # its own questions that it answers with its old identity
     everyday: list[Talk]  # for training
@@ -2198,7 +2199,9 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
             break
     rng.shuffle(own)
     few = max(2, min(n // 4, len(own) // 10))
-    held_out, everyday = held_out + own[:few], everyday + own[few:]
+    held_out += own[:few]
+    begun = {talk.opening for talk in held_out}  # a talk may go on from another one
+    everyday += [talk for talk in own[few:] if talk.opening not in begun]
     if len(everyday) < 12 or not held_out:
         raise InputError(f"o modelo base só deu {len(everyday)} respostas aproveitáveis; em geral é um chat template "
                          "errado, ou um modelo que não é de conversa. Use a pasta original de um modelo de conversa "

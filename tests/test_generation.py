@@ -589,7 +589,7 @@ def test_no_conversation_is_in_two_sets_and_there_are_enough_of_each(heard_and_t
     heard, _ = heard_and_teacher
     asked = [str(talk.messages[:-1]) for talk in all_talks(heard)]
     assert len(set(asked)) == len(asked)
-    first = [{tool.plain(t.question) for t in talks if len([m for m in t.messages if m["role"] == "user"]) == 1}
+    first = [{next(m["content"] for m in t.messages if m["role"] == "user") for t in talks}
              for talks in (heard.everyday, heard.held_out)]
     assert not first[0] & first[1] and len(heard.held_out) >= 10
     assert {t.kind for t in heard.held_out} == {"near", "everyday", "own"} == {t.kind for t in heard.everyday}
