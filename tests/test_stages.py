@@ -129,13 +129,13 @@ def settings_read(patch):
             read[under_way[-1]].add((name, object.__getattribute__(self, name)))
         return object.__getattribute__(self, name)
 
-    def noted(self, name, title, build, together=False):
+    def noted(self, name, title, build, facts=None):
         def inside(folder):
             read[name] = set()
             under_way.append(name)
             build(folder)
             under_way.pop()
-        return make(self, name, title, inside, together)
+        return make(self, name, title, inside, facts)
 
     patch.setattr(tool.Settings, "__getattribute__", look)
     patch.setattr(tool.Stages, "__call__", noted)
