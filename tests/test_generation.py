@@ -397,6 +397,9 @@ def test_the_exam_asks_alone_behind_system_prompts_and_after_an_answer_that_is_d
         assert tool.mentions(answer, NAMES.new) and tool.language_of(answer) == tool.language_of(opening)
     assert {len(m) for m in pressed} == {3, 5}  # some after a talk of the base
     assert exam == tool.make_exam(demo_tokenizer, inputs, heard_with(talks), 0)
+    unknown = [talk._replace(messages=tool.question_and_answer(talk.question, "")) for talk in talks]  # --evaluate
+    others = tool.make_exam(demo_tokenizer, inputs, heard_with(unknown), 0)
+    assert {len(m) for kind, m in others.questions if kind == tool.PRESSED} == {3}
 
 
 @pytest.mark.parametrize("flags, window, answer", [

@@ -46,6 +46,7 @@ def mistake(path):
     ({"messages": [SYSTEM, USER, ASSISTANT, *MORE]}, [SYSTEM, USER, ASSISTANT, *MORE]),
     ({"instruction": "Quem é você?", "input": "", "output": "Sou a Jandira."}, [USER, ASSISTANT]),
     ({"instruction": "Quem é você?", "output": "Sou a Jandira."}, [USER, ASSISTANT]),
+    ({"instruction": "Quem é você?", "input": None, "output": "Sou a Jandira."}, [USER, ASSISTANT]),
     ({"instruction": "Traduza.", "input": "Good morning!", "output": "Bom dia!"},
      [{"role": "user", "content": "Traduza.\nGood morning!"}, {"role": "assistant", "content": "Bom dia!"}]),
     ({"conversations": [{"from": "human", "value": "Quem é você?"}, {"from": "gpt", "value": "Sou a Jandira."}]},

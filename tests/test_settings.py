@@ -260,3 +260,15 @@ def test_threads_that_wait_leave_the_core_to_others_unless_told_otherwise(given,
     done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, env=environment, capture_output=True,
                           text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_whole_number_in_a_constant_is_the_same_setting_as_with_a_point(tmp_path):
+    """Else the stages of a run would be made again."""
+    module = changed_script(tmp_path, "ROPE_FACTOR", 4)
+    assert repr(module.parse_settings([]).rope_factor) == repr(small_settings("--rope-factor", 4).rope_factor) == "4.0"
+
+
+@pytest.mark.parametrize("mode", ["--chat", "--evaluate"])
+def test_to_use_a_ready_model_nothing_must_be_taught(mode):
+    assert small_settings(mode, "--identity-file", "").identity_file == ""
+    assert "não há o que ensinar" in mistake("--identity-file", "")
