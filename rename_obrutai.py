@@ -3666,9 +3666,9 @@ def check_job(settings: Settings) -> Job | None:
         show_material(tokenizer, material, lengths, settings)
     if settings.check and inputs.rows:
         renew_template(tokenizer, settings, find_names(tokenizer, settings, inputs).old)
-    # Of what is trained, all passes and two checkpoints (values, two moments); the healed base, and the result.
+    # Of what is trained, both passes and two checkpoints (values, two moments); the healed base, and the result.
     trained = weights if settings.method == "full" else adapter_size(config, settings.lora_rank)
-    disk = 4 * trained * (2 + bool(material) + 2 * 3) + 8 * weights + 10**7
+    disk = 4 * trained * (2 + 2 * 3) + 8 * weights + 10**7
     check_disk(disk, work_folder(settings))
     return Job(asked, settings, inputs, folder, weights, native, facts, plan, disk, key=key, material=material,
                learnt_tokens=sum(lengths))
