@@ -2438,8 +2438,12 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
             control.should_save = not SHARDED and not ended and (stop or due)
             control.should_training_stop |= stop or ended
 
+        def check_weights(self, state):
+            if broken_weight(chat.model):
+                raise failed(state.global_step, "os pesos deixaram de ser números")
+
         def on_save(self, args, state, control, **kwargs):
-            self.on_train_end(args, state, control)
+            self.check_weights(state)
             self.saved = time.monotonic()
             accelerate.PartialState().wait_for_everyone()
             if RANK:
@@ -2451,8 +2455,7 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
                 discard(old, "complete.json")
 
         def on_train_end(self, args, state, control, **kwargs):
-            if broken_weight(chat.model):
-                raise failed(state.global_step, "os pesos deixaram de ser números")
+            self.check_weights(state)
 
     return Keeper()
 
