@@ -3955,9 +3955,8 @@ def second_pass(taught: Path, lessons: list[Talk], job: Job, stages: Stages) -> 
         partial / "self_answers.json",
         collect_self_answers(load_chat(taught, settings, merge=settings.method == "lora"), lessons, job.heard,
                              job.teacher, settings)))
-    course = second_course(lessons, load_json(answered / "self_answers.json"), job)
-    return stages("5-pass-2", "Passo 2: firmar a identidade",
-                  lambda partial: together(run_course, taught, partial, course, job))
+    return stages("5-pass-2", "Passo 2: firmar a identidade", lambda partial: together(
+        run_course, taught, partial, second_course(lessons, load_json(answered / "self_answers.json"), job), job))
 
 
 # ---- A model that is ready --------------------------------------------------------------------------------
