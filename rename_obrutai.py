@@ -1188,8 +1188,8 @@ def without_html(text: str) -> str:
 def cleaned(text: str, only_ascii: bool) -> str:
     """Text without HTML, invisible characters, spaces in rows, and double encoding where it is certain."""
     shown = without_html(text)
-    tagged = any(tags.search(text) for tags in (UNSEEN, BLOCK, INLINE))
-    if not tagged and re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown):  # a page escaped as a whole
+    if re.search("</(?:p|div|b|i|li|ul|strong|span|a|h[1-6])>", shown) and not any(
+            tags.search(text) for tags in (UNSEEN, BLOCK, INLINE)):  # a page escaped as a whole
         shown = without_html(shown)
     shown = INVISIBLE.sub("", re.sub("\r\n?", "\n", ftfy.fix_encoding(shown)))
     if only_ascii:  # a sign that has no like becomes a space: "10±2" is not 102
