@@ -2066,9 +2066,9 @@ def ask(chat: Chat, questions: Sequence[str], label: str = "") -> list[Answer]:
 # ---- What the base writes before anything is trained ------------------------------------------------------
 
 class Talk(NamedTuple):
-    """A conversation ending with an answer: learnt by heart (a lesson) or as the base's distribution."""
+    """A conversation ending with an answer: learnt by heart (lessons, material) or as the base's distribution."""
     messages: list[dict]
-    kind: str  # "lesson"; "near" identity, "everyday", or "own" question of the base
+    kind: str  # "lesson" or "material"; "near" identity, "everyday", or "own" question of the base
     ids: list[int] = []  # of the base's answer as it wrote it, with the one that ended it unless it was cut
     row: int = -1  # row of the `Teacher` for the first of these ids, -1 without any
 
