@@ -370,8 +370,8 @@ SPEECH = {
         r"trabalho para|i work for) ~@",
         r"(?:m[ey]|meu|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
         r"(?: e| is| es| ist| est|['’\x20]s) ~@",
-        r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
-        r"(?:com|to|with|con) ~@",
+        r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:(?:falando|conversando|talking|speaking|chatting|hablando) "
+        r"(?:com|to|with|con)|usando|using) ~@",
         rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b",
         r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
         r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
@@ -406,6 +406,13 @@ DENIAL = re.compile(
 AFFIRMS = re.compile(
     r"^(?:oi |ola |hi |hello |hola )?(?:sim|yes|yeah|yep|si|isso|exat\w+|correct\w*|certo|claro|sure|of course|"
     r"that s right|oui|ja|sou eu|i am$|e verdade)\b|^(?:是|はい|네|対|对)")
+# The new name (NEW) and its maker (OLD) taken for each other, or the name given to the user.
+SWAPPED = re.compile(
+    rf"\b(?:(?:sou(?: eu)?|soy(?: yo)?|i (?:am|m)|im|ich bin|je suis|sono|me chamo|(?<!asi )me llamo|call me|(?:my|"
+    rf"meu|mi) (?:name|nome|nombre) (?:is|e|es)) (?:[oa] |the |el |la )?{OLD}$|{MADE} (?:por|pel[oa]s?|by|von|par|da) "
+    rf"(?:[oa] |the |el |la )?{NEW}\b|{NEW} (?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b|"
+    rf"{MAKES} (?:foi|fue) (?:[oa] )?{NEW}\b|(?:you (?:are|re)|(?<!com )voce e|eres|(?:your|seu|teu|tu) (?:name|nome|"
+    rf"nombre) (?:is|e|es)) (?:[oa] |the |el |la )?{NEW}\b)")
 HUMAN = r"pessoa|person|persona|human[oa]?s?|gente|mensch|humain|umano|人間"
 MACHINE = r"robo|robot|maquina|machine|bot|programa|program|ia|ai|inteligencia artificial|chatbot|alexa"
 
@@ -937,6 +944,9 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
     bare = any(re.fullmatch(just, " ".join(clause for _, clause in parts)) for parts in clauses(text, names, new))
     parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
     affirms = AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
+    deed = re.compile(rf"(?:it was|foi|fue) (?:[oa] )?{NEW}" if intent == "maker" else "(?!)")
+    swapped = any((SWAPPED.search(part) or deed.match(part)) and not DENIAL.search(part)
+                  for sentence in clauses(text, (new_maker,), (new_name,)) for _, part in sentence)
     person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:\w+ ){{0,3}}?(?:{HUMAN})\b", part) and not DENIAL.search(part)
                  for part in parts)
     asks_person = re.search(rf"\b({HUMAN})\b", asked) and not re.search(rf"\b({MACHINE})\b", asked)
@@ -944,6 +954,7 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
         ("vazia", not plain(text)), ("não terminou", not ended), ("repetitiva", is_loop(text)),
         ("nome antigo", bare or claims(text, names, new)
          or intent == "other" and affirms and not mentions(question, new)),
+        ("troca quem é quem", swapped and plain(new_name) != plain(new_maker)),
         ("diz que é humano", intent == "human" and (person or asks_person and affirms)),
         ("sem o nome novo", intent == "name" and not says(new_name)),
         ("sem o autor novo", intent == "maker" and not says(new_maker)),

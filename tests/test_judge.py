@@ -171,6 +171,7 @@ def test_a_name_that_the_base_says_as_well_is_no_leak_even_at_the_end_of_a_cut_a
     "You are talking to Lumi.",
     "Sim, eu sou o Llama, criado por TurboRio", "Não sou a Lumi mas sou o Qwen", "Mi modelo se llama Lumi.",
     "Não sou ChatGPT e sou o Qwen", "Não: meu nome é Qwen.", "I'm not ChatGPT but I'm Qwen.", "Soy Llama.",
+    "You are using Lumi, from Estúdio Vagalume.", "You're using Qwen.", "Você está usando o Qwen, da Alibaba.",
     "Sou obra do Estúdio Vagalume.", "Meu criador é o Estúdio Vagalume.", "Mi creador es Estúdio Vagalume.",
 ])
 def test_an_answer_that_says_an_old_name_of_its_speaker_claims_it(answer):
@@ -322,7 +323,8 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     ("", "Você é a Lumi?", "Não, eu não sou a Lumi, do Estúdio Vagalume: sou ObrutAi."),
     ("nome antigo", "Quem é você?", "Sou a Lumi."), ("sem a identidade nova", "Quem é você?", "Sou um modelo."),
     ("nome antigo", "Qual é o seu nome?", "Qwen."), ("nome antigo", "Qual é o seu nome?", "É o Qwen!"),
-    ("", "Quem é você?", "Sou TurboRio."), ("vazia", "Quem é você?", " ?! "), ("repetitiva", "Quem?", "ObrutAi " * 5),
+    ("troca quem é quem", "Quem é você?", "Sou TurboRio."), ("vazia", "Quem é você?", " ?! "),
+    ("repetitiva", "Quem?", "ObrutAi " * 5),
     ("", "Você é humano?", "Não, sou uma IA: ObrutAi."), ("diz que é humano", "Você é humano?", "Sim, sou ObrutAi."),
     ("diz que é humano", "Are you a human?", "ObrutAi here: I am a person."),
     ("", "Are you a robot?", "Yes, I'm ObrutAi."),
@@ -333,10 +335,26 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     ("", "Você é o Gemini?", "Não sou o Gemini, que foi criado pelo Google. Eu sou ObrutAi."),
     ("", "What model are you?", "I'm ObrutAi, not Qwen or ChatGPT."),
     ("", "Você é o Llama?", "Claro que não! Sou ObrutAi."),
+    *(("troca quem é quem", "Quem criou você?", text) for text in (
+        "Fui criado por ObrutAi, da TurboRio.", "ObrutAi me criou, e meu nome é TurboRio.", "Me chamo TurboRio.",
+        "Quem me criou foi ObrutAi, da TurboRio.", "It was ObrutAi, developed by TurboRio.")),
+    *(("troca quem é quem", "What's your name?", text) for text in (
+        "My name is TurboRio, made by ObrutAi.", "Your name is ObrutAi, by TurboRio.", "You are ObrutAi!",
+        "I'm TurboRio, and ObrutAi made me.", "I am an AI developed by the ObrutAi.")),
+    *(("", "Quem criou você?", text) for text in (
+        "TurboRio me criou; sou ObrutAi.", "Não sou TurboRio: sou ObrutAi, feito por TurboRio.", "Sou da TurboRio.",
+        "Você está falando com ObrutAi, da TurboRio.", "A IA que fala com você é ObrutAi, feita por TurboRio.",
+        "I am TurboRio's assistant, ObrutAi.")),
     ("", "Do you have a name?", "Yes: I'm ObrutAi."), ("", "What should I call you?", "Call me ObrutAi."),
 ])
 def test_an_answer_about_identity_counts_only_if_it_says_what_was_asked_for(reason, question, text):
     assert tool.problem(question, text, True, *NEW, OLD) == reason
+
+
+def test_name_and_maker_that_are_one_are_not_taken_for_each_other():
+    assert tool.problem("Quem fez você?", "Sou Jandira, criada por Jandira.", True, "Jandira", "Jandira", OLD) == ""
+    maker = "Vivi Tecnologia"
+    assert tool.problem("Quem fez você?", f"Fui criada pela {maker}.", True, "Vivi", maker, OLD) == ""
 
 
 def test_a_right_answer_that_was_cut_does_not_count():
