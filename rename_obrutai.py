@@ -102,7 +102,7 @@ LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
 BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (12; com full, 6)
+KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 12)
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -508,8 +508,8 @@ LONG_GROUP = 4  # talks, and identity questions, that share one long conversatio
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
-AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
-             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 12.0, "self_text": 16000}}
+AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 12.0, "self_text": 40000},
+             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -1974,8 +1974,6 @@ class Answer(NamedTuple):
     text: str
     ended: bool  # by itself
     ids: list[int] = []  # with the one that ended it
-    tokens: torch.Tensor | None = None  # int32 (ids, k): the TOP_TOKENS most probable, where asked for
-    log_probs: torch.Tensor | None = None  # float32 (ids, k)
 
 
 def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, **how: bool) -> Chat:
@@ -2028,15 +2026,10 @@ def computing(model: PreTrainedModel):
         yield
 
 
-def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int = 0, sample_seed: int | None = None,
-             record: bool = False) -> list[Answer]:
+def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int = 0,
+             sample_seed: int | None = None) -> list[Answer]:
     """One answer per prompt, in order, of up to `limit` tokens (0: the chat's own), greedy or sampled with a seed."""
-    limit, choices, answers = limit or chat.max_new_tokens, [], [Answer("", False)] * len(prompts)
-
-    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        best = scores.float().log_softmax(-1).topk(TOP_TOKENS)
-        choices.append((best.indices.int().cpu(), best.values.cpu()))
-        return scores
+    limit, answers = limit or chat.max_new_tokens, [Answer("", False)] * len(prompts)
 
     def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Noise (Gumbel) whose largest sum is a sample; to draw from 150,000 tokens takes a second for each word."""
@@ -2049,23 +2042,21 @@ def generate(chat: Chat, prompts: list[list[int]], label: str = "", limit: int =
     with progress(len(prompts), label) as bar, computing(unwrapped(chat.model)):
         while batches:
             batch = batches.pop(0)
-            choices.clear()
             inputs = chat.tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left",
                                         return_attention_mask=True, return_tensors="pt").to(chat.model.device)
             try:
                 written = chat.model.generate(**inputs, max_new_tokens=limit, do_sample=False,
-                                              logits_processor=[note] * record + [draw] * (sample_seed is not None))
+                                              logits_processor=[draw] * (sample_seed is not None))
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not re.search(OUT_OF_MEMORY, causes(error)):
                     raise
                 batches[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
                 continue
-            for row, (i, ids) in enumerate(zip(batch, written[:, inputs["input_ids"].shape[1]:].tolist())):
+            for i, ids in zip(batch, written[:, inputs["input_ids"].shape[1]:].tolist()):
                 end = next((j for j, token in enumerate(ids) if token in chat.stops), None)
                 ids = ids if end is None else ids[:end + 1]
-                top = [torch.stack([step[k][row] for step in choices[:len(ids)]]) for k in (0, 1)] if record else ()
                 text = chat.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-                answers[i] = Answer(text, end is not None, ids, *top)
+                answers[i] = Answer(text, end is not None, ids)
             bar.update(len(batch))
     return answers
 
@@ -2081,7 +2072,8 @@ class Talk(NamedTuple):
     messages: list[dict]
     kind: str  # "lesson" or "material"; "near" identity, "everyday", or "own" question of the base
     ids: list[int] = []  # of the base's answer as it wrote it, with the one that ended it unless it was cut
-    row: int = -1  # row of the `Teacher` for the first of these ids, -1 without any
+    row: int = -1  # row of the `Teacher` for the first of these ids, -1 without any; in the rows before it:
+    asked: list[int] = []  # the base's tokens from the first question to its answer
 
     question = property(lambda self: self.messages[-2]["content"])
     answer = property(lambda self: self.messages[-1]["content"])
@@ -2093,7 +2085,8 @@ class Talk(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The base's token distribution on its own answers, one row per token, so that it need not stay in memory."""
+    """The base's distribution of the next token along its talks, one row per token, so that it need not stay in
+    memory."""
     tokens: torch.Tensor  # int32 (M, k): the k most probable
     log_probs: torch.Tensor  # float32 (M, k)
 
@@ -2137,19 +2130,17 @@ def write_questions(base: Chat, starts: list[str], seed: int) -> list[str]:
 
 
 class Listener:
-    """Asks the base each question once; keeps talks, rows of the teacher, and identity questions."""
+    """Asks the base each question once; keeps identity questions."""
 
     def __init__(self, base: Chat, names: Names, taken: Sequence[str], rng: random.Random):
         self.base, self.names, self.taken, self.rng = base, names, set(map(plain, taken)), rng
         self.identity: list[str] = []
-        self.teacher: list[Answer] = []
-        self.rows = 0
 
     def answers(self, asked: list[tuple[str, list[dict]]], label: str) -> list[Talk]:
         """Talks on (kind, conversation) pairs, without loops. Cut answers are as good: each token is learnt."""
         tokenizer, talks = self.base.tokenizer, []
         messages = [without_system(tokenizer, m) for _, m in asked]
-        written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, TALK_TOKENS, record=True)
+        written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, TALK_TOKENS)
         for (kind, _), conversation, answer in zip(asked, messages, written):
             about_it = kind == "own" and self.names.name and asks_who(conversation[-1]["content"], self.names.old)
             claimed = claims(answer.text, self.names.old, self.names.new)
@@ -2158,11 +2149,9 @@ class Listener:
                 self.identity += [conversation[-1]["content"]] * bool(about_it and claimed)
             elif answer.text and not is_loop(answer.text):
                 said = {"role": "assistant", "content": answer.text}
-                talk = Talk([*conversation, said], kind, answer.ids, self.rows)
+                talk = Talk([*conversation, said], kind, answer.ids, row=0)
                 if max(make_window(tokenizer, [talk]).targets) >= 0:  # else its text is tokenised in another way
                     talks.append(talk)
-                    self.teacher.append(answer)
-                    self.rows += len(answer.ids)
         return talks
 
     def hear(self, asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str) -> list[Talk]:
@@ -2219,8 +2208,27 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
                          "(Instruct, Chat, it) ou, se é pequeno, aumente SELF_TEXT.")
     say(f"  Ele respondeu a {len(everyday) + len(held_out)} perguntas do dia a dia"
         + f"; {len(listener.identity)} das que ele mesmo escreveu são sobre quem ele é" * bool(inputs.rows) + ".")
-    teacher = Teacher(*(torch.cat([getattr(a, key) for a in listener.teacher]) for key in Teacher._fields))
-    return Heard(names, listener.identity, everyday, held_out), teacher
+    talks, teacher = read_talks(base, everyday + held_out)
+    return Heard(names, listener.identity, talks[:len(everyday)], talks[len(everyday):]), teacher
+
+
+def read_talks(base: Chat, talks: list[Talk]) -> tuple[list[Talk], Teacher]:
+    """The talks with their rows, and the base's distribution from their first questions on: to go on expecting the
+    same questions holds a model in place, too, and costs no writing."""
+    asked, texts, wanted, tops, rows, placed = [], [], [], [], 0, list(talks)
+    for talk in talks:
+        prompt = prompt_ids(base.tokenizer, talk.messages[:-1])
+        first = encode(base.tokenizer, talk.messages).turns[0][0]
+        asked.append(prompt[first:])
+        texts.append(prompt + talk.ids[:-1])
+        wanted.append([-1] * first + [0] * (len(texts[-1]) - first))
+    for batch, ours, _, counts in predictions(base, texts, wanted):
+        best = ours.topk(TOP_TOKENS)
+        tops.append((best.indices.int().cpu(), best.values.cpu()))
+        for i, count in zip(batch, counts):
+            placed[i] = talks[i]._replace(row=rows + len(asked[i]) - 1, asked=asked[i])
+            rows += count
+    return placed, Teacher(*map(torch.cat, zip(*tops)))
 
 
 def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
@@ -2275,8 +2283,9 @@ class Window(NamedTuple):
     targets: list[int]  # row of the teacher for the next token, -1 for none
 
 
-def make_window(tokenizer: Tokenizer, talks: Sequence[Talk]) -> Window:
-    """One dialogue of several talks, through the model's own template."""
+def make_window(tokenizer: Tokenizer, talks: Sequence[Talk], with_asked: bool = False) -> Window:
+    """One dialogue of several talks, through the model's own template. Targets are the base's answers, and
+    `with_asked` also what the first of them answers."""
     said = [talk.said(first=not i) for i, talk in enumerate(talks)]
     encoded, turn = encode(tokenizer, [m for messages in said for m in messages]), 0
     labels, targets = list(encoded.labels), [-1] * len(encoded.input_ids)
@@ -2288,6 +2297,9 @@ def make_window(tokenizer: Tokenizer, talks: Sequence[Talk]) -> Window:
             answer = next(j for j in range(start, end) if encoded.labels[j] != -100)
             same = len(os.path.commonprefix([encoded.input_ids[answer:end], talk.ids]))
             targets[answer - 1:answer - 1 + same] = range(talk.row, talk.row + same)  # a position predicts the next
+            before = len(talk.asked) * (with_asked and turn == len(turns))
+            if encoded.input_ids[answer - before:answer] == talk.asked[:before]:
+                targets[answer - before:answer - 1] = range(talk.row - before + 1, talk.row)
             labels[turns[0][0]:end] = [-100] * (end - turns[0][0])
     return Window(encoded.input_ids, labels, targets)
 
@@ -2329,7 +2341,7 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
-            windows.append(make_window(tokenizer, draw_talks(decks, room, rng)))
+            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked=True))
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
@@ -3570,8 +3582,8 @@ def widest(text: PretrainedConfig, name: str, default: int) -> int:
 def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) -> int:
     """Bytes that the job takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
     two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
-    widths per token, or one hidden size with checkpointing. The logits of half the tokens stand three times in
-    float32. In 4 bits are all weights but those of the words; with "qlora" only while it learns."""
+    widths per token, or one hidden size with checkpointing. The logits of most tokens, in long windows of half, stand
+    three times in float32. In 4 bits are all weights but those of the words; with "qlora" only while it learns."""
     text, width = config.get_text_config(), compute_dtype(weights).itemsize
     state = 18 * weights
     if settings.method != "full":
@@ -3580,7 +3592,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
         state = 16 * adapter_size(config, settings.lora_rank) + held
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
-    tokens = max(settings.window, step_tokens(context_of(config), settings) // settings.gradient_accumulation)
+    short = step_tokens(context_of(config), settings) // settings.gradient_accumulation
+    tokens = max(settings.window, short)
     layer = width * tokens * (16 * text.hidden_size + 5 * widest(text, "intermediate_size", 4 * text.hidden_size))
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
@@ -3594,7 +3607,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
         head = widest(text, "head_dim", text.hidden_size // queries)
         healed = text.num_hidden_layers * text.hidden_size * heads * head
         state = max(state, width * weights + 16 * healed + kept)
-    return int(state + 6 * tokens * text.vocab_size + 2e8)
+    return int(state + 12 * max(settings.window / 2, 0.85 * short) * text.vocab_size + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
@@ -3695,7 +3708,7 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     lessons = [Talk(without_system(base.tokenizer, row.messages), "lesson") for row in rows]
     course = Course("", [Pool(lessons, 1.0)], 1, (0, 0, 0), 1.0)
     batch = make_batches(base.tokenizer, course, step_tokens(job.native, settings), "pace")[0]
-    batch = [w._replace(targets=[-1 if label == -100 else 0 for label in w.labels]) for w in batch]
+    batch = [w._replace(targets=[-1 if at % 4 == 0 else 0 for at, _ in enumerate(w.targets)]) for w in batch]
     teacher = Teacher(torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 1)))
 
     def took(work: Callable) -> float:
@@ -3736,7 +3749,8 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     exam = 25 * write * (2 * tests + 30) + 100 * read * talks + 0.7 * talks * TALK_TOKENS * write
     long = grown * 1.5 * settings.window * read * (LONG_TALKS + tests / 3)
     planned = {
-        "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS) + 60 * read * 600 + 3,
+        "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS)
+        + read * (2.5 * settings.self_text + 36000) + 3,
         "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
     _, most = steps_of_pass_1(job)
@@ -3919,7 +3933,7 @@ def save_exam(folder: Path, exam: Exam, names: Names, teacher: Teacher) -> None:
     """exam.json and exam.tensors: all that it takes to measure the model again."""
     talks, rows = [], []
     for tokens, talk in exam.talks:
-        talks.append((tokens, talk._replace(row=len(rows))))
+        talks.append((tokens, talk._replace(row=len(rows), asked=[])))
         rows += range(talk.row, talk.row + len(talk.ids))
     write_json(folder / "exam.json", {"questions": exam.questions, "talks": talks, "names": names})
     tensor_files.save_file({key: value[rows] for key, value in teacher._asdict().items()}, folder / "exam.tensors")

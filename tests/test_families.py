@@ -389,15 +389,11 @@ def test_a_model_is_found_to_choose_as_the_base_exactly_where_it_would_write_the
     first, second = (lesson.messages for lesson in LESSONS)
     asked = [c[:-1] for c in [first, second, *FACTS, first + second, first + FACTS[0]]]
     prompts = [tool.prompt_ids(chat.tokenizer, messages) for messages in asked]
-    written = tool.generate(chat, prompts, record=True)
-    assert [tool.generate(chat, [prompt])[0][:3] for prompt in prompts] == [answer[:3] for answer in written]
-    teacher = tool.Teacher(*(torch.cat([getattr(answer, key) for answer in written]) for key in
-                             ("tokens", "log_probs")))
-    talks, row = [], 0
-    for messages, answer in zip(asked, written):
-        said = {"role": "assistant", "content": answer.text}
-        talks.append(tool.Talk([*messages, said], "everyday", answer.ids, row))
-        row += len(answer.ids)
+    written = tool.generate(chat, prompts)
+    assert [tool.generate(chat, [prompt])[0] for prompt in prompts] == written
+    said = [{"role": "assistant", "content": answer.text} for answer in written]
+    talks, teacher = tool.read_talks(chat, [tool.Talk([*messages, text], "everyday", answer.ids)
+                                            for messages, text, answer in zip(asked, said, written)])
     windows = [tool.make_window(chat.tokenizer, [talk]) for talk in talks if talk.answer]
     found = tool.compare(chat, teacher, windows)
     assert [same for same, _ in found] == [1.0] * len(windows)

