@@ -1029,7 +1029,7 @@ def test_the_step_that_is_measured_takes_no_more_memory_than_those_of_the_traini
     assert min(tool.measure_pace(chat, job)) > 0
     assert len(layers) == 2 * len(steps)
     assert max(shape.numel() for shape in steps) < tool.step_tokens(128, settings) / 2
-    assert max(heads) < 0.88 * steps[0].numel()  # the logits of all tokens would take more than is counted
+    assert max(heads) < 0.9 * steps[0].numel()  # the logits of all tokens would take more than is counted
 
 
 def test_a_training_with_an_adapter_needs_the_disk_for_the_result_and_hardly_more(free, tmp_path):
