@@ -3826,11 +3826,12 @@ def follow() -> int:
 def make_healed(job: Job, partial: Path) -> None:
     """The base with its template renewed and its RoPE scaled and healed, a whole model."""
     settings, log, grown = job.settings, [], job.settings.rope_factor != 1
-    native = rope_frequencies(load_weights(job.base, 1.0, dtype="auto")) if grown else {}
     chat = load_chat(job.base, settings, settings.rope_factor, merge=not grown)
     if job.heard.names.name:
         renew_template(chat.tokenizer, settings, job.heard.names.old)
     if grown:
+        with accelerate.init_empty_weights(include_buffers=False):  # only the frequencies are wanted
+            native = rope_frequencies(transformers.AutoModelForCausalLM.from_config(read_config(job.base)))
         log = heal(native, chat, job, partial)
     else:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
@@ -4109,8 +4110,8 @@ def run(settings: Settings) -> int:
     if not (job := check_job(settings)):
         return conclude(settings)
     gc.freeze()  # the libraries: to look through them takes a fifth of a second, at each change of models
-    planned = job.plan.get("seconds")
-    if settings.check or not planned:  # a run that goes on was planned when it began
+    planned = job.plan.get("seconds") if job.plan.get("planned") == job.key else None
+    if settings.check or not planned:  # a run that goes on as it began was planned then
         job, planned = as_it_fits(make_plan, job)
     if settings.check:
         say("Está tudo certo. Para começar, rode o mesmo comando sem --check.", verdict=True)
@@ -4126,7 +4127,7 @@ def carry_out(job: Job, planned: dict[str, float]) -> None:
 
     def begin(job: Job) -> None:
         chosen = {name: getattr(job.settings, name) for name in CHOSEN}
-        write_json(work / "plan.json", job.plan | {"seconds": planned, "settings": chosen})
+        write_json(work / "plan.json", job.plan | {"planned": job.key, "seconds": planned, "settings": chosen})
         run_stages(job, planned, work)
 
     work.mkdir(parents=True, exist_ok=True)

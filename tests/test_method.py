@@ -950,9 +950,13 @@ def test_another_method_or_window_or_a_start_all_over_is_chosen_for_anew(flags, 
     assert other.written["settings"]["method"] == "full" and other.measured == 1
 
 
-def test_settings_that_the_choice_does_not_hang_on_leave_it_as_it_was(planned):
+def test_settings_that_the_choice_does_not_hang_on_leave_it_as_it_was_and_are_planned_anew(planned):
     first = planned(TIGHT)
-    assert planned(PLENTY, "--steps-2", 1, "--target-leak", 0.5).written == first.written
+    again = planned(PLENTY, "--steps-2", 1)
+    assert [again.written[key] for key in ("key", "memory", "settings")] == [
+        first.written[key] for key in ("key", "memory", "settings")]
+    assert again.measured == 1 and again.seconds == again.written["seconds"]
+    assert planned(PLENTY, "--steps-2", 1).measured == 0
 
 
 @pytest.fixture
