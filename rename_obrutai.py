@@ -1822,7 +1822,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if tokenizer.eos_token is None:
         raise InputError("falta o token de fim: escreva eos_token no tokenizer_config.json da pasta do modelo.")
     if not tokenizer.chat_template:
-        say("  Este modelo não tem chat template: vou usar o ChatML.")
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
         tokenizer.chat_template = CHATML.replace("END", repr(end))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -3686,6 +3685,8 @@ def check_job(settings: Settings) -> Job | None:
     settings = replace(settings, model_path=str(folder))
     settings, plan = fit_to_machine(settings, config, weights, [facts, bool(material)])
     tokenizer = load_tokenizer(folder)
+    if CHATML.partition("END")[0] in tokenizer.chat_template:
+        say("  Este modelo não tem chat template: vou usar o ChatML.")
     check_rows(tokenizer, inputs.rows, settings)
     lengths: list[int] = []
     if material:

@@ -924,6 +924,15 @@ def test_a_context_that_would_be_healed_in_few_bits_is_refused_before_any_work_w
             assert "modelo menor" in done.err
 
 
+def test_of_a_base_without_a_chat_template_the_user_is_told_once(without_models, free, tmp_path):
+    free(100 * GB)
+    base = shutil.copytree(DEMO, tmp_path / "base")
+    for told in (False, True):
+        done = call("--model-path", base, "--output-dir", tmp_path / "novo", "--check")
+        assert done.status == 0 and done.out.count("ChatML") == told, done.err
+        (base / "chat_template.jinja").unlink(missing_ok=True)
+
+
 TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only an adapter, in parts and with checkpointing; and anything
 
 

@@ -181,11 +181,10 @@ def test_no_answer_learns_to_open_the_turn_of_the_user(tokenizer):
     assert "<|user|>" not in "".join(learnt_parts(tokenizer, tool.encode(tokenizer, [ASK, TELL, ASK2, TELL2])))
 
 
-def test_a_tokenizer_without_a_template_speaks_chatml_and_the_user_is_told(tmp_path, capsys):
+def test_a_tokenizer_without_a_template_speaks_chatml(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(DEMO / name, tmp_path)
     tokenizer = tool.load_tokenizer(str(tmp_path))
-    assert "ChatML" in capsys.readouterr().out
     text = tokenizer.decode(tool.encode(tokenizer, [SYSTEM, ASK, TELL]).input_ids)
     assert text == ("<|im_start|>system\nSeja breve.<|end|>\n<|im_start|>user\nQuem é você?<|end|>\n"
                     "<|im_start|>assistant\nSou a Jandira, de 1999!<|end|>\n")
