@@ -3582,31 +3582,35 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     """Bytes that the job takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
     two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
     widths per token, or one hidden size with checkpointing. The logits of most tokens, in long windows of half, stand
-    three times in float32. In 4 bits are all weights but those of the words; with "qlora" only while it learns."""
+    three times in float32, and those of SCORED_TOKENS twice where it is measured. Windows are as long as WINDOW for a
+    grown context or material; other talks are short. In 4 bits are all weights but those of the words; with "qlora"
+    only while it learns."""
     text, width = config.get_text_config(), compute_dtype(weights).itemsize
-    state = 18 * weights
+    state, measured = 18 * weights, 4 * weights
     if settings.method != "full":
         words = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", True) else 2)
-        held = width * weights if settings.method == "lora" else 0.52 * weights + (width - 0.52) * words
+        packed = 0.52 * weights + (width - 0.52) * words
+        measured = packed if settings.method == "qlora4" else width * weights
+        held = measured if settings.method == "lora" else packed
         state = 16 * adapter_size(config, settings.lora_rank) + held
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     short = step_tokens(context_of(config), settings) // settings.gradient_accumulation
-    tokens = max(settings.window, short)
+    longest = settings.window if settings.rope_factor != 1 or settings.knowledge_file else min(settings.window, 512)
+    tokens = max(longest, short)
     layer = width * tokens * (16 * text.hidden_size + 5 * widest(text, "intermediate_size", 4 * text.hidden_size))
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
         kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
     state += kept
-    if settings.method == "qlora":  # in 16 bits where it is measured
-        state = max(state, width * weights + layer)
     if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
         queries = widest(text, "num_attention_heads", 1)
         heads = queries + widest(text, "num_key_value_heads", queries)
         head = widest(text, "head_dim", text.hidden_size // queries)
         healed = text.num_hidden_layers * text.hidden_size * heads * head
         state = max(state, width * weights + 16 * healed + kept)
-    return int(state + 12 * max(settings.window / 2, 0.85 * short) * text.vocab_size + 2e8)
+    state += 12 * max(longest / 2, 0.85 * short) * text.vocab_size
+    return int(max(state, measured + 8 * SCORED_TOKENS * text.vocab_size) + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:

@@ -585,7 +585,7 @@ def shapes():
 
 def estimate(name="Gemma 3 1B", **values):
     config, weights = shapes()[name]
-    settings = changed(small_settings("--method", "lora", "--rope-factor", 1), **values)
+    settings = changed(small_settings("--method", "lora", "--rope-factor", 1, "--knowledge-file", "x.jsonl"), **values)
     return tool.estimate_memory(config, weights, settings)
 
 
@@ -621,6 +621,15 @@ def test_a_window_takes_what_it_takes_however_many_parts_a_step_has():
 
 
 @pytest.mark.parametrize("name", ["Gemma 3 1B", "Qwen 3 8B"])
+def test_window_takes_memory_only_where_there_are_windows_so_long(name):
+    """Identity and everyday talks are short."""
+    given = {"gradient_checkpointing": True, "gradient_accumulation": 8}
+    short = [estimate(name, knowledge_file="", window=window, **given) for window in (512, 2048, 65536)]
+    assert len(set(short)) == 1
+    assert short[0] < estimate(name, **given) < estimate(name, knowledge_file="", rope_factor=4.0, **given)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 1B", "Qwen 3 8B"])
 def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, free):
     free(10**12, gpu=True)
     _, weights = shapes()[name]
@@ -630,7 +639,7 @@ def test_checkpointing_and_an_adapter_and_four_bits_each_take_less(name, free):
     full, adapter, trained, four_bits = (estimate(name, method=method, gradient_checkpointing=True) for method in
                                          ("full", "lora", "qlora", "qlora4"))
     assert full > 16 * weights and adapter > 2 * weights and trained > 2 * weights and four_bits > 0.5 * weights
-    assert four_bits < trained < adapter < full / 2
+    assert four_bits <= trained < adapter < full / 2
     small, large = (estimate(name, lora_rank=rank, gradient_checkpointing=True) for rank in (8, 256))
     assert small < adapter < large
 
@@ -640,7 +649,7 @@ def test_with_few_bits_for_training_alone_the_model_in_16_bits_must_fit_and_with
     small = {"window": 256, "batch_size": 1, "gradient_checkpointing": True}
     _, weights = shapes()["Qwen 3 8B"]
     trained, four_bits = (estimate("Qwen 3 8B", method=method, **small) for method in ("qlora", "qlora4"))
-    assert 2 * weights < trained < 2.1 * weights and 0.7 * weights < four_bits < 1.1 * weights
+    assert 2 * weights < trained < 2.2 * weights and 0.7 * weights < four_bits < 1.1 * weights
     again = estimate("Qwen 3 8B", method="qlora", window=65536)  # where training takes more than the weights do
     assert again == estimate("Qwen 3 8B", method="qlora4", window=65536)
 
@@ -798,10 +807,10 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
 
 
 @pytest.mark.parametrize("name, memory, bitsandbytes, window, method", [
-    ("Gemma 3 1B", 8, False, 2048, "lora"), ("Llama 3.2 3B", 12, False, 2048, "lora"),
-    ("Llama 3.2 3B", 10, True, 2048, "qlora"), ("Llama 3.2 3B", 8, True, 2048, "qlora4"),
-    ("Llama 3.2 3B", 6, True, 1024, "qlora4"), ("Qwen 3 8B", 24, False, 2048, "lora"),
-    ("Qwen 3 8B", 22, True, 2048, "qlora"), ("Qwen 3 8B", 16, True, 2048, "qlora4")])
+    ("Gemma 3 1B", 6, False, 2048, "lora"), ("Llama 3.2 3B", 10, False, 2048, "lora"),
+    ("Llama 3.2 3B", 8.8, True, 2048, "qlora"), ("Llama 3.2 3B", 8, True, 2048, "qlora4"),
+    ("Llama 3.2 3B", 6, True, 2048, "qlora4"), ("Qwen 3 8B", 24, False, 2048, "lora"),
+    ("Qwen 3 8B", 20.4, True, 2048, "qlora"), ("Qwen 3 8B", 16, True, 2048, "qlora4")])
 def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, window, method, free):
     config, weights = shapes()[name]
     free(memory * GB, True, bitsandbytes)
