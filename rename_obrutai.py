@@ -2347,10 +2347,9 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
     return batches[:course.steps]
 
 
-def distillation_loss(ours: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+def distillation_loss(ours: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """KL(base || model) in nats, (N,), bounded from below: all but the base's k most probable tokens are one event.
-    `ours` (N, vocabulary) are the model's log-probabilities; `tokens` and `log_probs` (N, k) the base's."""
-    ours = ours.gather(-1, tokens)
+    `ours` and `log_probs` (N, k) are what the model and the base say of these k."""
     rest, our_rest = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (log_probs, ours))
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
@@ -2363,11 +2362,12 @@ def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher,
     targets, totals = inputs["targets"], inputs["totals"].clamp(min=1)
     needed = (labels != -100) | (targets >= 0)
     ours = logits_at(model, inner, needed, input_ids=inputs["input_ids"]).log_softmax(-1)
-    loss = torch.nn.functional.nll_loss(ours, labels[needed], ignore_index=-100, reduction="sum") / totals[0]
-    held = targets[needed] >= 0
-    rows = targets[needed][held].cpu()
-    tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
-    return loss + kl_weight * distillation_loss(ours[held], tokens.long(), log_probs).sum() / totals[1]
+    by_heart, rows = labels[needed], targets[needed]
+    tokens, log_probs = (t[rows.clamp(min=0).cpu()].to(ours.device) for t in teacher)
+    # One gather for both: the gradient of each is as large as all logits.
+    ours = ours.gather(-1, torch.cat([by_heart.clamp(min=0)[:, None], tokens], -1))
+    nats = distillation_loss(ours[:, 1:], log_probs)[rows >= 0]
+    return kl_weight * nats.sum() / totals[1] - ours[by_heart != -100, 0].sum() / totals[0]
 
 
 def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: float) -> float:
@@ -2695,8 +2695,9 @@ def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[f
     ids, targets = [w.input_ids for w in windows], [w.targets for w in windows]
     for batch, ours, rows, counts in predictions(chat, ids, targets):
         tokens, log_probs = (t[rows].to(ours.device) for t in teacher)
-        same = (ours.gather(-1, tokens[:, :1].long())[:, 0] >= ours.amax(-1)).float().cpu()  # bfloat16 has many ties
-        nats = distillation_loss(ours, tokens.long(), log_probs).cpu()
+        best, ours = ours.amax(-1), ours.gather(-1, tokens.long())
+        same = (ours[:, 0] >= best).float().cpu()  # bfloat16 has many ties
+        nats = distillation_loss(ours, log_probs).cpu()
         for i, kept, lost in zip(batch, same.split(counts), nats.split(counts)):
             if len(kept):
                 results[i] = kept.mean().item(), lost.mean().item()

@@ -37,7 +37,7 @@ def products(first, last):
 
 
 MATERIAL = tool.Material(products(0, 24), products(24, 28), products(28, 32), 32, {})
-EMPTY = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
+EMPTY = tool.Teacher(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1))
 
 
 def tokens_of(tokenizer, rows):

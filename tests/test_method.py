@@ -24,7 +24,7 @@ RANK = 4
 TEXT = torch.arange(3, 60)[None] % 50 + 10  # 57 tokens, none of them special
 LESSONS = [tool.Talk(tool.question_and_answer("Quem é você?", "Sou a Jandira, da Oficina Maré."), "lesson")]
 SUMS = [tool.Talk(tool.question_and_answer(f"Quanto é {i} mais {i}?", str(2 * i)), "lesson") for i in range(6)]
-NO_TEACHER = tool.Teacher(torch.zeros((0, 4), dtype=torch.int32), torch.zeros((0, 4)))
+NO_TEACHER = tool.Teacher(torch.zeros((1, 4), dtype=torch.int32), torch.zeros((1, 4)))
 FIND = importlib.util.find_spec
 GB = 10**9
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # as the script does

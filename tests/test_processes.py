@@ -105,7 +105,7 @@ def main(method):
     chat, later = (tool.load_chat(settings.model_path, settings, adapt=True, train=True) for _ in range(2))
     listener = tool.Listener(tool.load_chat(settings.model_path, settings), tool.Names("x", "y", ()), [], None)
     talks = listener.answers([("everyday", [{"role": "user", "content": "Oi!"}])], "")
-    teacher = tool.Teacher(listener.teacher[0].tokens, listener.teacher[0].log_probs)
+    talks, teacher = tool.read_talks(listener.base, talks)
     lesson = tool.Talk(tool.question_and_answer("Oi!", "Oi! Tudo bem?"), "lesson")
     pools = [tool.Pool([lesson], 1.0), tool.Pool(talks, 1.0)]
     batches = conftest.make_batches(chat.tokenizer, pools, [64], 4, 128, "s")

@@ -346,7 +346,7 @@ def tiny_training(tiny_folder, folder, *flags):
             module.attention_dropout = 0.3 if "--no-dropout" not in folder.name else 0.0
     pools = [tool.Pool(conversations(24), 0.5), tool.Pool(conversations(9, words=4), 0.5)]
     batches = conftest.make_batches(chat.tokenizer, pools, [24, 60], 7, 240, "s")
-    teacher = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
+    teacher = tool.Teacher(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1))
     conftest.train(chat, batches, teacher, 3e-3, settings, "passo de teste", folder)
     return {name: value.clone() for name, value in chat.model.state_dict().items()}
 

@@ -22,7 +22,7 @@ FACTS = [("Quanto é 2 mais 2?", "2 mais 2 é igual a 4."), ("Oi!", "Oi! Tudo be
 SAID = [tool.question_and_answer(q, a) for q, a in FACTS]
 SYSTEM = {"role": "system", "content": "Seja breve."}
 FULL = small_settings("--method", "full")
-EMPTY = tool.Teacher(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
+EMPTY = tool.Teacher(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1))
 
 
 def lesson(question, answer):
@@ -83,7 +83,7 @@ def top(logits, k):
 
 def divergence_from(logits, tokens, log_probs):
     """The mean over all positions."""
-    return tool.distillation_loss(logits.log_softmax(-1), tokens, log_probs).mean()
+    return tool.distillation_loss(logits.log_softmax(-1).gather(-1, tokens), log_probs).mean()
 
 
 def test_over_the_whole_vocabulary_the_loss_is_the_divergence():
