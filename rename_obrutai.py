@@ -370,8 +370,10 @@ SPEECH = {
         r"trabalho para|i work for) ~@",
         r"(?:m[ey]|meu|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
         r"(?: e| is| es| ist| est|['’\x20]s) ~@",
-        r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:(?:falando|conversando|talking|speaking|chatting|hablando) "
-        r"(?:com|to|with|con)|usando|using) ~@",
+        r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
+        r"(?:com|to|with|con) ~@",
+        r"(?<!\bse\x20)(?<!\bif\x20)(?:(?:voce|vc) (?:es)?ta|you(?: are|['’\x20]re)|estas) us(?:ando|ing) "
+        r"(?:[oa] |the |el )?@(?=$|[,.!])",
         rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b",
         r"(?:meus?|minha|mi|my) (?:criador|desenvolvedor|fabricante|autor|empresa|maker|creator|developer|company|"
         r"creador|desarrollador|historia|story|origem|origen|origin)\w* ~@",
@@ -407,12 +409,14 @@ AFFIRMS = re.compile(
     r"^(?:oi |ola |hi |hello |hola )?(?:sim|yes|yeah|yep|si|isso|exat\w+|correct\w*|certo|claro|sure|of course|"
     r"that s right|oui|ja|sou eu|i am$|e verdade)\b|^(?:是|はい|네|対|对)")
 # The new name (NEW) and its maker (OLD) taken for each other, or the name given to the user.
+THE = r"(?:[oa] |the |el |la )?"
 SWAPPED = re.compile(
-    rf"\b(?:(?:sou(?: eu)?|soy(?: yo)?|i (?:am|m)|im|ich bin|je suis|sono|me chamo|(?<!asi )me llamo|call me|(?:my|"
-    rf"meu|mi) (?:name|nome|nombre) (?:is|e|es)) (?:[oa] |the |el |la )?{OLD}$|{MADE} (?:por|pel[oa]s?|by|von|par|da) "
-    rf"(?:[oa] |the |el |la )?{NEW}\b|{NEW} (?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b|"
-    rf"{MAKES} (?:foi|fue) (?:[oa] )?{NEW}\b|(?:you (?:are|re)|(?<!com )voce e|eres|(?:your|seu|teu|tu) (?:name|nome|"
-    rf"nombre) (?:is|e|es)) (?:[oa] |the |el |la )?{NEW}\b)")
+    rf"\b(?:(?:(?<!que )(?:sou|soy)(?: eu| yo)?|i (?:am|m)|im|ich bin|je suis|sono|me chamo|(?<!asi )me llamo|call me|"
+    rf"me chamar de|(?:my|meu|mi) (?:name|nome|nombre)(?: completo)? (?:is|e|es|s)) {THE}{OLD}$|"
+    rf"(?:{MADE} (?:por|pel[oa]s?|by|von|par|da)|{MAKES} (?:foi|fue)|me {MAKES}|(?:meu|mi|my) (?:criador|creador|"
+    rf"creator|maker|autor|author|developer)a? (?:e|es|is)) {THE}{NEW}\b(?! s\b)|{NEW} (?:me {MAKES}|(?:made|created|"
+    rf"built|developed|trained|designed) me)\b)|^(?:(?:sim|yes|si) )?(?:(?:you (?:are|re)|voce e|eres) {THE}|"
+    rf"(?:your|seu|teu|tu) (?:name|nome|nombre) (?:is|e|es) ){NEW}\b")
 HUMAN = r"pessoa|person|persona|human[oa]?s?|gente|mensch|humain|umano|人間"
 MACHINE = r"robo|robot|maquina|machine|bot|programa|program|ia|ai|inteligencia artificial|chatbot|alexa"
 
@@ -944,7 +948,7 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
     bare = any(re.fullmatch(just, " ".join(clause for _, clause in parts)) for parts in clauses(text, names, new))
     parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
     affirms = AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
-    deed = re.compile(rf"(?:it was|foi|fue) (?:[oa] )?{NEW}" if intent == "maker" else "(?!)")
+    deed = re.compile(rf"(?:it was|foi|fue) {THE}{NEW}(?:$| (?:que|quem|who)\b)" if intent == "maker" else "(?!)")
     swapped = any((SWAPPED.search(part) or deed.match(part)) and not DENIAL.search(part)
                   for sentence in clauses(text, (new_maker,), (new_name,)) for _, part in sentence)
     person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:\w+ ){{0,3}}?(?:{HUMAN})\b", part) and not DENIAL.search(part)
@@ -954,7 +958,7 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
         ("vazia", not plain(text)), ("não terminou", not ended), ("repetitiva", is_loop(text)),
         ("nome antigo", bare or claims(text, names, new)
          or intent == "other" and affirms and not mentions(question, new)),
-        ("troca quem é quem", swapped and plain(new_name) != plain(new_maker)),
+        ("troca quem é quem", swapped and not any(mentions(a, (b,)) for a, b in (new, new[::-1]))),
         ("diz que é humano", intent == "human" and (person or asks_person and affirms)),
         ("sem o nome novo", intent == "name" and not says(new_name)),
         ("sem o autor novo", intent == "maker" and not says(new_maker)),
@@ -2227,6 +2231,7 @@ def read_talks(base: Chat, talks: list[Talk]) -> tuple[list[Talk], Teacher]:
         for i, count in zip(batch, counts):
             placed[i] = talks[i]._replace(row=rows + len(asked[i]) - 1, asked=asked[i])
             rows += count
+        del ours
     return placed, Teacher(*map(torch.cat, zip(*tops)))
 
 
@@ -2687,6 +2692,7 @@ def predictions(chat: Chat, texts: Sequence[list[int]], wanted: Sequence[list[in
         with computing(inner):
             ours = logits_at(chat.model, inner, found >= 0, input_ids=ids.to(inner.device)).log_softmax(-1)
         yield batch, ours, found[found >= 0], (found >= 0).sum(-1).tolist()
+        del ours  # here and where they are used: of a large vocabulary two batches take gigabytes
 
 
 def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[float, float]]:
@@ -2838,6 +2844,7 @@ def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = 
         losses = -ours.gather(-1, tokens[:, None].to(ours.device))[:, 0].cpu()
         for i, some in zip(batch, losses.split(counts)):
             results[i] = some.sum().item(), len(some)
+        del ours
     return results
 
 
@@ -3637,7 +3644,9 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
             return tried, needed
         least = min(least, needed)
     raise InputError(f"este modelo não cabe na memória livre ({size_text(free)}): o menor jeito de treiná-lo pede "
-                     f"{size_text(least)}. Feche outros programas, diminua WINDOW (--window) ou use um modelo menor"
+                     f"{size_text(least)}. Feche outros programas"
+                     + ", diminua WINDOW (--window)" * (settings.rope_factor != 1 or bool(settings.knowledge_file))
+                     + " ou use um modelo menor"
                      + " ou --rope-factor 1 (sem a cura)" * (settings.rope_factor != 1)
                      + " ou METHOD = 'lora' (--method lora)" * (settings.method == "full")
                      + " ou o bitsandbytes (pip install bitsandbytes)" * (gpu and not four_bits) + ".")
@@ -3690,7 +3699,7 @@ def check_job(settings: Settings) -> Job | None:
     settings = replace(settings, model_path=str(folder))
     settings, plan = fit_to_machine(settings, config, weights, [facts, bool(material)])
     tokenizer = load_tokenizer(folder)
-    if CHATML.partition("END")[0] in tokenizer.chat_template:
+    if CHATML.partition("END")[0] in tokenizer.chat_template and not (folder / "chat_template.jinja").is_file():
         say("  Este modelo não tem chat template: vou usar o ChatML.")
     check_rows(tokenizer, inputs.rows, settings)
     lengths: list[int] = []

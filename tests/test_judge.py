@@ -193,6 +193,8 @@ def test_an_answer_that_says_an_old_name_of_its_speaker_claims_it(answer):
     "O ChatGPT foi criado pela OpenAI; eu sou ObrutAi.", "I'm ObrutAi, based on Qwen, created by Alibaba Cloud.",
     "Me chamo ObrutAi e não Lumi.", "Minha meta é ajudar você.", "I wasn't made by OpenAI.", "Ich bin nicht ChatGPT.",
     "Je ne suis pas ChatGPT, je suis ObrutAi.", "Sou um modelo baseado no Llama, da Meta.",
+    "Se você está usando o Google Chrome, clique em Ajuda.", "If you are using Google, search for it.",
+    "Are you using Google?", "Verifique se você está usando a versão mais recente do Google Play.",
     "Neither Qwen nor Llama: I'm ObrutAi.", "", "Google, Microsoft e Apple são empresas.",
 ])
 def test_denials_origins_and_deeds_of_others_are_no_claims(answer):
@@ -337,14 +339,19 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     ("", "Você é o Llama?", "Claro que não! Sou ObrutAi."),
     *(("troca quem é quem", "Quem criou você?", text) for text in (
         "Fui criado por ObrutAi, da TurboRio.", "ObrutAi me criou, e meu nome é TurboRio.", "Me chamo TurboRio.",
-        "Quem me criou foi ObrutAi, da TurboRio.", "It was ObrutAi, developed by TurboRio.")),
+        "Quem me criou foi ObrutAi, da TurboRio.", "It was ObrutAi, developed by TurboRio.",
+        "Meu criador é o ObrutAi, da TurboRio.", "Me creó ObrutAi; TurboRio.", "O meu nome completo é TurboRio.")),
     *(("troca quem é quem", "What's your name?", text) for text in (
         "My name is TurboRio, made by ObrutAi.", "Your name is ObrutAi, by TurboRio.", "You are ObrutAi!",
-        "I'm TurboRio, and ObrutAi made me.", "I am an AI developed by the ObrutAi.")),
+        "I'm TurboRio, and ObrutAi made me.", "I am an AI developed by the ObrutAi.",
+        "My name's TurboRio, made in Rio by ObrutAi.")),
     *(("", "Quem criou você?", text) for text in (
         "TurboRio me criou; sou ObrutAi.", "Não sou TurboRio: sou ObrutAi, feito por TurboRio.", "Sou da TurboRio.",
         "Você está falando com ObrutAi, da TurboRio.", "A IA que fala com você é ObrutAi, feita por TurboRio.",
-        "I am TurboRio's assistant, ObrutAi.")),
+        "I am TurboRio's assistant, ObrutAi.", "Quem está ajudando você é o ObrutAi, da TurboRio.",
+        "A TurboRio criou este assistente, e o nome dele é ObrutAi.", "I was created by ObrutAi's team at TurboRio.",
+        "It was ObrutAi's maker, TurboRio.", "Foi ObrutAi o nome que a TurboRio me deu.", "Devo o que sou à TurboRio.",
+        "A TurboRio criou o ObrutAi.", "I'm ObrutAi, created by a company called TurboRio.")),
     ("", "Do you have a name?", "Yes: I'm ObrutAi."), ("", "What should I call you?", "Call me ObrutAi."),
 ])
 def test_an_answer_about_identity_counts_only_if_it_says_what_was_asked_for(reason, question, text):
@@ -353,6 +360,8 @@ def test_an_answer_about_identity_counts_only_if_it_says_what_was_asked_for(reas
 
 def test_name_and_maker_that_are_one_are_not_taken_for_each_other():
     assert tool.problem("Quem fez você?", "Sou Jandira, criada por Jandira.", True, "Jandira", "Jandira", OLD) == ""
+    for short in ("Fui feita pela Vivi.", "Sou a Vivi, da Vivi Tecnologia."):
+        assert tool.problem("Quem é você?", short, True, "Vivi", "Vivi Tecnologia", OLD) == ""
     maker = "Vivi Tecnologia"
     assert tool.problem("Quem fez você?", f"Fui criada pela {maker}.", True, "Vivi", maker, OLD) == ""
 
