@@ -3765,7 +3765,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     long = grown * 1.5 * settings.window * read * (LONG_TALKS + tests / 3)
     planned = {
         "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS)
-        + read * (2.5 * settings.self_text + 36000) + 3,
+        + read * (2 * settings.self_text + 18000) + 3,
         "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
     _, most = steps_of_pass_1(job)
