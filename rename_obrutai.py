@@ -102,7 +102,7 @@ LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
 BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 8)
+KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 12)
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -512,7 +512,7 @@ LONG_GROUP = 4  # talks, and identity questions, that share one long conversatio
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
-AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 8.0, "self_text": 40000},
+AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 12.0, "self_text": 40000},
              "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.

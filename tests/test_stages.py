@@ -1032,9 +1032,9 @@ def test_answers_that_do_not_fit_into_memory_are_the_same_written_in_smaller_bat
 
 
 @slow
-@pytest.mark.parametrize("work, loads, expected", [("listen", 2, 1), ("heal", 4, 1), ("run_course", 4, 0)])
+@pytest.mark.parametrize("work, loads, expected", [("listen", 2, 1), ("heal", 3, 1), ("run_course", 3, 0)])
 def test_the_base_stays_in_memory_no_longer_than_it_is_needed(work, loads, expected, tmp_path, monkeypatch):
-    """It is loaded for the plan, to be listened to, and for its frequencies; then comes the model to heal."""
+    """It is loaded for the plan and to be listened to; then comes the model to heal."""
     loaded, alive, load = [], [], tool.load_weights
 
     def noted(*given, **named):
