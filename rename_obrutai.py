@@ -102,7 +102,7 @@ LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
 BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 12)
+KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 6)
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -512,7 +512,7 @@ LONG_GROUP = 4  # talks, and identity questions, that share one long conversatio
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
-AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 12.0, "self_text": 40000},
+AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
              "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
@@ -2278,6 +2278,7 @@ class Course(NamedTuple):
     lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
     watched: list[Row] = []  # it ends when their loss stops falling,
     least: int = 0  # but not before so many steps
+    asked: bool = True  # the base's talks are held from their first question on: the demo has no room for that
 
 
 class Window(NamedTuple):
@@ -2345,7 +2346,7 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
-            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked=True))
+            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), course.asked))
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
@@ -2639,7 +2640,8 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     course = Course("cura", [Pool(job.heard.everyday, 1.0)], settings.heal_steps,
-                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window])
+                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window],
+                    asked=settings.method != "full")
     batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/heal")
     log = train(chat, batches, course, job.teacher, settings, folder / "training")
     kept = kept_share(chat, job, job.heard.held_out)
@@ -3066,7 +3068,7 @@ def first_course(lessons: list[Talk], job: Job) -> Course:
     pools += [Pool(talks_of(job.material), 0.5 * (1 - identity))] if job.material else []
     watched = job.material.watched if job.material and not settings.knowledge_steps else []
     return Course("passo 1", pools, most, (settings.learning_rate_1, *RATES_1), settings.kl_weight, watched=watched,
-                  least=least)
+                  least=least, asked=settings.method != "full")
 
 
 def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
@@ -3077,7 +3079,7 @@ def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
     pools = pools_of_pass_2(lessons, job.heard, collected)
     pools += [Pool(talks_of(job.material), REHEARSED)] if job.material else []
     return Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
-                  [0, 0, *long])
+                  [0, 0, *long], asked=settings.method != "full")
 
 
 def talks_of(material: Material) -> list[Talk]:
