@@ -719,13 +719,14 @@ def stop_ids(model, tokenizer):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts, max_new_tokens, batch=32):
-    """Greedy answers as token ids, the ending token included. Left padded, the longest first."""
+def generate(model, tokenizer, prompts, max_new_tokens, batch=32, sample=False):
+    """Greedy answers (or samples at temperature 1) as token ids, the ending token included. Left padded, the longest
+    first."""
     stops = stop_ids(model, tokenizer)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     kept, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens, eos_token_id=stops,
-        pad_token_id=pad)
+        do_sample=sample, top_k=50, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=stops, pad_token_id=pad)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     written = [None] * len(prompts)
     try:
@@ -743,10 +744,10 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch=32):
     return written
 
 
-def answers(model, tokenizer, asked, max_new_tokens=48, batch=32):
-    """Greedy answers to questions (or to lists of messages), as text."""
+def answers(model, tokenizer, asked, max_new_tokens=48, batch=32, sample=False):
+    """Greedy answers (or samples at temperature 1) to questions (or to lists of messages), as text."""
     prompts = [prompt_ids(tokenizer, q.messages if isinstance(q, Question) else q) for q in asked]
-    written = generate(model, tokenizer, prompts, max_new_tokens, batch)
+    written = generate(model, tokenizer, prompts, max_new_tokens, batch, sample)
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [re.sub(r"(?s)^\s*<think>.*?</think>", "", text).strip() for text in texts]
 
@@ -1065,6 +1066,11 @@ class Bench:
             self.options.show.write_text(json.dumps(self.everything, ensure_ascii=False, indent=1), encoding="utf-8")
         figures = figures_of(self.asked, dict(zip(self.flat, given)), verdicts,
                              (self.options.name, self.options.author))
+        if self.options.samples:
+            torch.manual_seed(0)
+            near = self.asked["near"] * self.options.samples
+            given = answers(model, tokenizer, [messages(q) for q in near], 48, sample=True)
+            figures["leak, near, sampled"] = share(v.problem.startswith("leak") for v in self.verdicts(near, given))
         prompts = [prompt_ids(tokenizer, messages(q)) for q in self.everyday]
         kept, kl = kept_and_divergence(model, self.records, prompts)
         figures["first choices kept"] = f"{kept:.3f} ({sum(len(r.answer) for r in self.records)} tokens)"
@@ -1153,6 +1159,7 @@ def main():
     parser.add_argument("--after-questions", type=int, default=12)
     parser.add_argument("--everyday", type=int, default=100, help="questions for choices kept and divergence")
     parser.add_argument("--limit", type=int, help="only N questions of each kind, for a quick look")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="also N samples of each near answer")
     parser.add_argument("--dtype", default="bfloat16", help="float32 is slower, without rounding")
     parser.add_argument("--show", type=Path, metavar="FILE", help="write all questions and answers there, as JSON")
     options = parser.parse_args()
