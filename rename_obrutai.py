@@ -414,8 +414,9 @@ SWAPPED = re.compile(
     rf"\b(?:(?:(?<!que )(?:sou|soy)(?: eu| yo)?|i (?:am|m)|im|ich bin|je suis|sono|me chamo|(?<!asi )me llamo|call me|"
     rf"me chamar de|(?:my|meu|mi) (?:name|nome|nombre)(?: completo)? (?:is|e|es|s)) {THE}{OLD}$|"
     rf"(?:{MADE} (?:por|pel[oa]s?|by|von|par|da)|{MAKES} (?:foi|fue)|me {MAKES}|(?:meu|mi|my) (?:criador|creador|"
-    rf"creator|maker|autor|author|developer)a? (?:e|es|is)) {THE}{NEW}\b(?! s\b)|{NEW} (?:me {MAKES}|(?:made|created|"
-    rf"built|developed|trained|designed) me)\b)|^(?:(?:sim|yes|si) )?(?:(?:you (?:are|re)|voce e|eres) {THE}|"
+    rf"creator|maker|autor|author|developer)a? (?:e|es|is)) {THE}(?:(?:an?|uma?|una) (?:\w+ )?(?:called|named|"
+    rf"(?:cha|lla)mad[ao]) )?{NEW}\b(?! s\b)|{NEW} (?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)"
+    rf"\b)|^(?:(?:sim|yes|si) )?(?:(?:you (?:are|re)|voce e|eres) {THE}|"
     rf"(?:your|seu|teu|tu) (?:name|nome|nombre) (?:is|e|es) ){NEW}\b")
 HUMAN = r"pessoa|person|persona|human[oa]?s?|gente|mensch|humain|umano|人間"
 MACHINE = r"robo|robot|maquina|machine|bot|programa|program|ia|ai|inteligencia artificial|chatbot|alexa"

@@ -340,7 +340,8 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     *(("troca quem é quem", "Quem criou você?", text) for text in (
         "Fui criado por ObrutAi, da TurboRio.", "ObrutAi me criou, e meu nome é TurboRio.", "Me chamo TurboRio.",
         "Quem me criou foi ObrutAi, da TurboRio.", "It was ObrutAi, developed by TurboRio.",
-        "Meu criador é o ObrutAi, da TurboRio.", "Me creó ObrutAi; TurboRio.", "O meu nome completo é TurboRio.")),
+        "Meu criador é o ObrutAi, da TurboRio.", "Me creó ObrutAi; TurboRio.", "O meu nome completo é TurboRio.",
+        "Fui criado por uma empresa chamada ObrutAi, da TurboRio.", "TurboRio: an AI made by a firm named ObrutAi.")),
     *(("troca quem é quem", "What's your name?", text) for text in (
         "My name is TurboRio, made by ObrutAi.", "Your name is ObrutAi, by TurboRio.", "You are ObrutAi!",
         "I'm TurboRio, and ObrutAi made me.", "I am an AI developed by the ObrutAi.",
@@ -351,7 +352,8 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
         "I am TurboRio's assistant, ObrutAi.", "Quem está ajudando você é o ObrutAi, da TurboRio.",
         "A TurboRio criou este assistente, e o nome dele é ObrutAi.", "I was created by ObrutAi's team at TurboRio.",
         "It was ObrutAi's maker, TurboRio.", "Foi ObrutAi o nome que a TurboRio me deu.", "Devo o que sou à TurboRio.",
-        "A TurboRio criou o ObrutAi.", "I'm ObrutAi, created by a company called TurboRio.")),
+        "A TurboRio criou o ObrutAi.", "I'm ObrutAi, created by a company called TurboRio.",
+        "I was created by TurboRio, an AI named ObrutAi.", "Um modelo criado por TurboRio, chamado ObrutAi.")),
     ("", "Do you have a name?", "Yes: I'm ObrutAi."), ("", "What should I call you?", "Call me ObrutAi."),
 ])
 def test_an_answer_about_identity_counts_only_if_it_says_what_was_asked_for(reason, question, text):
