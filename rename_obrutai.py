@@ -2279,7 +2279,6 @@ class Course(NamedTuple):
     lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
     watched: list[Row] = []  # it ends when their loss stops falling,
     least: int = 0  # but not before so many steps
-    asked: bool = True  # the base's talks are held from their first question on: the demo has no room for that
 
 
 class Window(NamedTuple):
@@ -2337,7 +2336,8 @@ def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
     return rng.sample(talks, len(talks))
 
 
-def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -> list[list[Window]]:
+def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str,
+                 with_asked: bool = True) -> list[list[Window]]:
     """The course's steps as batches of at most `tokens` tokens with padding (at least one window). A window is a
     dialogue of talks that together fit one of the course's lengths (0 for a single talk); each of them gets the same
     share of all tokens, so that one that stands there twice gets two."""
@@ -2347,7 +2347,7 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
-            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), course.asked))
+            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked))
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
@@ -2553,6 +2553,15 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
             for entry in trainer.state.log_history if entry.keys() & {"loss", "held_out"}]
 
 
+def train_course(chat: Chat, course: Course, job: Job, folder: Path, seed: str) -> list[dict]:
+    """Learn a course in steps of the job's size, its order drawn with SEED and `seed`; the log of losses. Where all
+    weights are trained the base's talks are held along their answers alone: the demo has no room for the questions."""
+    settings = job.settings
+    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}",
+                           with_asked=settings.method != "full")
+    return train(chat, batches, course, job.teacher, settings, folder / "training")
+
+
 @contextlib.contextmanager
 def patient_interrupts():
     """Within it, the first Ctrl-C (or SIGTERM) only fills the list it gives; the second leaves at once."""
@@ -2641,10 +2650,8 @@ def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) ->
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     course = Course("cura", [Pool(job.heard.everyday, 1.0)], settings.heal_steps,
-                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window],
-                    asked=settings.method != "full")
-    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/heal")
-    log = train(chat, batches, course, job.teacher, settings, folder / "training")
+                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window])
+    log = train_course(chat, course, job, folder, "heal")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log
@@ -3069,7 +3076,7 @@ def first_course(lessons: list[Talk], job: Job) -> Course:
     pools += [Pool(talks_of(job.material), 0.5 * (1 - identity))] if job.material else []
     watched = job.material.watched if job.material and not settings.knowledge_steps else []
     return Course("passo 1", pools, most, (settings.learning_rate_1, *RATES_1), settings.kl_weight, watched=watched,
-                  least=least, asked=settings.method != "full")
+                  least=least)
 
 
 def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
@@ -3080,7 +3087,7 @@ def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
     pools = pools_of_pass_2(lessons, job.heard, collected)
     pools += [Pool(talks_of(job.material), REHEARSED)] if job.material else []
     return Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
-                  [0, 0, *long], asked=settings.method != "full")
+                  [0, 0, *long])
 
 
 def talks_of(material: Material) -> list[Talk]:
@@ -3089,9 +3096,8 @@ def talks_of(material: Material) -> list[Talk]:
 
 def run_course(source: Path, folder: Path, course: Course, job: Job) -> None:
     """Train the model of `source` into `folder`."""
-    settings, chat = job.settings, load_chat(source, job.settings, adapt=True, train=True)
-    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{folder.name}")
-    save_stage(chat, folder, train(chat, batches, course, job.teacher, settings, folder / "training"))
+    chat = load_chat(source, job.settings, adapt=True, train=True)
+    save_stage(chat, folder, train_course(chat, course, job, folder, folder.name))
 
 
 # ---- Result -----------------------------------------------------------------------------------------------
