@@ -97,7 +97,7 @@ HEAL_STEPS = 80  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
 STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
-STEPS_2 = 0  # etapas do passo 2; 0 = automático (40; com full, 250)
+STEPS_2 = 0  # etapas do passo 2; 0 = automático (40, ou 80 com material; com full, 250)
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
 BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
@@ -3674,7 +3674,9 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         settings = replace(settings, **plan["settings"])
     else:
         settings, plan["memory"] = choose_method(config, weights, settings)
-    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
+    automatic = dict(AUTOMATIC["full" if settings.method == "full" else "lora"])
+    if settings.method != "full" and settings.knowledge_file:
+        automatic["steps_2"] *= 2  # wins back some of what material costs; the demo leaked more with it
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
 

@@ -731,6 +731,17 @@ def test_a_model_that_was_taught_a_catalogue_is_measured_again_with_the_same_fig
         file.write_text(report, encoding="utf-8")
 
 
+@pytest.mark.parametrize("method, times", [("lora", 2), ("full", 1)])
+def test_beside_material_pass_2_of_lora_has_twice_the_steps_unless_the_user_says_how_many(method, times, tmp_path):
+    def steps(*flags):
+        return tool.check_job(tool.parse_settings(list(map(str, [
+            "--model-path", DEMO, "--output-dir", tmp_path / "novo", "--method", method, *flags])))).settings.steps_2
+
+    material = "--knowledge-file", CATALOGUE
+    assert steps(*material) == times * steps() > 0
+    assert steps(*material, "--steps-2", 7) == steps("--steps-2", 7) == 7
+
+
 @slow
 def test_identity_and_material_are_taught_together_and_both_are_told(tmp_path, monkeypatch, capsys):
     for name, count in {"NEAR": 24, "MOST_ASKED": 8, "LONG_TALKS": 4}.items():
