@@ -89,7 +89,7 @@ WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o context
 
 # Textos que o próprio modelo escreve
 NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
-SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático (16000; com full, 40000)
+SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático (16000; full, material: 40000)
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
@@ -3676,7 +3676,8 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         settings, plan["memory"] = choose_method(config, weights, settings)
     automatic = dict(AUTOMATIC["full" if settings.method == "full" else "lora"])
     if settings.method != "full" and settings.knowledge_file:
-        automatic["steps_2"] *= 2  # wins back some of what material costs; the demo leaked more with it
+        # Win back some of what material costs; the demo leaked more with the steps, and has the text.
+        automatic["steps_2"], automatic["self_text"] = 2 * automatic["steps_2"], AUTOMATIC["full"]["self_text"]
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
 

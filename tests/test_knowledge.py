@@ -731,15 +731,29 @@ def test_a_model_that_was_taught_a_catalogue_is_measured_again_with_the_same_fig
         file.write_text(report, encoding="utf-8")
 
 
+def settled(folder, *flags):
+    """What the settings of a job are, 0 and context worked out."""
+    return tool.check_job(tool.parse_settings(list(map(str, [
+        "--model-path", DEMO, "--output-dir", folder / "novo", *flags])))).settings
+
+
 @pytest.mark.parametrize("method, times", [("lora", 2), ("full", 1)])
 def test_beside_material_pass_2_of_lora_has_twice_the_steps_unless_the_user_says_how_many(method, times, tmp_path):
     def steps(*flags):
-        return tool.check_job(tool.parse_settings(list(map(str, [
-            "--model-path", DEMO, "--output-dir", tmp_path / "novo", "--method", method, *flags])))).settings.steps_2
+        return settled(tmp_path, "--method", method, *flags).steps_2
 
     material = "--knowledge-file", CATALOGUE
     assert steps(*material) == times * steps() > 0
     assert steps(*material, "--steps-2", 7) == steps("--steps-2", 7) == 7
+
+
+def test_beside_material_lora_has_more_text_of_the_base_unless_the_user_says_how_much(tmp_path):
+    def text(*flags):
+        return settled(tmp_path, "--method", "lora", *flags).self_text
+
+    material = "--knowledge-file", CATALOGUE
+    assert text(*material) > 2 * text() > 0
+    assert text(*material, "--self-text", 70) == text("--self-text", 70) == 70
 
 
 @slow
