@@ -514,7 +514,9 @@ SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a wh
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
 AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
-             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000}}
+             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
+             # What LoRA wins back some of what material costs with; the demo leaked more with the steps.
+             "lora with material": {"steps_2": 80, "self_text": 40000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -3674,10 +3676,9 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         settings = replace(settings, **plan["settings"])
     else:
         settings, plan["memory"] = choose_method(config, weights, settings)
-    automatic = dict(AUTOMATIC["full" if settings.method == "full" else "lora"])
+    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
     if settings.method != "full" and settings.knowledge_file:
-        # Win back some of what material costs; the demo leaked more with the steps, and has the text.
-        automatic["steps_2"], automatic["self_text"] = 2 * automatic["steps_2"], AUTOMATIC["full"]["self_text"]
+        automatic = automatic | AUTOMATIC["lora with material"]
     return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
 
 
