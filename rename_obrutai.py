@@ -93,8 +93,8 @@ SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = au
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
-HEAL_STEPS = 80  # etapas da cura depois de mexer no RoPE
-HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática, pelo tamanho do modelo
+HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (160; com full, 80)
+HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática
 STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = automático (40, ou 80 com material; com full, 250)
@@ -513,8 +513,8 @@ LONG_GROUP = 4  # talks, and identity questions, that share one long conversatio
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
-AUTOMATIC = {"full": {"steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
-             "lora": {"steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
+AUTOMATIC = {"full": {"heal_steps": 80, "steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
+             "lora": {"heal_steps": 160, "steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
              # What LoRA wins back some of what material costs with; the demo leaked more with the steps.
              "lora with material": {"steps_2": 80, "self_text": 40000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
@@ -588,7 +588,7 @@ MODES = {
 # The numbers and what they may be; those with a point may be fractions.
 RANGES = {
     "lora_rank": (1, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
-    "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (1, 10**9), "heal_learning_rate": (0.0, 1.0),
+    "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (0, 10**9), "heal_learning_rate": (0.0, 1.0),
     "steps_1": (0, 10**9), "learning_rate_1": (0.0, 1.0), "steps_2": (0, 10**9), "learning_rate_2": (0.0, 1.0),
     "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
@@ -2281,6 +2281,7 @@ class Course(NamedTuple):
     lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
     watched: list[Row] = []  # it ends when their loss stops falling,
     least: int = 0  # but not before so many steps
+    loss: Callable | None = None  # in place of `batch_loss`; its rates are then shares of a weight's own size
 
 
 class Window(NamedTuple):
@@ -2363,7 +2364,7 @@ def distillation_loss(ours: torch.Tensor, log_probs: torch.Tensor) -> torch.Tens
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
 
-def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, teacher: Teacher, inputs: dict[str, torch.Tensor],
+def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor], teacher: Teacher,
                kl_weight: float) -> torch.Tensor:
     """Scalar: cross-entropy on labels plus `kl_weight` times the divergence on targets, both sums divided by what an
     average step has of them (`totals`). `inputs` are those of `collate`."""
@@ -2387,34 +2388,40 @@ def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: flo
 
 
 def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
-    """Each batch in `parts` examples: lists of its windows, and what to divide the two sums of the loss by (`totals`:
-    labels and targets of an average step, the same for all steps, so that each token weighs the same)."""
+    """Each batch in `parts` examples: lists of its windows, and what to divide the sums of a loss by (`totals`:
+    labels, targets and tokens of an average step, the same for all steps, so that each token weighs the same)."""
     windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
-              sum(target >= 0 for w in windows for target in w.targets) / len(batches)]
+              sum(target >= 0 for w in windows for target in w.targets) / len(batches),
+              sum(len(w.input_ids) for w in windows) / len(batches)]
     idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # masked, for a part without windows
     return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields} | {"totals": totals}
             for batch in batches for part in range(parts)]
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """One example as tensors (windows, tokens)."""
-    fillers = {"input_ids": pad, "labels": -100, "targets": -1}
+    """One example as tensors (windows, tokens); targets tell padding from tokens that have none."""
+    fillers = {"input_ids": pad, "labels": -100, "targets": -2}
     return {**{key: stacked(examples[0][key], filler) for key, filler in fillers.items()},
             "totals": torch.tensor(examples[0]["totals"])}
 
 
-def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, kl_weight: float,
+def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, course: Course,
                  failed: Callable[[int, str], InputError]) -> trl.SFTTrainer:
     """TRL's trainer with the loss of this job; `failed` makes the error for a step whose loss explodes."""
-    inner = unwrapped(chat.model)
-    limit = 3 * (1 + kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
+    inner, optimizer = unwrapped(chat.model), None
+    limit = 3 * (1 + course.kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
+    measured = course.loss or functools.partial(batch_loss, teacher=teacher, kl_weight=course.kl_weight)
+    if course.loss:  # what makes Qwen's keys has biases a thousand times as large as its weights
+        optimizer = torch.optim.AdamW(
+            [{"params": [p], "lr": arguments.learning_rate * p.detach().square().mean().sqrt().item()}
+             for p in inner.parameters() if p.requires_grad], betas=(0.9, arguments.adam_beta2), weight_decay=0)
 
     class Trainer(trl.SFTTrainer):
         loss_is_scaled_for_ga = True  # the parts of a step are summed, not averaged
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = batch_loss(model, inner, teacher, inputs, kl_weight)
+            loss = measured(model, inner, inputs)
             if not loss <= limit:
                 raise failed(self.state.global_step + 1, f"a perda explodiu ({loss.item():g})")
             return PROCESSES * loss  # a part of a sum; but of several processes, gradients are averaged
@@ -2422,7 +2429,8 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     parts = PROCESSES * arguments.gradient_accumulation_steps
     trainer = Trainer(model=chat.model, args=arguments, processing_class=chat.tokenizer,
                       data_collator=functools.partial(collate, pad=chat.tokenizer.pad_token_id),
-                      train_dataset=datasets.Dataset.from_list(as_examples(batches, parts)))
+                      train_dataset=datasets.Dataset.from_list(as_examples(batches, parts)),
+                      optimizers=(optimizer, None))
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in chat.model.parameters():  # TRL has rounded the adapter over weights in 4 bits to bfloat16
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -2492,15 +2500,21 @@ def make_keeper(chat: Chat, course: Course, settings: Settings, folder: Path, ba
 
 
 @contextlib.contextmanager
-def short_attention(model: PreTrainedModel, windows: list[Window]):
-    """Plain attention for windows that are short: on a processor in bfloat16, flash attention takes 60 ms a layer for
-    17 windows of 85 tokens to Qwen, and plain products 13; from 512 tokens on it is the faster one."""
-    usual = model.config._attn_implementation
-    if (usual == "sdpa" and model.device.type == "cpu" and compute_dtype(model_size(model)) == torch.bfloat16
-            and max(len(w.input_ids) for w in windows) <= 256):
-        model.set_attn_implementation("eager")
+def short_attention(model: PreTrainedModel | PeftModel):
+    """Plain attention where windows have up to 256 tokens: on a processor in bfloat16, flash attention takes 60 ms a
+    layer for 17 windows of 85 tokens to Qwen, and plain products 13; from 512 tokens on it is the faster one."""
+    inner, hook = unwrapped(model), None
+
+    def suit(module, given, named):
+        inner.set_attn_implementation("eager" if named["input_ids"].shape[1] <= 256 else "sdpa")
+
+    if (inner.config._attn_implementation == "sdpa" and inner.device.type == "cpu"
+            and compute_dtype(model_size(model)) == torch.bfloat16):
+        hook = model.register_forward_pre_hook(suit, with_kwargs=True)
     yield
-    model.set_attn_implementation(usual)
+    if hook:
+        hook.remove()
+        inner.set_attn_implementation("sdpa")
 
 
 def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teacher, settings: Settings,
@@ -2526,14 +2540,14 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
         fp16=fast == torch.float16, optim="paged_adamw_8bit" if "qlora" in settings.method else "adamw_torch_fused")
-    trainer = make_trainer(chat, batches, teacher, arguments, course.kl_weight, failed)
+    trainer = make_trainer(chat, batches, teacher, arguments, course, failed)
     found = folder.glob("checkpoint-*/complete.json") if not SHARDED else ()  # the Trainer cannot go on with pieces
     done = from_first(max((int(path.parent.name[11:]) for path in found), default=0))
     if done:
         say(f"    continuando da etapa {done}, a última guardada")
     # On a card, autocast gives the adapter its inputs as it wants them; PEFT would copy each to float32 for nothing.
     with (patient_interrupts() as asked, progress(len(batches), course.label) as bar,
-          short_attention(unwrapped(chat.model), [w for batch in batches for w in batch]),
+          short_attention(chat.model),
           peft.helpers.disable_input_dtype_casting(chat.model, active=fast != torch.float32)):
         trainer.add_callback(make_keeper(chat, course, settings, folder, bar, asked, failed))
         began, memory = time.monotonic(), torch.cuda.is_available() and torch.cuda.memory_reserved()
@@ -2641,19 +2655,79 @@ def check_frequencies(before: dict[str, torch.Tensor], after: dict[str, torch.Te
         raise RuntimeError("the RoPE scaling did not reach the model's rotary frequencies")
 
 
-def heal(before: dict[str, torch.Tensor], chat: Chat, job: Job, folder: Path) -> list[dict]:
-    """Bring the RoPE-scaled model, whose base has the frequencies `before`, back to the base's behaviour, by learning
-    its distribution in windows up to WINDOW, through queries and keys alone: RoPE acts on them while facts live
-    elsewhere. The loss log."""
-    settings, short = job.settings, short_window(job.native, job.settings)
+def native_twin(model: PreTrainedModel, job: Job) -> PreTrainedModel:
+    """The base, not scaled: a second model of the same weights, of which only queries and keys are copies."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        twin = transformers.AutoModelForCausalLM.from_config(read_config(job.base))
+    twin.load_state_dict({name: weight.clone() if re.search(ATTENTION, name) else weight
+                          for name, weight in model.state_dict().items()}, assign=True)
+    return twin.to(model.device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def side_by_side(twin: PreTrainedModel, model: PreTrainedModel):
+    """Within it each attention of `model` that is trained is given what that of `twin` was given last. What both make
+    of it, by layer, is in the dict that it yields: (theirs, ours), the latter with a gradient."""
+    # Of a weight's name, what comes before the module that makes queries or keys.
+    layers = {re.split(rf"\.[^.]*(?:{ATTENTION})", name)[0] for name, p in model.named_parameters() if p.requires_grad}
+    given, theirs, made = {}, {}, {}
+
+    def first(output):
+        return output[0] if isinstance(output, tuple) else output
+
+    def listen(layer, module, inputs, named, output):
+        given[layer], theirs[layer] = inputs[0] if inputs else named["hidden_states"], first(output)
+
+    def feed(layer, module, inputs, named):
+        return ((given[layer], *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": given[layer]})
+
+    def keep(layer, module, inputs, output):
+        made[layer] = theirs[layer], first(output)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            base, scaled = twin.get_submodule(layer), model.get_submodule(layer)
+            for add, hook, more in ((base.register_forward_hook, listen, {"with_kwargs": True}),
+                                    (scaled.register_forward_pre_hook, feed, {"with_kwargs": True}),
+                                    (scaled.register_forward_hook, keep, {})):
+                hooks.callback(add(functools.partial(hook, layer), **more).remove)
+        yield made
+
+
+def attention_loss(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor],
+                   twin: PreTrainedModel, made: dict) -> torch.Tensor:
+    """Scalar: squared difference of what each attention and that of `twin` make of the same (`side_by_side`), as a
+    share of the latter's square, mean over the layers."""
+    real = inputs["targets"] > -2
+    with torch.no_grad():
+        logits_at(twin, twin, real & False, input_ids=inputs["input_ids"])
+    logits_at(model, inner, real & False, input_ids=inputs["input_ids"])
+    pairs = [(theirs[real].float(), ours[real].float()) for theirs, ours in made.values()]
+    lost = [(ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-9) for theirs, ours in pairs]
+    return torch.stack(lost).mean() * real.sum() / inputs["totals"][2]
+
+
+def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
+    """Bring the RoPE-scaled model back to the base's own behaviour, through queries and keys alone: RoPE acts on them
+    while facts live elsewhere. Each attention learns to make of the base's own input what the base's makes of it
+    (LoLCATs, arXiv 2410.10254): that says more of a token than the next word alone, and text is what is short. Where
+    the base cannot read a whole WINDOW, or under FSDP, whose pieces of weights take no optimizer of ours, the model
+    learns the base's distribution instead. The loss log."""
+    settings, pools, twin = job.settings, [Pool(job.heard.everyday, 1.0)], native_twin(chat.model, job)
+    before, lengths = rope_frequencies(twin), [short_window(job.native, settings)] * 3 + [settings.window]
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
     keep_frequencies(before, chat, job)
     for name, parameter in chat.model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    course = Course("cura", [Pool(job.heard.everyday, 1.0)], settings.heal_steps,
-                    (settings.heal_learning_rate, 6e-3, 0), 1.0, [short] * 3 + [settings.window])
-    log = train_course(chat, course, job, folder, "heal")
+    course = Course("cura", pools, settings.heal_steps, (settings.heal_learning_rate, 6e-3, 0), 1.0, lengths)
+    if SHARDED or job.native < settings.window:
+        log = train_course(chat, course, job, folder, "heal")
+    else:
+        with side_by_side(twin, chat.model) as made, short_attention(twin):
+            loss = functools.partial(attention_loss, twin=twin, made=made)
+            course = course._replace(rates=(settings.heal_learning_rate or 0.02, 0, 0), loss=loss)
+            log = train_course(chat, course, job, folder, "heal")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log
@@ -3621,15 +3695,16 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     kept = 1.5 * text.num_hidden_layers * layer
     if settings.gradient_checkpointing:
         kept = layer + text.num_hidden_layers * width * tokens * text.hidden_size
-    state += kept
+    state, spoken = state + kept, 12 * max(longest / 2, 0.85 * short) * text.vocab_size
     if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
         queries = widest(text, "num_attention_heads", 1)
         heads = queries + widest(text, "num_key_value_heads", queries)
         head = widest(text, "head_dim", text.hidden_size // queries)
         healed = text.num_hidden_layers * text.hidden_size * heads * head
-        state = max(state, width * weights + 16 * healed + kept)
-    state += 12 * max(longest / 2, 0.85 * short) * text.vocab_size
-    return int(max(state, measured + 8 * SCORED_TOKENS * text.vocab_size) + 2e8)
+        # Beside the base's own, and what both attentions of a layer are given and make of it; but without logits.
+        beside = width * (healed + 3 * text.num_hidden_layers * tokens * text.hidden_size)
+        state = max(state, width * weights + 16 * healed + kept + max(0, beside - spoken))
+    return int(max(state + spoken, measured + 8 * SCORED_TOKENS * text.vocab_size) + 2e8)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
@@ -3761,8 +3836,8 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     def step() -> None:
         with torch.autocast(inner.device.type, fast, enabled=fast != torch.float32), \
                 peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32), \
-                short_attention(inner, batch):
-            batch_loss(model, inner, teacher, inputs, 1.0).backward()
+                short_attention(model):
+            batch_loss(model, inner, inputs, teacher, 1.0).backward()
 
     return read, write, took(step) / inputs["input_ids"].numel()
 
@@ -3858,9 +3933,7 @@ def make_healed(job: Job, partial: Path) -> None:
     if job.heard.names.name:
         renew_template(chat.tokenizer, settings, job.heard.names.old)
     if grown:
-        with accelerate.init_empty_weights(include_buffers=False):  # only the frequencies are wanted
-            native = rope_frequencies(transformers.AutoModelForCausalLM.from_config(read_config(job.base)))
-        log = heal(native, chat, job, partial)
+        log = heal(chat, job, partial)
     else:
         say("  ROPE_FACTOR é 1: o contexto fica como está e não há o que curar.")
     chat.model.to(chat.model.get_input_embeddings().weight.dtype)  # healing has widened queries and keys

@@ -252,8 +252,7 @@ class Course:
         chat, folder = self.scaled(), self.folder / "healed"
         before, log = copied(chat.model), []
         if self.family.factor != 1:
-            log = tool.heal(tool.rope_frequencies(self.native.model), chat,
-                            job_with(*self.heard, self.settings, NATIVE), folder)
+            log = tool.heal(chat, job_with(*self.heard, changed(self.settings, window=NATIVE), NATIVE), folder)
         tool.save_stage(chat, folder, log)
         return folder, log, before, copied(chat.model)
 

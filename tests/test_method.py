@@ -308,7 +308,7 @@ def test_what_is_healed_is_the_whole_model_however_it_is_trained_later_and_only_
     settings = lora(folder, "--heal-steps", 3, "--window", 128, "--batch-size", 4)
     healed = tmp_path / "healed"
     healed.mkdir()
-    tool.make_healed(job_with(talks, teacher, settings, 64), healed)
+    tool.make_healed(job_with(talks, teacher, settings, 128), healed)
     with safe_open(healed / "model.safetensors", "pt") as after, safe_open(
             f"{folder}/model.safetensors", "pt") as base:
         assert set(after.keys()) == set(base.keys())
@@ -663,7 +663,7 @@ def test_queries_and_keys_that_are_healed_take_more_than_an_adapter_over_the_sam
         again, healed = (estimate(name, method=method, rope_factor=factor) for factor in (1, 4))
         assert healed > again and healed > 2 * weights + 16 * adamw
     small = estimate(name, method="lora", rope_factor=4, gradient_checkpointing=True, window=256, batch_size=1)
-    assert small == pytest.approx(2 * weights + 16 * adamw, rel=0.07)
+    assert small == pytest.approx(2 * weights + 18 * adamw, rel=0.07)
 
 
 def test_a_family_whose_heads_differ_by_layer_is_estimated_without_a_longer_context_which_it_cannot_have():

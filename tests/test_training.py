@@ -235,15 +235,15 @@ def test_the_parts_of_a_step_hold_its_windows_once_and_the_totals_of_a_step():
     two = tool.as_examples([WINDOWS], 2)
     assert two == [
         {"input_ids": [[5, 6, 7], [9, 10]], "labels": [[-100, 6, 7], [9, 10]], "targets": [[-1, -1, 3], [-1, -1]],
-         "totals": [3, 2]},  # the first token of a window is predicted by nothing
-        {"input_ids": [[8]], "labels": [[-100]], "targets": [[4]], "totals": [3, 2]}]
+         "totals": [3, 2, 6]},  # the first token of a window is predicted by nothing
+        {"input_ids": [[8]], "labels": [[-100]], "targets": [[4]], "totals": [3, 2, 6]}]
     (*_, idle) = tool.as_examples([WINDOWS], 4)
-    assert idle == {"input_ids": [[5, 6]], "labels": [[-100] * 2], "targets": [[-1] * 2], "totals": [3, 2]}
+    assert idle == {"input_ids": [[5, 6]], "labels": [[-100] * 2], "targets": [[-1] * 2], "totals": [3, 2, 6]}
 
 
 def test_all_steps_have_the_totals_of_an_average_one_so_that_each_token_weighs_the_same():
     examples = tool.as_examples([WINDOWS, WINDOWS[:1]], 2)
-    assert [example["totals"] for example in examples] == [[2.5, 1.5]] * 4
+    assert [example["totals"] for example in examples] == [[2.5, 1.5, 4.5]] * 4
 
 
 def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
@@ -251,7 +251,7 @@ def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
     assert {key: value.tolist() for key, value in tool.collate([example], pad=1).items()} == {
         "input_ids": [[5, 6, 7], [8, 1, 1], [9, 10, 1]],
         "labels": [[-100, 6, 7], [-100, -100, -100], [9, 10, -100]],
-        "targets": [[-1, -1, 3], [4, -1, -1], [-1, -1, -1]], "totals": [3, 2]}
+        "targets": [[-1, -1, 3], [4, -2, -2], [-1, -1, -2]], "totals": [3, 2, 6]}
 
 
 def tiny_chat(tiny_folder, *flags):
@@ -396,7 +396,7 @@ def few_steps(tmp_path):
         settings = small_settings("--method", "full", "--heal-steps", steps, "--window", 128, "--max-new-tokens", 24,
                                   "--batch-size", 4, *flags)
         job = job_of(*(talks or listened(base, SAID)), settings, native)
-        return tool.heal(tool.rope_frequencies(base.model), chat, job, tmp_path)
+        return tool.heal(chat, job._replace(base=tool.Path(base.model.config._name_or_path)), tmp_path)
 
     return call
 
@@ -440,6 +440,80 @@ def test_healing_brings_the_choices_of_the_base_back(demo_chat, facts, few_steps
     after, near = kept(chat, *facts)
     assert before < 0.7 and after > 0.9 and near < 0.2 * far
     assert "Depois da cura, ele escolhe" in capsys.readouterr().out
+
+
+def test_each_attention_learns_to_make_of_the_bases_own_input_what_the_bases_makes_of_it(demo_chat, facts, tmp_path):
+    """So that each has the whole base to go by, its loss is nothing for the base itself, and grows with one layer's
+    fault alone, whatever the layers before it have done to the text."""
+    chat, settings = tool.load_chat(str(DEMO), FULL), small_settings("--window", 128, "--batch-size", 4)
+    twin = tool.native_twin(chat.model, job_of(*facts, settings))
+    batch = batches_of(chat.tokenizer, [tool.Pool(facts[0], 1.0)], (64,), 1)[0]
+    inputs = tool.collate(tool.as_examples([batch], 1), 0)
+    shared = dict(twin.named_parameters())
+    for name, parameter in chat.model.named_parameters():
+        parameter.requires_grad_(bool(re.search("[qk]_proj", name)))
+        assert (parameter.data_ptr() == shared[name].data_ptr()) is not bool(re.search("[qk]_proj", name))
+    with tool.side_by_side(twin, chat.model) as made:
+        def lost(inputs=inputs):
+            return tool.attention_loss(chat.model, chat.model, inputs, twin, made)
+
+        assert lost().item() == 0 and len(made) == len(chat.model.model.layers) > 2
+        with torch.no_grad():
+            chat.model.model.layers[0].self_attn.q_proj.weight.mul_(-1)
+        first = lost()
+        first.backward()
+        moved = {name for name, p in chat.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert first.item() > 0.01 and {name.split(".")[2] for name in moved} == {"0"}
+        with torch.no_grad():
+            chat.model.model.layers[1].self_attn.k_proj.weight.mul_(-1)
+        both, apart = lost().item(), first.item()
+        assert both > apart * 1.01
+        wider = {key: functional.pad(inputs[key], (0, 9), value=filler)
+                 for key, filler in {"input_ids": 3, "labels": -100, "targets": -2}.items()}
+        assert lost(inputs | wider).item() == pytest.approx(both, rel=1e-4)  # what fills a window up does not count
+    ids = inputs["input_ids"]
+    assert not torch.allclose(chat.model(ids).logits, twin(ids).logits)  # outside, each has its own way again
+
+
+def test_healing_brings_each_attention_near_the_bases(demo_chat, few_steps):
+    log = few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 20, 128)
+    assert len(log) == 20 and log[-1]["loss"] < 0.6 * log[0]["loss"] < 0.6  # shares of what the base's make
+
+
+@pytest.mark.slow
+def test_a_healing_that_broke_off_ends_with_the_same_weights(
+        demo_chat, few_steps, tmp_path, monkeypatch, capsys):
+    calls, attention_loss = [], tool.attention_loss
+
+    def broken(*given, **named):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return attention_loss(*given, **named)
+
+    def healed():
+        chat = tool.load_chat(str(DEMO), FULL, 4.0)
+        few_steps(demo_chat, chat, 12, 128, None, "--checkpoint-minutes", 0)
+        return copied(chat.model)
+
+    whole = healed()
+    tool.shutil.rmtree(tmp_path / "training")
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "attention_loss", broken)
+        with pytest.raises(KeyboardInterrupt):
+            healed()
+    again = healed()
+    assert "continuando da etapa 5, " in capsys.readouterr().out
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+
+
+def test_a_base_that_cannot_read_a_window_teaches_only_what_comes_next(demo_chat, few_steps, monkeypatch):
+    courses = []
+    monkeypatch.setattr(tool, "train_course", lambda chat, course, *_: courses.append(course) or [])
+    for native in (64, 128):  # WINDOW is 128
+        few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, native)
+    assert [bool(course.loss) for course in courses] == [False, True]
+    assert [course.steps for course in courses] == [25, 25]
 
 
 @pytest.mark.slow
@@ -642,12 +716,17 @@ def test_the_second_pass_insists_on_what_the_model_gets_wrong():
     assert sum(pool.share for pool in pools) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("longest, inside", [(256, "eager"), (257, "sdpa")])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_only_short_windows_are_trained_with_plain_attention_and_the_model_is_left_as_it_was(
-        longest, inside, tiny_folder, monkeypatch):
+        method, tiny_folder, monkeypatch):
     monkeypatch.setattr(tool, "compute_dtype", lambda weights: torch.bfloat16)
-    model = tiny_chat(tiny_folder).model
-    windows = [tool.Window([1] * n, [-100] * n, [-1] * n) for n in (3, longest)]
-    with tool.short_attention(model, windows):
-        assert model.config._attn_implementation == inside
-    assert model.config._attn_implementation == "sdpa"
+    model = tool.load_chat(tiny_folder("llama"), small_settings("--method", method), adapt=True).model
+    seen = []
+    tool.unwrapped(model).model.layers[0].register_forward_pre_hook(
+        lambda module, given: seen.append(module.self_attn.config._attn_implementation))
+    with tool.short_attention(model):
+        for length in (257, 256, 3, 300):
+            model(input_ids=torch.ones((1, length), dtype=torch.long))
+    assert seen == ["sdpa", "eager", "eager", "sdpa"] and model.config._attn_implementation == "sdpa"
+    model(input_ids=torch.ones((1, 3), dtype=torch.long))
+    assert seen[-1] == "sdpa"
