@@ -93,7 +93,7 @@ SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = au
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
-HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (160; com full, 80)
+HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (200; com full, 80)
 HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática
 STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
@@ -514,7 +514,7 @@ SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a wh
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
 AUTOMATIC = {"full": {"heal_steps": 80, "steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
-             "lora": {"heal_steps": 160, "steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
+             "lora": {"heal_steps": 200, "steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
              # What LoRA wins back some of what material costs with; the demo leaked more with the steps.
              "lora with material": {"steps_2": 80, "self_text": 40000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
@@ -2709,10 +2709,11 @@ def attention_loss(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[
 
 def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's own behaviour, through queries and keys alone: RoPE acts on them
-    while facts live elsewhere. Each attention learns to make of the base's own input what the base's makes of it
-    (LoLCATs, arXiv 2410.10254): that says more of a token than the next word alone, and text is what is short. Where
-    the base cannot read a whole WINDOW, or under FSDP, whose pieces of weights take no optimizer of ours, the model
-    learns the base's distribution instead. The loss log."""
+    while facts live elsewhere. In four fifths of HEAL_STEPS each attention learns to make of the base's own input what
+    the base's makes of it (LoLCATs, arXiv 2410.10254): that says more of a token than the next word alone, and text is
+    what is short. In the others the whole learns the base's distribution, gently, which long conversations need. Where
+    the base cannot read a whole WINDOW, or under FSDP, whose pieces of weights take no optimizer of ours, there is
+    nothing else. The log of the latter."""
     settings, pools, twin = job.settings, [Pool(job.heard.everyday, 1.0)], native_twin(chat.model, job)
     before, lengths = rope_frequencies(twin), [short_window(job.native, settings)] * 3 + [settings.window]
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
@@ -2721,13 +2722,17 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     course = Course("cura", pools, settings.heal_steps, (settings.heal_learning_rate, 6e-3, 0), 1.0, lengths)
-    if SHARDED or job.native < settings.window:
-        log = train_course(chat, course, job, folder, "heal")
-    else:
-        with side_by_side(twin, chat.model) as made, short_attention(twin):
-            loss = functools.partial(attention_loss, twin=twin, made=made)
-            course = course._replace(rates=(settings.heal_learning_rate or 0.02, 0, 0), loss=loss)
-            log = train_course(chat, course, job, folder, "heal")
+    first = 0 if SHARDED or job.native < settings.window else settings.heal_steps * 4 // 5
+    if first:
+        rate = settings.heal_learning_rate or 0.02
+        if not from_first(any((folder / "training").glob("checkpoint-*/complete.json"))):  # of the others
+            with side_by_side(twin, chat.model) as made, short_attention(twin):
+                loss = functools.partial(attention_loss, twin=twin, made=made)
+                train_course(chat, course._replace(steps=first, rates=(rate, 0, 0), loss=loss), job,
+                             folder / "training", "attention")
+        loss = functools.partial(batch_loss, teacher=job.teacher, kl_weight=1.0)
+        course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), loss=loss)
+    log = train_course(chat, course, job, folder, "heal")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log

@@ -226,7 +226,7 @@ class Course:
     @cached_property
     def settings(self):
         flags = ("--lora-rank", 4, "--gradient-checkpointing", "--gradient-accumulation", 2) * (self.method == "lora")
-        return small_settings("--method", self.method, "--batch-size", 2, "--heal-steps", 2, "--window", 160,
+        return small_settings("--method", self.method, "--batch-size", 2, "--heal-steps", 12, "--window", 160,
                               "--max-new-tokens", 12, "--model-path", self.base, "--output-dir", self.folder / "novo",
                               "--rope-factor", self.family.factor, *flags)
 

@@ -305,7 +305,7 @@ def test_what_is_healed_is_the_whole_model_however_it_is_trained_later_and_only_
         name, base_of, talks_and_teacher, tmp_path):
     """An adapter goes over the healed weights, so that it holds the identity alone."""
     folder, (talks, teacher) = base_of(name), talks_and_teacher
-    settings = lora(folder, "--heal-steps", 3, "--window", 128, "--batch-size", 4)
+    settings = lora(folder, "--heal-steps", 15, "--window", 128, "--batch-size", 4)
     healed = tmp_path / "healed"
     healed.mkdir()
     tool.make_healed(job_with(talks, teacher, settings, 128), healed)
