@@ -94,7 +94,7 @@ MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
 HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (200; com full, 80)
-HEAL_LEARNING_RATE = 0.0  # taxa de aprendizado da cura; 0 = automática
+HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (0,02 do tamanho de cada peso, se o base lê WINDOW)
 STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = automático (40, ou 80 com material; com full, 250)

@@ -442,7 +442,7 @@ def test_healing_brings_the_choices_of_the_base_back(demo_chat, facts, few_steps
     assert "Depois da cura, ele escolhe" in capsys.readouterr().out
 
 
-def test_each_attention_learns_to_make_of_the_bases_own_input_what_the_bases_makes_of_it(demo_chat, facts, tmp_path):
+def test_each_attention_learns_to_make_of_the_bases_own_input_what_the_bases_makes_of_it(demo_chat, facts):
     """So that each has the whole base to go by, its loss is nothing for the base itself, and grows with one layer's
     fault alone, whatever the layers before it have done to the text."""
     chat, settings = tool.load_chat(str(DEMO), FULL), small_settings("--window", 128, "--batch-size", 4)
@@ -475,18 +475,11 @@ def test_each_attention_learns_to_make_of_the_bases_own_input_what_the_bases_mak
     assert not torch.allclose(chat.model(ids).logits, twin(ids).logits)  # outside, each has its own way again
 
 
-def noted_trainings(monkeypatch):
-    """What the trainings of a healing log, each with its course; filled as they end."""
-    trained, train_course = [], tool.train_course
-    monkeypatch.setattr(tool, "train_course", lambda chat, course, *given: trained.append(
-        (course, train_course(chat, course, *given))) or trained[-1][1])
-    return trained
-
-
 def test_healing_brings_each_attention_near_the_bases_and_then_the_whole(demo_chat, few_steps, monkeypatch):
-    trained = noted_trainings(monkeypatch)
+    logs, train_course = [], tool.train_course
+    monkeypatch.setattr(tool, "train_course", lambda *given: logs.append(train_course(*given)) or logs[-1])
     few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, 128)
-    (_, near), (_, whole) = trained
+    near, whole = logs
     assert (len(near), len(whole)) == (20, 5)
     assert near[-1]["loss"] < 0.6 * near[0]["loss"] < 0.6  # shares of what the base's make
 
