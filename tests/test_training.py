@@ -497,15 +497,17 @@ def test_a_healing_that_broke_off_in_its_second_part_does_not_begin_the_first_ag
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part, done", [("attention_loss", 5), ("batch_loss", 2)])  # of 12 and 3 steps
 def test_a_healing_that_broke_off_ends_with_the_same_weights(
-        demo_chat, few_steps, tmp_path, monkeypatch, capsys):
-    calls, attention_loss = [], tool.attention_loss
+        part, done, demo_chat, few_steps, tmp_path, monkeypatch, capsys):
+    """In its second part, too, whose rates are shares of weights that the next run has not healed yet."""
+    calls, loss = [], getattr(tool, part)
 
     def broken(*given, **named):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == done + 1:
             raise KeyboardInterrupt
-        return attention_loss(*given, **named)
+        return loss(*given, **named)
 
     def healed():
         chat = tool.load_chat(str(DEMO), FULL, 4.0)
@@ -515,11 +517,11 @@ def test_a_healing_that_broke_off_ends_with_the_same_weights(
     whole = healed()
     tool.shutil.rmtree(tmp_path / "training")
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "attention_loss", broken)
+        patch.setattr(tool, part, broken)
         with pytest.raises(KeyboardInterrupt):
             healed()
     again = healed()
-    assert "continuando da etapa 5, " in capsys.readouterr().out
+    assert f"continuando da etapa {done}, " in capsys.readouterr().out
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
 
 
