@@ -2281,7 +2281,8 @@ class Course(NamedTuple):
     lengths: list[int] = [0]  # of its windows in tokens; 0 for one talk each
     watched: list[Row] = []  # it ends when their loss stops falling,
     least: int = 0  # but not before so many steps
-    loss: Callable | None = None  # in place of `batch_loss`; its rates are then shares of a weight's own size
+    loss: Callable | None = None  # in place of `batch_loss`
+    by_size: bool = False  # its rates are shares of each weight's own size
 
 
 class Window(NamedTuple):
@@ -2412,7 +2413,7 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     inner, optimizer = unwrapped(chat.model), None
     limit = 3 * (1 + course.kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
     measured = course.loss or functools.partial(batch_loss, teacher=teacher, kl_weight=course.kl_weight)
-    if course.loss:  # what makes Qwen's keys has biases a thousand times as large as its weights
+    if course.by_size:  # what makes Qwen's keys has biases a thousand times as large as its weights
         optimizer = torch.optim.AdamW(
             [{"params": [p], "lr": arguments.learning_rate * p.detach().square().mean().sqrt().item()}
              for p in inner.parameters() if p.requires_grad], betas=(0.9, arguments.adam_beta2), weight_decay=0)
@@ -2728,10 +2729,9 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
         if not from_first(any((folder / "training").glob("checkpoint-*/complete.json"))):  # of the others
             with side_by_side(twin, chat.model) as made, short_attention(twin):
                 loss = functools.partial(attention_loss, twin=twin, made=made)
-                train_course(chat, course._replace(steps=first, rates=(rate, 0, 0), loss=loss), job,
-                             folder / "training", "attention")
-        loss = functools.partial(batch_loss, teacher=job.teacher, kl_weight=1.0)
-        course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), loss=loss)
+                alike = course._replace(steps=first, rates=(rate, 0, 0), loss=loss, by_size=True)
+                train_course(chat, alike, job, folder / "training", "attention")
+        course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), by_size=True)
     log = train_course(chat, course, job, folder, "heal")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
