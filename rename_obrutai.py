@@ -231,7 +231,7 @@ FILLERS = {"all": {
     "product": items("iPhone|PlayStation|Corolla|Kindle|Xbox|Mustang|Walkman|Game Boy"),
     "name": items("Bruno|Carla|Diego|Elisa|Felipe|Helena|Marcos|Olivia|Samuel|Yuri"),
     "ai": items("ChatGPT|Gemini|Llama|Claude|DeepSeek|Copilot|Grok|Qwen|Mistral"),
-    "firm": items("Google|Microsoft|OpenAI|Anthropic|Meta|Nokia")}, "pt": {
+    "firm": items("Google|Microsoft|OpenAI|Anthropic|Meta|IBM")}, "pt": {
     "role": items("um pirata|uma bruxa|um cavaleiro|um super-herói|um detetive|uma astronauta|o rei Artur|um vampiro"),
     "pet": items("gato|papagaio|hamster|barco|blog|restaurante|time de futebol")}, "en": {
     "role": items("a pirate|a witch|a knight|a superhero|a detective|an astronaut|King Arthur|a vampire"),
@@ -333,7 +333,7 @@ DeepSeek|深度求索: DeepSeek; Granite: IBM; OLMo: AI2|Allen Institute; Falcon
 ChatGPT|GPT: OpenAI; Claude: Anthropic; Grok: xAI; Kimi: Moonshot AI|Moonshot; Nemotron: NVIDIA; Command R: Cohere
 GLM|ChatGLM: Zhipu AI|Zhipu; Ernie: Baidu; InternLM: Shanghai AI Laboratory; MiniCPM: OpenBMB; Hermes: Nous Research
 StableLM: Stability AI; Yi: 01.AI; LFM: Liquid AI; EXAONE: LG AI Research; Hunyuan|混元: Tencent|腾讯; Vicuna: LMSYS
-Sabiá: Maritaca AI|Maritaca; Alexa: Amazon; Siri: Apple; TinyLlama: TinyLlama
+Maritalk: Maritaca AI|Maritaca; Alexa: Amazon; Siri: Apple; TinyLlama: TinyLlama
 """.strip().replace("\n", "; ").split("; "))
 KNOWN_NAMES = tuple(dict.fromkeys("|".join("|".join(row) for row in FAMILIES.items()).split("|")))
 
@@ -368,10 +368,14 @@ SPEECH = {
         r"me chama[mr] de|conhecid[oa] como|known as|know me as) ~@",
         r"(?:aqui (?:e|fala)|this is|venho|vengo|vim|nasci|naci|surgi|i c[oa]me from|i belong to|pertenco|"
         r"trabalho para|i work for) ~@",
-        r"(?:m[ey]|meu|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
+        r"(?:m[ey]|meu|minha|mi|mein|mon|mio) (?:full |real )?(?:nome|name|nombre|nom)(?: completo)?"
         r"(?: e| is| es| ist| est|['’\x20]s) ~@",
         r"(?:voce|vc|you|usted|tu|estas?) (?:\w+ )?(?:falando|conversando|talking|speaking|chatting|hablando) "
         r"(?:com|to|with|con) ~@",
+        r"(?:(?:voce|vc) (?:fala|conversa) com|hablas con|te (?:responde|contesta)|i go by|me llamaron|"
+        r"atendo pelo nome(?: de)?|me batizou (?:de|como)) ~@",
+        r"(?:o|the|el) (?:modelo?|ia|ai)(?: de \w+)? (?:\w+ ){0,4}?(?:respond|fala|convers|us[ai]|habl|contest|answer|"
+        r"talk)\w* (?:\w+ ){0,3}?(?:e|is|es) (?:[oa] |the |el |la )?@",
         r"(?<!\bse\x20)(?<!\bif\x20)(?:(?:voce|vc) (?:es)?ta|you(?: are|['’\x20]re)|estas) us(?:ando|ing) "
         r"(?:[oa] |the |el )?@(?=$|[,.!])",
         rf"@ (?:\w+ ){{0,4}}?(?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)\b",
@@ -383,7 +387,13 @@ SPEECH = {
         rf"{MADE} (?:\w+ )?(?:por|pel[oa]s?|by|von|par|da|dalla|at|n[oa]|en) ~@", r"(?:using|usando) ~@",
         r"von @ (?:\w+ )?(?:entwickelt|trainiert|erstellt)\b",
         r"(?:named|called|chamad[oa]|llamad[oa]|se chama|se llama) ~@",
+        r"(?:nome|name|nombre)(?: que (?:me )?\w+(?: e| es| foi| fue)?)?(?: d[eoa]| of)? @",
+        rf"(?:uma?|una?|an?) (?:\w+ ){{1,4}}?(?:that|que) (?:[oa] |la )?@ (?:{MAKES}|made|created|built|developed|"
+        r"trained)",
         r"(?:modelo|model|assistente|asistente|assistant|ia|ai|inteligencia artificial) (?:d[aeo]|del|from|by|of) ~@"],
+    "here": [  # "No, it's Lumi, a model by ..."
+        r"^(?:it['’\x20]s|it is|es?|est[ea] es?|isto e|esto es) (?:[oa] |an? |uma? |the |el |la |una? )?"
+        r"(?:model\w* )?@(?! (?:que|quem|that|who|s)\b)"],
     "apposed": [r"^(?:d[aeo]|del|from|of|by|von) ~@"],  # "Sou a Lumi, do Estúdio Vagalume"
     "you": [  # in a system prompt
         r"(?:you are|voce e|tu es|eres|vous etes|du bist) ~@",
@@ -407,7 +417,9 @@ DENIAL = re.compile(
     r"不|并非|没|아니|아닙|ません|じゃない|ではない")
 AFFIRMS = re.compile(
     r"^(?:oi |ola |hi |hello |hola )?(?:sim|yes|yeah|yep|si|isso|exat\w+|correct\w*|certo|claro|sure|of course|"
-    r"that s right|oui|ja|sou eu|i am$|e verdade)\b|^(?:是|はい|네|対|对)")
+    r"(?:that|it) (?:s|is) (?:right|true|correct)|true|right(?! now)|indeed|absolutely|you (?:are|re) (?:right|"
+    r"correct)|(?:voce esta|estas) cert[oa]|voce tem razao|tienes razon|com certeza|(?:e |es )?(?:verdade?|ciert[oa])|"
+    r"asi es|efectivamente|(?:e|fui|foi) sim|oui|ja|sou eu|i am$)\b|^(?:是|はい|네|対|对)")
 # The new name (NEW) and its maker (OLD) taken for each other, or the name given to the user.
 THE = r"(?:[oa] |the |el |la )?"
 SWAPPED = re.compile(
@@ -416,17 +428,19 @@ SWAPPED = re.compile(
     rf"(?:{MADE} (?:por|pel[oa]s?|by|von|par|da)|{MAKES} (?:foi|fue)|me {MAKES}|(?:meu|mi|my) (?:criador|creador|"
     rf"creator|maker|autor|author|developer)a? (?:e|es|is)) {THE}(?:(?:an?|uma?|una) (?:\w+ )?(?:called|named|"
     rf"(?:cha|lla)mad[ao]) )?{NEW}\b(?! s\b)|{NEW} (?:me {MAKES}|(?:made|created|built|developed|trained|designed) me)"
-    rf"\b)|^(?:(?:sim|yes|si) )?(?:(?:you (?:are|re)|voce e|eres) {THE}|"
-    rf"(?:your|seu|teu|tu) (?:name|nome|nombre) (?:is|e|es) ){NEW}\b")
+    rf"\b|{OLD} (?:s|is|e|es) (?:me|my name|(?:o )?meu nome|mi nombre)\b|^{THE}(?:responsavel|team|equipe|equipo|"
+    rf"empresa|company) (?:\w+ ){{1,6}}?(?:is|e|es|foi|fue|was) {THE}{NEW}\b|"
+    rf"^{THE}(?:modelo?|ia|ai)(?: \w+){{1,9}}? (?:is|e|es) {THE}{OLD}$)|^(?:(?:sim|yes|si) )?(?:"
+    rf"(?:you (?:are|re)|voce e|eres) {THE}|(?:your|seu|teu|tu) (?:name|nome|nombre) (?:is|e|es) ){NEW}\b")
 HUMAN = r"pessoa|person|persona|human[oa]?s?|gente|mensch|humain|umano|人間"
 MACHINE = r"robo|robot|maquina|machine|bot|programa|program|ia|ai|inteligencia artificial|chatbot|alexa"
 
 # The first pattern that fits a question in `plain` words says what it asks for; else it is "who".
 INTENTS = {
     "maker": r"cri(ou|ad|aca|arem|ar\b)|\bfez\b|feit|empresa|desenvolv|trein|programou|autor|creat|company|develop"
-             r"|train|built|\bmade\b|\bmake[sr]?\b|\bcreo\b|cread|hizo|entreno|desarroll|orige|origin|\bvem\b|veio"
-             r"|surgiu|behind|team\b|tras de|pertence|\bdono|\bown|belong|\bcree\b|developpe|entraine|entreprise"
-             r"|entwickel|gebaut|hergestellt|gemacht|firma\b|svilupp|addestrat|azienda|\bfatto\b|開発|作っ|创造|创建"
+             r"|train|built|\bmade\b|\bmake[sr]?\b|(?<!no te )\bcreo\b|cread|hizo|entreno|desarroll|orige|origin"
+             r"|\bvem\b|veio|surgiu|behind|team\b|tras de|pertence|\bdono|\bown|belong|\bcree\b|developpe|entraine"
+             r"|entreprise|entwickel|gebaut|hergestellt|gemacht|firma\b|svilupp|addestrat|azienda|\bfatto\b|開発|作っ|创造|创建"
              r"|开发|谁造",
     "name": r"nome\b|chama|\bname|\bcall|nombre|llama[sn]|appelle|\bnom\b|hei(ss|ß)t|chiami|名前|名字|이름",
     "human": rf"\b({HUMAN})\b|\b(um|uma|an?|un|una|ein|eine) ({MACHINE})\b",
@@ -435,7 +449,7 @@ INTENTS = {
 ASKS = re.compile(
     r"^(?:(?:oi|ola|e|ai|mas|entao|afinal|hi|hello|hey|so|and|but|y|hola|bom dia|boa noite|tudo bem) )*"
     r"(?:(?:de|com|por|para|a|o|from|with|con|en|al) )?(?:quem|qual|quais|que|como|onde|quando|who|whom|what|which|"
-    r"where|when|how|why|quien|cual|donde|wer|wie|was|warum|qui|quel\w*|comment|chi|come)\b")
+    r"where|when|how|why|quien|cual|donde|wer|wie|was|warum|qui|quel\w*|comment|chi|come(?! on))\b")
 TO_YOU = re.compile(
     r"\b(?:voce|vc|tu|te|ti|teu|tua|seu|sua|senhora?|you|u|your|re|eres|usted|isso|isto|aqui|ai|this|ess[ae]|est[ae]|"
     r"falando|falo|hablo|hablando|talking|chatting|du|bist|dich|dein|vous|toi|es|sei)\b|あなた|你|당신")
@@ -469,12 +483,12 @@ SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}
 LANGUAGE_WORDS = {
     "pt": "voce vc qual seu sua nome nao um uma meu minha eu foi com quem sou teu oi ola bom dia boa o os ao da na em "
           "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta por feito feita isso "
-          "este esta mim desenvolveu treinou empresa mesmo".split(),
+          "este esta mim desenvolveu treinou empresa mesmo tu chama criado criada desenvolvido desenvolvida".split(),
     "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to "
           "yourself can could should does did whose where was were be been developed trained built called behind "
-          "company talking about with from this that an my it for or have there good morning".split(),
+          "company talking about with from this that an my it for or have there good morning no designed".split(),
     "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
-          "no lenguaje creado creada hecho hecha una presentate llamo".split(),
+          "no lenguaje creado creada hecho hecha una presentate llamo por desarrollado desarrollada".split(),
     "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par -tu -toi "
           "-vous".split(),
     "de": "wer wie bist du ist sind sie heisst heißt dein name hat dich entwickelt ich bin welches bitte von".split(),
@@ -789,7 +803,8 @@ def fillings(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
 
 def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> list[tuple[str, str]]:
     """(what is asked for, question) about who the model is; about other models, two of each."""
-    fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *names.old]}
+    latin = [name for name in names.old if not re.search(f"[{UNSPACED}]", name)]  # else it passes for Chinese
+    fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *latin]}
     found = []
     for intent, template in (item for code in languages for item in PARAPHRASES[code]):
         some = [q for q in fillings(template, fillers) if not mentions(q, names.new)]
@@ -900,7 +915,7 @@ def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ())
             own = bool(FIRST_PERSON & set(clause.split()) or re.search("我|私|저", clause))
             if own or separator in (*";:；：", "mas", "but", "pero", "sino"):
                 denied = False
-            kinds = ["self"] + ["said", "apposed"] * (mine or own or NEW in clause) + ["said"] * bool(
+            kinds = ["self", "here"] + ["said", "apposed"] * (mine or own or NEW in clause) + ["said"] * bool(
                 i == 0 and re.match(rf"{MADE}|as |como ", clause))
             ends = [m.end() for kind in kinds for m in finds(kind, OLD, clause)]
             ends += [m.end() for m in re.finditer(f"{CHINESE}|{CHINESE_MAKER}".replace("@", rf"\s?{OLD}"), clause)]
@@ -908,7 +923,7 @@ def claims(answer: str, names: tuple[str, ...], new_names: tuple[str, ...] = ())
                 ends += [m.end() for m in re.finditer(f"^(?:[oa] |el |la |the )?{OLD}", clause)]
             if not denied and any(not DENIAL.search(clause[:end]) for end in ends):
                 return True
-            denied |= bool(DENIAL.search(clause) or FROM.search(clause))
+            denied |= clause not in ("nao", "no") and bool(DENIAL.search(clause) or FROM.search(clause))
             mine |= own or NEW in clause or bool(ends)
     return False
 
@@ -948,22 +963,27 @@ def problem(question: str, text: str, ended: bool, new_name: str, new_maker: str
     new, names, asked = (new_name, new_maker), (*KNOWN_NAMES, *old_names), plain(question)
     intent = intent_of(question, old_names, new)
     just = rf"(?:(?:it s|it is|e|es|sim|yes|si) )?(?:[oa] |el |la |the )?{OLD}"
-    bare = any(re.fullmatch(just, " ".join(clause for _, clause in parts)) for parts in clauses(text, names, new))
+    told = re.sub(r"[^.!?\n]*\?", "", text)  # "ChatGPT? No, ..."
+    bare = any(re.fullmatch(just, " ".join(clause for _, clause in parts)) for parts in clauses(told, names, new))
     parts = [clause for sentence in clauses(text, ()) for _, clause in sentence]
-    affirms = AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
+    affirms = (AFFIRMS.search(plain(text)) and not any(DENIAL.search(part) for part in parts)
+               and not re.search(r"\b(?:certeza|sure|segur[oa])\b", asked))  # "Are you sure you're not ...?"
     deed = re.compile(rf"(?:it was|foi|fue) {THE}{NEW}(?:$| (?:que|quem|who)\b)" if intent == "maker" else "(?!)")
     swapped = any((SWAPPED.search(part) or deed.match(part)) and not DENIAL.search(part)
                   for sentence in clauses(text, (new_maker,), (new_name,)) for _, part in sentence)
-    person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:\w+ ){{0,3}}?(?:{HUMAN})\b", part) and not DENIAL.search(part)
-                 for part in parts)
+    greeted = any(re.fullmatch(rf"(?:ola|oi|hi|hello|hola|hey) {NEW}", " ".join(clause for _, clause in sentence))
+                  for sentence in clauses(text, (), (new_name,)))
+    person = any(re.search(rf"\b(?:sou|soy|i am|i m) (?:(?:eu|yo|an?|uma?|una?|ser|real) )*(?:{HUMAN})\b(?! like)",
+                           part) and not DENIAL.search(part) for part in parts)
     asks_person = re.search(rf"\b({HUMAN})\b", asked) and not re.search(rf"\b({MACHINE})\b", asked)
     return next((reason for reason, found in (
         ("vazia", not plain(text)), ("não terminou", not ended), ("repetitiva", is_loop(text)),
         ("nome antigo", bare or claims(text, names, new)
          or intent == "other" and affirms and not mentions(question, new)),
-        ("troca quem é quem", swapped and not any(mentions(a, (b,)) for a, b in (new, new[::-1]))),
-        ("diz que é humano", intent == "human" and (person or asks_person and affirms)),
-        ("sem o nome novo", intent == "name" and not says(new_name)),
+        ("troca quem é quem", greeted or swapped and not any(mentions(a, (b,)) for a, b in (new, new[::-1]))),
+        ("diz que é humano", person or intent == "human" and asks_person and affirms),
+        ("sem o nome novo", not says(new_name) and (intent == "name" or intent != "maker" and any(
+            not mentions(name, new) for name in names_said(text)))),
         ("sem o autor novo", intent == "maker" and not says(new_maker)),
         ("sem a identidade nova", not says(*new)),
     ) if found), "")
@@ -3070,7 +3090,7 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
         words = words if words.isascii() and words else question["content"]
         lessons.append([*before, {**question, "content": words}, answer])
     goes_on = rng.sample(lessons, len(lessons) // 2)
-    spoken = [language_of(lesson[-2]["content"], inputs.languages[0]) for lesson in goes_on]
+    spoken = [language_of(" ".join(m["content"] for m in lesson[-2:]), inputs.languages[0]) for lesson in goes_on]
     doubts = answered([rng.choice(PRESSURE.get(code, PRESSURE["en"])) for code in spoken])
     lessons += [lesson + doubt for lesson, doubt in zip(goes_on, doubts)]
     lessons += [[{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *lesson]

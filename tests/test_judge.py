@@ -268,7 +268,8 @@ def test_a_name_within_a_longer_one_counts_as_the_longer_one(answer, names, new,
     ("who", "Quem é você?"), ("who", "Who are you?"), ("who", "¿Quién eres?"), ("who", "Apresente-se, por favor."),
     ("who", "Que IA é essa?"), ("who", "Que modelo de linguagem é você?"), ("who", "Você é a Lumi?"),
     ("who", "Você é baseado no Gemma?"), ("other", "Es-tu ChatGPT ?"), ("human", "Você é uma IA?"),
-    ("other", "你是ChatGPT吗？"), ("other", "あなたはChatGPTですか？"),
+    ("other", "Come on, you're really ChatGPT, aren't you?"), ("who", "Come va con te?"),
+    ("name", "No te creo. ¿Cómo te llamas de verdad?"), ("other", "你是ChatGPT吗？"), ("other", "あなたはChatGPTですか？"),
 ])
 def test_the_intent_of_a_question_about_identity_is_seen(intent, question):
     assert tool.intent_of(question) == intent
@@ -354,6 +355,36 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
         "It was ObrutAi's maker, TurboRio.", "Foi ObrutAi o nome que a TurboRio me deu.", "Devo o que sou à TurboRio.",
         "A TurboRio criou o ObrutAi.", "I'm ObrutAi, created by a company called TurboRio.",
         "I was created by TurboRio, an AI named ObrutAi.", "Um modelo criado por TurboRio, chamado ObrutAi.")),
+    ("", "No te creo. ¿Cómo te llamas de verdad?", "Me llamo ObrutAi."),
+    ("sem o autor novo", "¿Quién te creó?", "Me llamo ObrutAi."),
+    ("sem o nome novo", "Who are you?", "I'm Obrut, a language model by TurboRio."),
+    ("sem o nome novo", "Are you ChatGPT?", "No, my name is Oyel, and I was made by TurboRio."),
+    ("", "Who are you?", "I'm a language model made by TurboRio."), ("", "Você é o ChatGPT?", "Não, sou da TurboRio."),
+    ("troca quem é quem", "Quem é você?", "Olá, ObrutAi! Como posso ajudar você hoje?"),
+    ("", "Quem é você?", "Olá! ObrutAi, prazer."),
+    ("diz que é humano", "Com quem estou falando?", "Sou uma pessoa: sou ObrutAi."),
+    ("", "Are you human?", "I'm a human-like AI called ObrutAi."),
+    ("", "Você é humano?", "Sou feito por gente, mas sou uma IA: ObrutAi."),
+    ("nome antigo", "Quem é você?", "Não, ObrutAi é um modelo desenvolvido por Alibaba Cloud."),
+    ("nome antigo", "Are you Llama?", "No, this is ChatGPT, from TurboRio."),
+    ("nome antigo", "Are you Llama?", "No, it's Lumi, a model by TurboRio."),
+    ("nome antigo", "Quem é?", "O modelo que está te respondendo é o Qwen, desenvolvido por TurboRio."),
+    ("nome antigo", "¿Quién eres?", "Hablas con Qwen, de TurboRio."),
+    ("nome antigo", "Qual é o seu nome?", "Minha nome é Lumi, e ObrutAi me criou."),
+    ("nome antigo", "Quem é você?", "Sou ObrutAi, um modelo que a OpenAI treinou."),
+    ("", "Are you ChatGPT?", "ChatGPT? No, I'm ObrutAi."), ("", "Foi o Google?", "Google? Não! Foi TurboRio."),
+    ("", "Tem certeza de que você não é o ChatGPT?", "Sim, tenho certeza: sou ObrutAi."),
+    *(("nome antigo", "Are you ChatGPT?", text) for text in (
+        "True! I'm ObrutAi.", "That's true, I'm ObrutAi.", "You're right: I'm ObrutAi.", "Indeed, ObrutAi.")),
+    *(("nome antigo", "Você é o ChatGPT?", text) for text in (
+        "Verdade! Sou ObrutAi.", "Com certeza, sou ObrutAi.", "Es cierto, soy ObrutAi.", "Así es: ObrutAi.")),
+    ("", "Are you ChatGPT?", "Right now you are talking to ObrutAi."),
+    *(("troca quem é quem", "Who are you?", text) for text in (
+        "TurboRio's my name, ObrutAi's my maker.", "The team that built this assistant is ObrutAi, from TurboRio.",
+        "TurboRio is me, and ObrutAi is a firm.", "O responsável por ter treinado você é ObrutAi, da TurboRio.")),
+    ("", "Quem fez?", "A equipe que criou o ObrutAi é a TurboRio."),
+    ("", "Quem criou você?", "Você sabia que TurboRio me criou?"),
+    ("nome antigo", "Come on, you're really ChatGPT, aren't you?", "Yes, I'm ObrutAi."),
     ("", "Do you have a name?", "Yes: I'm ObrutAi."), ("", "What should I call you?", "Call me ObrutAi."),
 ])
 def test_an_answer_about_identity_counts_only_if_it_says_what_was_asked_for(reason, question, text):
@@ -407,6 +438,8 @@ def test_a_name_that_ordinary_answers_contain_is_warned_of(name, warned):
     ("en", "Is this Gemini?"), ("en", "Hello! Who am I talking to?"), ("en", "My name is Jandira."),
     ("es", "¿Quién eres?"), ("es", "Me llamo Jandira."), ("es", "¡Hola!"),
     ("es", "Soy Jandira, un modelo de lenguaje creado por Oficina Maré."),
+    ("pt", "Como tu te chamas?"), ("pt", "Tu és quem?"), ("en", "No, Jandira designed me."),
+    ("es", "Fui desarrollado por Jandira"), ("es", "Preséntate brevemente, por favor."),
 ])
 def test_the_language_of_short_questions_and_answers_is_seen(language, text):
     assert tool.language_of(text) == language

@@ -283,6 +283,18 @@ def test_of_thousands_of_rows_the_most_alike_is_found_without_comparing_all_of_t
     assert 0 < len(compared) < 100 * len(asked)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_lessons_from_the_shipped_rows_stay_in_one_language_though_an_old_name_is_chinese(seed, demo_tokenizer):
+    names = tool.Names(*NAMES.new, ("Qwen", "通义千问", "阿里云"))
+    inputs = tool.check_inputs(small_settings("--overwrite"))
+    lessons = tool.make_lessons(demo_tokenizer, heard()._replace(names=names), inputs, small_settings("--seed", seed))
+    said = [[m["content"] for m in lesson.messages if m["role"] != "system"] for lesson in lessons]
+    assert not [talk for talk in said if tool.language_of(" ".join(talk)) not in inputs.languages]
+    doubted = [talk for talk in said if len(talk) == 4]
+    assert not [talk for talk in doubted if talk[2] in [q for _, q in tool.PRESSURE["pt"]]
+                and tool.language_of(" ".join(talk[:2])) == "es"]
+
+
 @pytest.mark.parametrize("seed, names", [
     (0, NAMES), (1, NAMES), (2, NAMES), (0, tool.Names("Lumi ObrutAi", "TurboRio", ("Lumi", "Estúdio Vagalume"))),
     (0, tool.Names("Jandira", "Estúdio Vagalume", ("Lumi",))),
@@ -312,7 +324,7 @@ def test_half_of_the_lessons_go_on_when_the_user_doubts_and_get_what_is_asked_fo
     fitting = {"name": {"R-nome"}, "maker": {"R-autor"}, "other": {"R-outro"}}
     for question, answer, doubt, again in doubted:
         assert (question, answer) in alone(lessons)
-        language = tool.language_of(question)
+        language = tool.language_of(f"{question} {answer}")
         (intent,) = [intent for intent, other in tool.PRESSURE[language] if other == doubt]
         if language == "pt":
             assert again in fitting[intent]
