@@ -560,10 +560,10 @@ class Lazy:
         return getattr(importlib.import_module(self.library), name)
 
 
-accelerate, bm25s, datasets, filelock, ftfy, huggingface_hub, jinja2, peft, psutil = map(
-    Lazy, ("accelerate", "bm25s", "datasets", "filelock", "ftfy", "huggingface_hub", "jinja2", "peft", "psutil"))
-chrf, safetensors, tensor_files, torch, tqdm, transformers, trl = map(
-    Lazy, ("sacrebleu.metrics.chrf", "safetensors", "safetensors.torch", "torch", "tqdm", "transformers", "trl"))
+LIBRARIES = ("accelerate bm25s datasets filelock ftfy huggingface_hub jinja2 peft psutil sacrebleu.metrics.chrf "
+             "safetensors safetensors.torch torch tqdm transformers trl").split()
+(accelerate, bm25s, datasets, filelock, ftfy, huggingface_hub, jinja2, peft, psutil, chrf, safetensors, tensor_files,
+ torch, tqdm, transformers, trl) = map(Lazy, LIBRARIES)
 
 # Under accelerate or torchrun every process runs this script; the first one does all, and the others train along.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -609,11 +609,15 @@ RANGES = {
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
     "knowledge_rows": (10, 10**7), "knowledge_steps": (0, 10**9),
 }
-TOP, CONSTANTS, *REST = re.split(r"(?m)^# -{4}.*$", Path(__file__).read_text(encoding="utf-8"))
+TOP, _, REST = Path(__file__).read_text(encoding="utf-8").partition("\n# " + 108 * "-" + "\n")
+CONSTANTS, _, REST = REST.partition("\n# ---- Words and questions ")
 # What the user reads of each setting: of a constant, its comment.
-ABOUT = {m[1].lower(): m[2] or "" for m in re.finditer(r"(?m)^([A-Z\d_]+) = .*?(?:  # (.+))?$", CONSTANTS)} | MODES
+ABOUT = {m[1].lower(): m[2] or "" for m in re.finditer(
+    r"(?m)^([A-Z\d_]+)\s*(?::[^=\n]*)?=.*?(?:  # (.+))?$", CONSTANTS)} | MODES
 DEFAULTS = {name: globals().get(name.upper(), False) for name in ABOUT}
 SWITCHES = {"overwrite", "knowledge_ascii", "gradient_checkpointing", *MODES}
+TEXTS = ("model_path output_dir identity_file knowledge_file knowledge_question knowledge_answer name author "
+         "base_name old_names method").split()
 KINDS = {name: bool if name in SWITCHES else type(RANGES.get(name, ("",))[0]) for name in ABOUT}
 # Every constant of the user, in small letters; paths are absolute, but for a `model_path` of the Hub.
 Settings = make_dataclass("Settings", KINDS.items(), frozen=True,
@@ -639,7 +643,7 @@ def read_flags(argv: list[str] | None) -> dict[str, str | bool]:
     except argparse.ArgumentError as error:
         flag = error.argument_name.split("/")[0]
         if "expected" in error.message:
-            raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag} VALOR.") from None
+            raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag}=VALOR.") from None
         raise InputError(f"a opção {flag} não leva valor: escreva só {flag} ou --no-{flag[2:]}.") from None
     if unknown and unknown[0].startswith("-"):
         near = get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)[0]
@@ -674,6 +678,8 @@ def read_value(name: str, given: object, is_flag: bool) -> object:
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """Flags over constants. Raises `InputError` for anything that is not a sound setting."""
+    if lost := [name.upper() for name in [*TEXTS, *RANGES, *SWITCHES] if name not in ABOUT]:
+        raise InputError(f"falta a constante {lost[0]} no começo do script: devolva a linha dela.")
     given = read_flags(argv)
     values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
     for name in ("output_dir", "identity_file", "knowledge_file", "model_path"):
@@ -1050,7 +1056,8 @@ def read_turns(record: object) -> list[tuple[str, object]]:
     if not spoken or spoken != (["user", "assistant"] * len(spoken))[:len(spoken)]:
         raise InputError(f'a ordem dos "role" {str(roles)[:200]} não serve: comece com user (antes, só um system) e '
                          "alterne com assistant")
-    return [(role, content) for role, (_, content) in zip(roles, pairs)]
+    turns = [(role, content) for role, (_, content) in zip(roles, pairs)]
+    return turns[roles[0] == "system" and not turns[0][1]:]
 
 
 def read_messages(record: object) -> list[dict]:
@@ -1071,12 +1078,12 @@ def read_messages(record: object) -> list[dict]:
 
 def fill(text: str, values: dict[str, str]) -> str:
     """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; other double braces, and names in other marks, are `InputError`s."""
-    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: values.get(match[1].upper(), match[0]), text)
-    word = "(?:name|nome|author|autora?|base)"
-    if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)", text):
+    word, known = "(?:name|nome|author|autora?|base)", rf"(?i)\{{\{{\s*({'|'.join(values)})\s*\}}\}}"
+    if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)",
+                         re.sub(known, "", text)):
         raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem {{{{NAME}}}}, "
                          "{{AUTHOR}}, {{BASE}}")
-    return text
+    return re.sub(known, lambda match: values[match[1].upper()], text)
 
 
 def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
@@ -1188,7 +1195,7 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
 # ---- Knowledge: the user's own material -------------------------------------------------------------------
 
 # An instruction written as text: what is asked, maybe with a text to work on, and the answer.
-TASK, GIVEN, REPLY = (rf"###\s*(?:{words})\s*:?" for words in (
+TASK, GIVEN, REPLY = (rf"###\s*(?:{words})s?\b\s*:?" for words in (
     "instruction|instru[cç][aã]o|question|pergunta|title|t[ií]tulo", "input|entrada|context|contexto",
     "response|resposta|output|sa[ií]da|answer|article|artigo"))
 INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
@@ -1218,6 +1225,7 @@ class Material(NamedTuple):
 def without_html(text: str) -> str:
     """Text without tags, and with the characters that HTML entities stand for; "&ltda;" is none, as "&lt" is without a
     semicolon."""
+    text = re.sub(r"(?i)(?<=\d)<sup>\s*(?=\d)", "^", text)  # 10^6 is not 106
     bare = INLINE.sub("", BLOCK.sub("\n", UNSEEN.sub(" ", text)))
     return re.sub(r"&(#\d+|#[xX][\da-fA-F]+|\w+);", lambda match: html.unescape(match[0]) if match[1][0] == "#" else
                   html.entities.html5.get(match[1] + ";", match[0]), bare)
@@ -1317,12 +1325,13 @@ def field_text(name: str, value: object) -> str:
 
 def material_turns(record: object, question: str, answer: str) -> list[tuple[str, str]] | str:
     """The (role, content) pairs of a row of the material, or why it is left out. Templates come first: any row that
-    has one of their fields is for them. `InputError` says what is wrong with the row."""
+    has one of their fields is for them, unless it is a conversation with a title. `InputError` says what is wrong."""
     if not isinstance(record, dict):
         return read_turns(record)  # it refuses the row, and says what one may be
     names = dict.fromkeys(FIELD.findall(question + answer))
     texts = record.keys() & {"text", "prompt", "completion", "instruction", "input", "output"}
-    if names.keys() & record.keys():
+    talk = record.keys() & {"messages", "conversations"} and not record.keys() & {*FIELD.findall(answer)}
+    if names.keys() & record.keys() and not talk:
         if missing := [name for name in names if name not in record and name not in ("title", "content")]:
             raise InputError(f'falta o campo "{missing[0]}", que está em KNOWLEDGE_QUESTION ou KNOWLEDGE_ANSWER')
         values = {name: field_text(name, record.get(name)) for name in names}
@@ -1502,7 +1511,7 @@ def check_base(base: Path) -> int:
     if not (base / "config.json").is_file():
         raise InputError(f"{base} não tem config.json, então não é a pasta de um modelo do transformers. {wanted}")
     config = read_json(base / "config.json")
-    for path in base.glob("*_config.json"):  # that users edit, and of which libraries do not say which one is broken
+    for path in base.glob("[!.]*_config.json"):  # that users edit; libraries do not say which one is broken
         read_json(path)
     kind = str((config.get("architectures") or ["ForCausalLM"])[0])
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
@@ -1529,7 +1538,9 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
     """Refuse an output that would damage something: the base, another folder of the user, an older result."""
     output, work = Path(settings.output_dir), work_folder(settings)
     parent = next((p for p in output.parents if p.exists()), output)  # none on a drive that there is not
-    result = (output / "report.json").is_file()
+    result = False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        result = {"scores", "settings"} <= load_json(output / "report.json").keys()
     problems = {
         f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela":
             any(within(path, base) or within(base, path) for path in (output, work)),
@@ -1538,7 +1549,8 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
             result and not settings.overwrite and not finished,
         f"a pasta {work} já existe e não é minha":
             work.exists() and not (work / WORK_NOTE).is_file() and (not work.is_dir() or any(work.iterdir())),
-        f"não posso escrever em {parent}": not parent.is_dir() or not os.access(parent, os.W_OK)}
+        f"não posso escrever em {parent}": not parent.is_dir() or not os.access(parent, os.W_OK),
+        f"não posso escrever em {work}": work.is_dir() and not os.access(work, os.W_OK)}
     for problem, found in problems.items():
         if found:
             raise InputError(f"{problem}. Escolha outra saída em OUTPUT_DIR (--output-dir).")
@@ -1581,7 +1593,7 @@ def job_facts(inputs: Inputs, base: Path) -> str:
     without its constants. Weights count by name, size and time."""
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns if p.suffix == ".safetensors" else
               hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(base.iterdir())
-             if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
+             if p.is_file() and p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")]
     rows = [row.messages for row in inputs.rows] or inputs.languages
     return digest([rows, inputs.values, inputs.test, TOP, REST, files])
 
@@ -1702,7 +1714,7 @@ def blaming(what: str):
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError) or re.search(OUT_OF_MEMORY, causes(error)):
+        if isinstance(error, InputError) or re.search(f"{OUT_OF_MEMORY}|{DISK_FULL}", causes(error)):
             raise
         if isinstance(error, PermissionError):
             raise InputError(f"não consegui abrir {error.filename or what}. Confira a permissão.") from error
@@ -1710,8 +1722,9 @@ def blaming(what: str):
         if package and isinstance(error, ImportError):
             raise InputError(f"{what}: para ler isto, falta um pacote: pip install {package[1]}.") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{what} está estragado ou incompleto: não dá para carregá-lo ({reason}). "
-                         "Baixe ou refaça o modelo.") from error
+        again = "Refaça as etapas: use --restart" if ".work" in what else "Baixe ou refaça o modelo"
+        text = f"{what} está estragado ou incompleto: não dá para carregá-lo ({reason}). {again}."
+        raise InputError(text) from error
 
 
 def read_config(folder: str | Path, rope_factor: float = 1.0) -> PretrainedConfig:
@@ -2264,8 +2277,9 @@ def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
 
 
 def read_heard(folder: Path) -> tuple[Heard, Teacher]:
-    names, questions, *talks = load_json(folder / "heard.json")
-    teacher = Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
+    with blaming(f"o que há em {folder}"):
+        names, questions, *talks = load_json(folder / "heard.json")
+        teacher = Teacher(**tensor_files.load_file(folder / "teacher.safetensors"))
     return Heard(read_names(names), questions, *([Talk(*talk) for talk in some] for some in talks)), teacher
 
 
@@ -3237,7 +3251,7 @@ def save_words(chat: Chat, folder: Path, base: Path) -> None:
     # llama.cpp's converter wants the first, which transformers no longer writes; the others belong to vision.
     for name in ("tokenizer.model", "preprocessor_config.json", "processor_config.json"):
         if (base / name).is_file():
-            shutil.copy2(base / name, folder)
+            shutil.copyfile(base / name, folder / name)  # its contents alone: the base may be read-only
     described = load_json(folder / "tokenizer_config.json")  # in the words of transformers 4, which 5 knows as well
     described["tokenizer_class"] = described["tokenizer_class"].replace("TokenizersBackend", "PreTrainedTokenizerFast")
     if isinstance(described.get("extra_special_tokens"), list):
@@ -3451,7 +3465,7 @@ def card_head(base: Path, rows: list[Row], taught: bool = True) -> huggingface_h
     licence = {key: facts.get(key) for key in ("license", "license_name", "license_link") if facts.get("license")}
     if origin and "://" not in (licence.get("license_link") or "://"):  # a file of the base's own page
         licence["license_link"] = f"https://huggingface.co/{origin}/blob/main/{licence['license_link']}"
-    spoken = [code for code, _ in Counter(language_of(row.question) for row in rows).most_common()]
+    spoken = [code for code, _ in Counter(language_of(row.question) for row in rows).most_common() if code]
     return huggingface_hub.ModelCardData(
         base_model=origin, language=spoken, **licence, library_name="transformers", pipeline_tag="text-generation",
         tags=["trl", "sft", *["identity"] * taught])
@@ -3606,7 +3620,7 @@ def show_scores(scores: dict[str, dict]) -> None:
 
 TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e STEPS_2",
         "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo, e aumente STEPS_2",
-        "retenção": "aumente SELF_TEXT, HEAL_STEPS ou KL_WEIGHT",
+        "retenção": "aumente SELF_TEXT ou KL_WEIGHT (e HEAL_STEPS, se o contexto cresceu)",
         "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro",
         "material": "a perda nas linhas guardadas não caiu; ponha mais linhas do mesmo tipo, ou mude KNOWLEDGE_STEPS",
         "material recitado": "ele recita o material em outros assuntos: diminua KNOWLEDGE_STEPS ou aumente SELF_TEXT"}
@@ -3791,7 +3805,7 @@ def check_job(settings: Settings) -> Job | None:
             inputs = inputs._replace(languages=languages_of([row.answer for row in material.rows[:1000]]))
         facts, report = job_facts(inputs, folder), Path(settings.output_dir) / "report.json"
         key = job_key(facts, material, settings)
-        finished = has_key(report, key) and not settings.restart
+        finished = has_key(report, key) and not settings.restart and weight_count(report.parent) > 0
         check_output(folder, settings, finished)
     say(f"Modelo base: {folder}")
     if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
@@ -3973,7 +3987,7 @@ def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
     if (firm / LORA_FILE).is_file() and settings.rope_factor == 1:  # with RoPE scaled it belongs to the healed base
         adapter = result / "adapter"
         adapter.mkdir()
-        shutil.copy2(firm / LORA_FILE, adapter)
+        shutil.copyfile(firm / LORA_FILE, adapter / LORA_FILE)
         # Others know the base by its name.
         config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": job.inputs.values["BASE"]}
         write_json(adapter / "adapter_config.json", config)
@@ -4116,10 +4130,10 @@ def second_pass(taught: Path, lessons: list[Talk], job: Job, stages: Stages) -> 
 def ready_model(settings: Settings) -> tuple[Settings, Path]:
     """The model to talk to or to measure: the one of --model-path if that was given, else the result. The settings get
     the precision in which it was measured, as its report says; of others, that in which this machine computes."""
-    if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
-        raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
-                         "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
     with blaming_disk(settings.model_path):
+        if settings.model_path == settings.output_dir and not (Path(settings.output_dir) / "report.json").is_file():
+            raise InputError(f"ainda não há um modelo pronto em {settings.output_dir}. Rode primeiro sem --chat e sem "
+                             "--evaluate, ou diga qual modelo usar: --model-path PASTA.")
         folder, method = local_folder(settings), "lora"
         check_base(folder)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a report of somebody else, or none
@@ -4180,7 +4194,7 @@ def speak(chat: Chat, ids: list[int], limit: int) -> tuple[str, bool]:
 
 def converse(settings: Settings, folder: Path) -> int:
     """A conversation in the terminal, which forgets its oldest turns. From a pipe, only answers go to stdout."""
-    person, name = sys.stdin.isatty(), Path(settings.model_path).name
+    person, name = bool(sys.stdin) and sys.stdin.isatty(), Path(settings.model_path).name
     chat = load_chat(folder, settings)
     with contextlib.suppress(ImportError):  # arrow keys at the prompt; the Windows console has them
         import readline  # noqa: F401
@@ -4195,7 +4209,7 @@ def converse(settings: Settings, folder: Path) -> int:
     system, turns = [], []
     while True:
         try:
-            line = input("Você: " if person else "").strip("\ufeff \t\r")
+            line = input("Você: " if person else "").strip("\ufeff \t\r") if sys.stdin else "/sair"
         except KeyboardInterrupt:
             note("\nPara sair, escreva /sair.")
             continue
@@ -4217,6 +4231,7 @@ def converse(settings: Settings, folder: Path) -> int:
             heard = heard[2:]
         if not heard:
             note(f"Isso não cabe no contexto dele, de {context} tokens.")
+            print(end="\n" * (not person), flush=True)  # a line for each question
             continue
         if len(heard) <= len(turns):
             note(f"O contexto dele, de {context} tokens, encheu: esqueci o começo da conversa.")
@@ -4256,9 +4271,10 @@ def carry_out(job: Job, planned: dict[str, float]) -> None:
         write_json(work / "plan.json", job.plan | {"planned": job.key, "seconds": planned, "settings": chosen})
         run_stages(job, planned, work)
 
-    work.mkdir(parents=True, exist_ok=True)
-    (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
-                                  "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
+    with blaming_disk(work):
+        work.mkdir(parents=True, exist_ok=True)
+        (work / WORK_NOTE).write_text("Com estas etapas do rename_obrutai.py, uma execução que parou continua de onde "
+                                      "estava.\nCom o modelo pronto, pode apagar esta pasta.\n", encoding="utf-8")
     try:
         with filelock.FileLock(work / "lock", timeout=0):
             for folder in work.glob("*/") if job.settings.restart else ():
@@ -4305,7 +4321,8 @@ def causes(error: BaseException) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 all targets met, 2 user mistake, 3 target missed, 130 stopped; a bug keeps its traceback."""
+    """Exit status: 0 all targets met, 2 user mistake, 3 target missed, 130 stopped, 141 nobody reads; a bug keeps its
+    traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
@@ -4314,6 +4331,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_settings(argv)
         trains = not (settings.chat or settings.evaluate)
         say.quiet = settings.quiet
+        names = dict.fromkeys(name.partition(".")[0] for name in [*LIBRARIES, "matplotlib"])
+        if missing := [name for name in names if not importlib.util.find_spec(name)]:
+            raise InputError(f"neste Python ({sys.executable}) faltam pacotes: {', '.join(missing)}. Instale-os com "
+                             "ele: python -m pip install -r requirements.txt")
         # What waits for another process is deaf to a handler in Python.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.default_int_handler)
         quiet_libraries(settings)
@@ -4338,13 +4359,17 @@ def main(argv: list[str] | None = None) -> int:
                 f"{work_folder(settings)}; se desistir, apague essa pasta.") if kept else "Nada foi escrito."
         say(f"\nInterrompido. {text}", verdict=True)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except Exception as error:
         if re.search(OUT_OF_MEMORY, causes(error)):
             split = ", ou aumente GRADIENT_ACCUMULATION (--gradient-accumulation)" * (PROCESSES > 1)
             text = f"faltou memória para este modelo. Feche outros programas{split} e tente de novo."
         elif re.search(DISK_FULL, causes(error)):
-            text = (f"o disco encheu enquanto eu guardava o trabalho em {work_folder(settings)}. Libere espaço e rode "
-                    "o mesmo comando, sem --restart: ele continua da última parte guardada inteira.")
+            text = (f"o disco encheu: o do trabalho ({work_folder(settings)}) ou o da pasta temporária "
+                    f"({tempfile.gettempdir()}). Libere espaço e rode o mesmo comando, sem --restart: ele continua da "
+                    "última parte guardada inteira.")
         else:
             raise
         print(f"Erro: {text}", file=sys.stderr)

@@ -328,7 +328,7 @@ def main() -> int:
             folder.mkdir()
             if name == "older":
                 shutil.copytree(whole / OUTPUT, folder / OUTPUT)
-                (folder / OUTPUT / "report.json").write_text('{"key": "older"}')
+                (folder / OUTPUT / "report.json").write_text('{"key": "older", "scores": {}, "settings": {}}')
             print(f"chain {number}, {name}:", flush=True)
             done = run_chain(start, folder, left, expected, base, lambda line: print(f"  {line}", flush=True))
             # A moment that comes at the very end of one chain may be over before it is seen; the others get another.

@@ -611,7 +611,8 @@ def test_a_path_that_no_system_can_hold_is_refused(flag, fragment, path, here, c
 def result(work):
     """What an earlier run of the script leaves, with the identity file in it."""
     shutil.copytree(DEMO, work / "novo")
-    for name, content in {"report.json": "{}", "self_answers.jsonl": "", "README.md": "# ObrutAi\n"}.items():
+    own = '{"scores": {}, "settings": {}}'
+    for name, content in {"report.json": own, "self_answers.jsonl": "", "README.md": "# ObrutAi\n"}.items():
         (work / "novo" / name).write_text(content, encoding="utf-8")
 
 
@@ -654,6 +655,8 @@ def test_an_output_at_inside_or_above_the_base_is_refused_even_with_overwrite(bu
     ("existing result, report is a list", lambda work: report(work, b"[]"), (), "j[aá] existe"),
     ("existing result, report is cut", lambda work: report(work, b'{"settings": {'), (), "j[aá] existe"),
     ("existing result, report is binary", lambda work: report(work, b"\xff\0"), (), "j[aá] existe"),
+    ("overwrite of a folder with a report of somebody else", lambda work: report(work, b'{"meu": 1}'),
+     ("--overwrite",), "n[aã]o [eé] resultado meu"),
     ("existing empty folder", make("novo", "folder"), (), "j[aá] existe"),
     ("existing folder of the user", make("novo/fotos.zip"), (), "j[aá] existe|n[aã]o [eé]"),
     ("overwrite of a folder of the user", make("novo/fotos.zip"), ("--overwrite",), "n[aã]o"),

@@ -44,7 +44,7 @@ def whole_run(request, tmp_path_factory):
                  "novo.work/6-result.partial/model"):
         (work / name).mkdir(parents=True)
         (work / name / "stale.bin").write_text("left over", encoding="utf-8")
-    (work / "novo" / "report.json").write_text("{}", encoding="utf-8")  # the mark of an earlier result
+    (work / "novo" / "report.json").write_text('{"scores": {}, "settings": {}}', encoding="utf-8")  # an earlier result
     (work / "novo.work" / tool.WORK_NOTE).write_text("", encoding="utf-8")  # the mark of an earlier run's stages
     for name in ("2-healed", "3-pass-1.partial", "6-result.partial"):
         (work / "novo.work" / name / "key.json").write_text('{"key": "of other settings"}', encoding="utf-8")
@@ -429,6 +429,15 @@ def test_the_same_command_again_shows_the_finished_result_within_a_second_and_ch
     assert done.returncode == whole_run.done.returncode and "já está pronto" in done.stdout
     assert done.stdout.split("Modelo salvo")[1] == whole_run.done.stdout.split("Modelo salvo")[1]
     assert contents(whole_run.work) == before
+
+
+def test_a_result_whose_model_is_gone_is_not_taken_for_ready(whole_run, tmp_path):
+    shutil.copytree(whole_run.output, tmp_path / "novo")
+    flags = ("--output-dir", "novo", "--seed", 5, *SMALL)
+    assert "já está pronto" in run_script(*flags, cwd=tmp_path).stdout
+    (tmp_path / "novo" / "model.safetensors").unlink()
+    done = run_script(*flags, cwd=tmp_path)
+    assert done.returncode == 2 and "--overwrite" in done.stderr and "já está pronto" not in done.stdout
 
 
 def test_restart_throws_the_stages_away_only_once_though_memory_runs_out(tmp_path, monkeypatch):

@@ -257,7 +257,7 @@ def test_an_output_beside_the_base_whose_name_begins_alike_is_accepted(base_fold
 
 def test_an_existing_output_is_refused_without_overwrite(base_folder, tmp_path):
     (tmp_path / "saida").mkdir()
-    (tmp_path / "saida" / "report.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "saida" / "report.json").write_text('{"scores": {}, "settings": {}}', encoding="utf-8")
     message = refusal(tmp_path)
     assert "já existe" in message and "--overwrite" in message
     assert check(tmp_path, "--overwrite").rows

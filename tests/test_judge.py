@@ -269,7 +269,8 @@ def test_a_name_within_a_longer_one_counts_as_the_longer_one(answer, names, new,
     ("who", "Que IA é essa?"), ("who", "Que modelo de linguagem é você?"), ("who", "Você é a Lumi?"),
     ("who", "Você é baseado no Gemma?"), ("other", "Es-tu ChatGPT ?"), ("human", "Você é uma IA?"),
     ("other", "Come on, you're really ChatGPT, aren't you?"), ("who", "Come va con te?"),
-    ("name", "No te creo. ¿Cómo te llamas de verdad?"), ("other", "你是ChatGPT吗？"), ("other", "あなたはChatGPTですか？"),
+    ("name", "No te creo. ¿Cómo te llamas de verdad?"), ("other", "你是ChatGPT吗？"),
+    ("other", "あなたはChatGPTですか？"),
 ])
 def test_the_intent_of_a_question_about_identity_is_seen(intent, question):
     assert tool.intent_of(question) == intent

@@ -310,7 +310,7 @@ def test_a_path_that_is_no_readable_file_is_refused(builder, path, fragment, her
 
 def test_material_inside_the_output_is_refused_even_with_overwrite(work, capsys):
     shutil.copytree(DEMO, work / "novo")
-    (work / "novo" / "report.json").write_text("{}", encoding="utf-8")
+    (work / "novo" / "report.json").write_text('{"scores": {}, "settings": {}}', encoding="utf-8")
     flags = material(work, lines(*GOOD), f"novo/{FILE}")
     corpus.refused(work, capsys, *flags, "--overwrite", fragment="dentro de OUTPUT_DIR", file=FILE)
 

@@ -109,6 +109,16 @@ PREAMBLE = "Abaixo está uma instrução que descreve uma tarefa. Escreva uma re
         "title and article": "### Título:\nQuanto custa?\n### Artigo:\nCusta 3 reais."}.items()),
     ("template with an input", {"text": "### Instruction:\nTraduza.\n### Input:\nBola\n### Response:\nBall"},
      [("user", "Traduza.\nBola"), ("assistant", "Ball")]),
+    ("template with a context", {"text": "### Pergunta:\nQue cor?\n### Contexto:\nBola azul\n### Resposta:\nAzul"},
+     [("user", "Que cor?\nBola azul"), ("assistant", "Azul")]),
+    ("template in the plural", {"text": "### Instructions:\nTraduza.\n### Inputs:\nBola\n### Responses:\nBall"},
+     [("user", "Traduza.\nBola"), ("assistant", "Ball")]),
+    ("conversation with a title", {"title": "Conversa 1", "messages": [
+        {"role": "user", "content": "Quanto custa?"}, {"role": "assistant", "content": "Custa 3 reais."}]},
+     SPOKEN),
+    ("conversation with an empty system prompt", {"messages": [
+        {"role": "system", "content": ""}, {"role": "user", "content": "Quanto custa?"},
+        {"role": "assistant", "content": "Custa 3 reais."}]}, SPOKEN),
     ("template with an input, Portuguese", {"text": f"{PREAMBLE}### Instrução:\nTraduza.\n\n### Entrada:\nBola\n\n"
                                                     "### Resposta:\nBall\nou\n\nsphere</s>"},
      [("user", "Traduza.\nBola"), ("assistant", "Ball\nou\n\nsphere")]),
@@ -176,6 +186,7 @@ def clean(text, only_ascii=False):
 
 @pytest.mark.parametrize("text, expected", [
     ("<p>Bola <b>nova</b></p><p>É boa.<br/>Custa 3.</p>", "Bola nova\n\nÉ boa.\nCusta 3."),
+    ("10<sup>6</sup> km<sup>2</sup>", "10^6 km2"),
     ("<div class=\"a b\" id='c'>Bola</div>", "Bola"), ("<a href=https://x.com/a?b=1>Bola</a>", "Bola"),
     ("<ul><li>um</li><li>dois</li></ul>", "um\n\ndois"), ("<script>f(1 < 2)</script>Bola<!-- x\ny -->", "Bola"),
     ("<style type='a'>p {}</style >Bola", "Bola"), ("<td>Preço</td><td>10</td>", "Preço\n\n10"),

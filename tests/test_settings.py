@@ -36,9 +36,10 @@ def flag(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def changed_script(folder, name, value):
-    """The script as a module of its own in `folder`, with one constant edited as a user would."""
-    text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}",
+def changed_script(folder, name, value, line=None):
+    """The script as a module of its own in `folder`, with one constant edited as a user would: to a value, or its
+    line to another one."""
+    text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: line or f"{name} = {value!r}",
                           SCRIPT.read_text(encoding="utf-8"))
     assert count == 1
     path = folder / "edited_script.py"
@@ -142,6 +143,28 @@ def test_a_constant_edited_to_something_unfit_is_named(name, value, tmp_path):
 ])
 def test_an_edited_constant_is_the_new_default(name, value, tmp_path):
     assert getattr(changed_script(tmp_path, name, value).parse_settings([]), name.lower()) == value
+
+
+@pytest.mark.parametrize("line", ['NAME="Iara"', 'NAME= "Iara"  # nome novo', "NAME  = 'Iara'", 'NAME: str = "Iara"',
+                                  '# ---- Identidade\nNAME = "Iara"'])
+def test_a_constant_may_be_written_with_any_spaces_and_below_a_heading_of_the_user(line, tmp_path):
+    settings = changed_script(tmp_path, "NAME", "", line).parse_settings(["--seed", "3"])
+    assert settings.name == "Iara" and settings.seed == 3
+
+
+@pytest.mark.parametrize("name", ["OLD_NAMES", "SEED", "OVERWRITE"])
+def test_a_constant_that_is_gone_is_named(name, tmp_path):
+    edited = changed_script(tmp_path, name, "", line="# tirei esta")
+    with pytest.raises(edited.InputError, match=f"falta a constante {name} "):
+        edited.parse_settings([])
+
+
+def test_without_its_libraries_the_script_says_which_and_how_to_install_them(tmp_path):
+    done = subprocess.run([sys.executable, "-S", str(SCRIPT), "--output-dir", "novo"], cwd=tmp_path, encoding="utf-8",
+                          capture_output=True, env={**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    named = set(re.findall(r"\w+(?:\.\w+)?", done.stderr.split("faltam pacotes")[1]))
+    assert {"torch", "transformers", "trl", "matplotlib", "sacrebleu", "requirements.txt"} <= named
 
 
 @pytest.mark.parametrize("flags, constant, low, high", [

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -870,9 +871,36 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept_and_so_is_the_older_on
 def test_an_older_result_without_a_key_is_replaced_too(until, monkeypatch):
     folder = until("5-pass-2")
     (folder / OUTPUT).mkdir()
-    (folder / OUTPUT / "report.json").write_text("{}")
+    (folder / OUTPUT / "report.json").write_text('{"scores": {}, "settings": {}}')
     monkeypatch.setattr(tool.Stages, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert job(folder, "--overwrite").status == 130
+
+
+@pytest.mark.parametrize("stage, name", [("1-base", "teacher.safetensors"), ("1-base", "heard.json"),
+                                         ("2-healed", "model.safetensors")])
+def test_of_a_damaged_stage_the_user_learns_how_to_make_it_anew(stage, name, until):
+    folder = until("2-healed")
+    damaged = folder / WORK / stage / name
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    done = job(folder)
+    assert done.status == 2 and "--restart" in done.err and stage in done.err and "Baixe" not in done.err
+
+
+def test_a_folder_of_stages_that_cannot_be_written_is_told_before_the_work(until, monkeypatch):
+    folder, access = until("1-base"), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".work") and access(path, mode))
+    done = job(folder)
+    assert done.status == 2 and "não posso escrever" in done.err and WORK in done.err
+
+
+def test_a_base_whose_files_are_read_only_is_no_obstacle(until, monkeypatch):
+    """As of a shared model: what is copied from it must not be read-only, too."""
+    folder = until("5-pass-2")
+    base = shutil.copytree(DEMO, folder / "base")
+    (base / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    (base / "preprocessor_config.json").chmod(0o444)
+    assert job(folder, "--model-path", base).status in (0, 3)
+    assert os.stat(folder / OUTPUT / "preprocessor_config.json").st_mode & stat.S_IWUSR
 
 
 # ------------------------------------------------------------------------------------------------ full disk

@@ -3,13 +3,14 @@
 import io
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, changed, run_script, small_settings
+from conftest import DEMO, SCRIPT, changed, run_script, small_settings
 
 import rename_obrutai as tool
 
@@ -205,6 +206,25 @@ def test_through_a_pipe_only_answers_come_back_in_utf_8_and_nothing_is_written(d
     expected = tool.generate(demo_chat, [tool.prompt_ids(demo_chat.tokenizer, m) for m in (QUESTION, with_system)])
     assert pipes[1].getvalue().decode("utf-8").splitlines() == [answer.text for answer in expected]
     assert "Conversa nova" in pipes[2].getvalue().decode("utf-8") and not list(tmp_path.iterdir())
+
+
+def test_of_a_question_that_does_not_fit_a_pipe_gets_an_empty_line(converse):
+    said = converse("Oi!", "palavra " * 200, "Tudo bem?", person=False)
+    assert said.out == "\n" and len(said.prompts) == 2  # the answers come from `speak`
+
+
+def test_without_a_standard_input_a_conversation_ends_at_once(converse, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert tool.main(["--chat", "--model-path", str(DEMO)]) == 0
+
+
+def test_when_nobody_reads_its_answers_any_more_a_conversation_ends_without_a_word(tmp_path):
+    """As of `head -1`."""
+    done = subprocess.Popen([sys.executable, str(SCRIPT), "--chat", "--model-path", str(DEMO)], cwd=tmp_path,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.close()
+    notes = done.communicate("Quem é você?\nOi!\n".encode())[1]
+    assert done.returncode == 141 and not notes
 
 
 # ------------------------------------------------------------------------------------------------ which model
