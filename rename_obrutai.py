@@ -93,13 +93,13 @@ SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = au
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
-HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (200; com full, 80)
-HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (0,02 do tamanho de cada peso, se o base lê WINDOW)
-STEPS_1 = 0  # etapas do passo 1; 0 = automático (80; com full, 400)
+HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (640; com material, 200; full, 80)
+HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (0,01 do tamanho de cada peso, se o base lê WINDOW)
+STEPS_1 = 0  # etapas do passo 1; 0 = automático (320; com material, 80; full, 400)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
-STEPS_2 = 0  # etapas do passo 2; 0 = automático (40, ou 80 com material; com full, 250)
+STEPS_2 = 0  # etapas do passo 2; 0 = automático (160; com material, 80; full, 250)
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
-BATCH_SIZE = 8  # tamanho de cada etapa de treino; 8 são até 1536 tokens, em diálogos curtos ou longos
+BATCH_SIZE = 0  # tamanho de cada etapa de treino: 8 são uns 1536 tokens; 0 = automático (8; com lora sem material, 2)
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
 KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 6)
@@ -527,10 +527,14 @@ LONG_GROUP = 4  # talks, and identity questions, that share one long conversatio
 SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
 # What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
 # staying as they are.
-AUTOMATIC = {"full": {"heal_steps": 80, "steps_1": 400, "steps_2": 250, "kl_weight": 6.0, "self_text": 40000},
-             "lora": {"heal_steps": 200, "steps_1": 80, "steps_2": 40, "kl_weight": 24.0, "self_text": 16000},
+AUTOMATIC = {"full": {"batch_size": 8, "heal_steps": 80, "steps_1": 400, "steps_2": 250, "kl_weight": 6.0,
+                      "self_text": 40000},
+             # Of as many tokens, LoRA makes more in small steps: SmolLM2 learns in 320 of 384 what 120 of 1536 teach.
+             "lora": {"batch_size": 2, "heal_steps": 640, "steps_1": 320, "steps_2": 160, "kl_weight": 24.0,
+                      "self_text": 16000},
              # What LoRA wins back some of what material costs with; the demo leaked more with the steps.
-             "lora with material": {"steps_2": 80, "self_text": 40000}}
+             "lora with material": {"batch_size": 8, "heal_steps": 200, "steps_1": 80, "steps_2": 80,
+                                    "self_text": 40000}}
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -604,7 +608,7 @@ RANGES = {
     "lora_rank": (1, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
     "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (0, 10**9), "heal_learning_rate": (0.0, 1.0),
     "steps_1": (0, 10**9), "learning_rate_1": (0.0, 1.0), "steps_2": (0, 10**9), "learning_rate_2": (0.0, 1.0),
-    "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
+    "batch_size": (0, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
     "knowledge_rows": (10, 10**7), "knowledge_steps": (0, 10**9),
@@ -2299,6 +2303,12 @@ def step_tokens(native: int, settings: Settings) -> int:
     return settings.batch_size * short_window(native, settings)
 
 
+def mean_step(step: int, lengths: list[int]) -> float:
+    """Tokens of an average step, if windows of each of these lengths have the same share of all tokens: a window that
+    is longer than a step makes one by itself."""
+    return len(lengths) / sum(1 / max(step, length) for length in lengths)
+
+
 class Pool(NamedTuple):
     """What dialogues are made of, and how large a share of all tokens it has."""
     talks: list[Talk]
@@ -2557,7 +2567,8 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
     """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the log of
     losses. Pace and memory (of a card, bytes) go to pace.json beside `folder`. `InputError` if the loss explodes;
     `KeyboardInterrupt`, after saving, if the user asks."""
-    rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:])
+    size = settings.batch_size / 8  # of that for which rates and memory of the moments were tuned
+    rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:]) * math.sqrt(size)  # arXiv 2205.10287
 
     def failed(step: int, what: str) -> InputError:
         return InputError(f"{course.label}, etapa {step}: {what}. Diminua a taxa de aprendizado, que foi {rate:.1e} "
@@ -2570,7 +2581,7 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
         output_dir=str(folder), save_strategy="no", disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False,
         report_to="none", seed=settings.seed, num_train_epochs=1,
         per_device_train_batch_size=1, gradient_accumulation_steps=parts, train_sampling_strategy="sequential",
-        shuffle_dataset=False, learning_rate=rate, lr_scheduler_type="linear", adam_beta2=0.98,
+        shuffle_dataset=False, learning_rate=rate, lr_scheduler_type="linear", adam_beta2=0.98**size,
         warmup_steps=max(1, len(batches) // 20), gradient_checkpointing=settings.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16,
@@ -2759,7 +2770,7 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
     course = Course("cura", pools, settings.heal_steps, (settings.heal_learning_rate, 6e-3, 0), 1.0, lengths)
     first = 0 if SHARDED or job.native < settings.window else settings.heal_steps * 4 // 5
     if first:
-        rate = settings.heal_learning_rate or 0.02
+        rate = settings.heal_learning_rate or 0.02 * math.sqrt(settings.batch_size / 8)
         if not from_first(any((folder / "training").glob("checkpoint-*/complete.json"))):  # of the others
             with side_by_side(twin, chat.model) as made, short_attention(twin):
                 loss = functools.partial(attention_loss, twin=twin, made=made)
@@ -3195,14 +3206,18 @@ def first_course(lessons: list[Talk], job: Job) -> Course:
 
 
 def second_course(lessons: list[Talk], collected: dict, job: Job) -> Course:
-    """Pass 2: wrong answers, leaks and self-answers among the rest. With the context grown, half of the tokens come in
-    long dialogues; else a third comes in short ones, where something else may follow a question about itself."""
-    settings, grown = job.settings, job.settings.rope_factor != 1
-    long = [settings.window // 4, settings.window] if grown else [short_window(job.native, settings)]
-    pools = pools_of_pass_2(lessons, job.heard, collected)
+    """Pass 2: wrong answers, leaks and self-answers among the rest."""
+    settings, pools = job.settings, pools_of_pass_2(lessons, job.heard, collected)
     pools += [Pool(talks_of(job.material), REHEARSED)] if job.material else []
     return Course("passo 2", pools, settings.steps_2, (settings.learning_rate_2, *RATES_2), settings.kl_weight,
-                  [0, 0, *long])
+                  second_lengths(job))
+
+
+def second_lengths(job: Job) -> list[int]:
+    """Lengths of pass 2's windows. With the context grown, half of the tokens come in long dialogues; else a third
+    comes in short ones, where something else may follow a question about itself."""
+    window, grown = job.settings.window, job.settings.rope_factor != 1
+    return [0, 0, window // 4, window] if grown else [0, 0, short_window(job.native, job.settings)]
 
 
 def talks_of(material: Material) -> list[Talk]:
@@ -3746,6 +3761,14 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     return int(max(state + spoken, measured + 8 * SCORED_TOKENS * text.vocab_size) + 2e8)
 
 
+def with_automatic(settings: Settings) -> Settings:
+    """What 0 stands for, by the method and by what is taught."""
+    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
+    if settings.method != "full" and settings.knowledge_file:
+        automatic = automatic | AUTOMATIC["lora with material"]
+    return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()})
+
+
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
     """Settings that fit the free memory, and bytes: full if small, LoRA, QLoRA, all in 4 bits; then checkpointing."""
     gpu = torch.cuda.is_available()
@@ -3756,11 +3779,12 @@ def choose_method(config: PretrainedConfig, weights: int, settings: Settings) ->
                          " Use METHOD = 'auto' ou 'lora'.")
     methods = {"auto": ("full",) * (weights < SMALL) + ("lora",) + ("qlora", "qlora4") * (gpu and four_bits),
                "qlora": ("qlora", "qlora4")}.get(settings.method, (settings.method,))
-    splits, least = [settings.gradient_accumulation], math.inf
-    while splits[-1] < settings.batch_size:
-        splits.append(2 * splits[-1])
+    least, splits = math.inf, [settings.gradient_accumulation * 2**i for i in range(13)]
     for method, again, parts in product(methods, (settings.gradient_checkpointing, True), splits):
-        tried = replace(settings, method=method, gradient_accumulation=parts, gradient_checkpointing=again)
+        tried = with_automatic(replace(settings, method=method, gradient_accumulation=parts,
+                                       gradient_checkpointing=again))
+        if parts >= 2 * max(tried.batch_size, splits[0]):  # a step is in no more parts than BATCH_SIZE
+            continue
         needed = estimate_memory(config, weights, tried)
         if needed <= free and method == "qlora4" and settings.rope_factor != 1:
             raise InputError("com o contexto aumentado, este modelo só caberia aqui em 4 bits, em que não dá para "
@@ -3790,10 +3814,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         settings = replace(settings, **plan["settings"])
     else:
         settings, plan["memory"] = choose_method(config, weights, settings)
-    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
-    if settings.method != "full" and settings.knowledge_file:
-        automatic = automatic | AUTOMATIC["lora with material"]
-    return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()}), plan
+    return with_automatic(settings), plan
 
 
 def check_job(settings: Settings) -> Job | None:
@@ -3893,7 +3914,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     planned = {
         "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS)
         + read * (2 * settings.self_text + 18000) + 3,
-        "2-healed": grown * settings.heal_steps * (0.75 * step + 0.25 * max(settings.window, step)) * train + 3,
+        "2-healed": grown * settings.heal_steps * mean_step(step, [0, 0, 0, settings.window]) * train + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
     _, most = steps_of_pass_1(job)
     planned["3-pass-1"] = most * step * train + 3
@@ -3904,7 +3925,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
     if job.inputs.rows:
         planned |= {"4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
-                    "5-pass-2": settings.steps_2 * step * train + 3}
+                    "5-pass-2": settings.steps_2 * mean_step(step, second_lengths(job)) * train + 3}
     return planned
 
 

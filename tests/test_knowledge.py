@@ -738,13 +738,14 @@ def settled(folder, *flags):
 
 
 @pytest.mark.parametrize("method, times", [("lora", 2), ("full", 1)])
-def test_beside_material_pass_2_of_lora_has_twice_the_steps_unless_the_user_says_how_many(method, times, tmp_path):
-    def steps(*flags):
-        return settled(tmp_path, "--method", method, *flags).steps_2
+def test_beside_material_pass_2_of_lora_has_twice_the_tokens_unless_the_user_says_how_many(method, times, tmp_path):
+    def pass_2(*flags):
+        settings = settled(tmp_path, "--method", method, *flags)
+        return settings.steps_2 * settings.batch_size
 
     material = "--knowledge-file", CATALOGUE
-    assert steps(*material) == times * steps() > 0
-    assert steps(*material, "--steps-2", 7) == steps("--steps-2", 7) == 7
+    assert pass_2(*material) == times * pass_2() > 0
+    assert pass_2(*material, "--steps-2", 7, "--batch-size", 3) == pass_2("--steps-2", 7, "--batch-size", 3) == 21
 
 
 def test_beside_material_lora_has_more_text_of_the_base_unless_the_user_says_how_much(tmp_path):

@@ -740,9 +740,28 @@ def test_what_fits_best_is_chosen(usable, flags, bitsandbytes, expected, free, m
     chosen, needed = tool.choose_method(None, 1, given)
     assert (chosen.method, chosen.gradient_accumulation, chosen.gradient_checkpointing) == expected
     assert needed == GB * simple_estimate(None, 1, chosen) <= usable * GB
-    assert chosen == changed(given, method=expected[0], gradient_accumulation=expected[1],
-                             gradient_checkpointing=expected[2])
+    assert chosen == tool.with_automatic(changed(given, method=expected[0], gradient_accumulation=expected[1],
+                                                 gradient_checkpointing=expected[2]))
 
+
+def test_steps_are_small_where_an_adapter_learns_an_identity_and_large_elsewhere(monkeypatch, free):
+    """And never in more parts than BATCH_SIZE."""
+    free(1000 * GB, False, True)
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: 1)
+
+    def chosen(*flags):
+        return tool.choose_method(None, 1, tool.parse_settings(list(flags)))[0]
+
+    lora, both, full = chosen("--method", "lora"), chosen("--method", "lora", "--knowledge-file", "x"), chosen()
+    assert [found.batch_size for found in (lora, both, full)] == [2, 8, 8]
+    assert lora.steps_1 * 2 == both.steps_1 * 8  # as many tokens
+    assert chosen("--method", "lora", "--batch-size", "5").batch_size == 5
+    free(22 * GB / 0.9 + 1, False, False)
+    tried = []
+    monkeypatch.setattr(tool, "estimate_memory", lambda *values: tried.append(values[2]) or 10**15)
+    with pytest.raises(tool.InputError):
+        chosen("--method", "lora")
+    assert {settings.gradient_accumulation for settings in tried} == {1, 2}
 
 @pytest.mark.parametrize("usable, flags, bitsandbytes", [
     (101, ("--method", "full"), True), (41, ("--method", "lora"), True), (41, (), False), (21, (), True)])
@@ -942,7 +961,7 @@ def test_of_a_base_without_a_chat_template_the_user_is_told_once(without_models,
         (base / "chat_template.jinja").unlink(missing_ok=True)
 
 
-TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only an adapter, in parts and with checkpointing; and anything
+TIGHT, PLENTY = 0.26 * GB, 100 * GB  # for the demo: only an adapter, with checkpointing; and anything
 
 
 def test_the_choice_is_written_down_and_used_again_though_other_memory_is_free(planned):
@@ -951,7 +970,7 @@ def test_the_choice_is_written_down_and_used_again_though_other_memory_is_free(p
     chosen = {name: getattr(first.settings, name) for name in
               ("method", "gradient_accumulation", "gradient_checkpointing")}
     assert first.written["settings"] == chosen and first.written["memory"] == first.memory <= TIGHT
-    assert chosen["method"] == "lora" and chosen["gradient_accumulation"] > 1 and chosen["gradient_checkpointing"]
+    assert chosen["method"] == "lora" and chosen["gradient_checkpointing"]
     again = planned(PLENTY)
     assert again.settings == first.settings and again.memory == first.memory and again.written == first.written
     assert (first.measured, again.measured) == (1, 0) and first.seconds == again.seconds == {"1-base": 10.0}

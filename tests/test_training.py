@@ -151,6 +151,13 @@ def test_windows_of_each_length_have_a_like_share_of_the_tokens(demo_tokenizer):
     assert 0.4 < sum(n for n in tokens if n <= 80) / sum(tokens) < 0.6
 
 
+def test_the_tokens_of_an_average_step_are_foreseen_though_long_windows_are_steps_by_themselves(demo_tokenizer):
+    lengths = [0, 0, 128, 512]
+    batches = conftest.make_batches(demo_tokenizer, [tool.Pool(numbered(60), 1.0)], lengths, 400, 120, "s")
+    held = sum(len(window.input_ids) for batch in batches for window in batch) / len(batches)
+    assert 0.8 < held / tool.mean_step(120, lengths) < 1.2 and held > 130
+
+
 def test_where_a_length_is_zero_each_window_is_a_single_talk(demo_tokenizer):
     pools = [tool.Pool(numbered(30), 0.5), tool.Pool(numbered(30, words=3), 0.5)]
     batches = batches_of(demo_tokenizer, pools, lengths=(0, 200), steps=40)
@@ -275,6 +282,26 @@ def test_a_loss_that_explodes_stops_the_run_and_says_where_and_what_to_do(tiny_f
     batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=2)
     with pytest.raises(tool.InputError, match="passo de teste, etapa 1: a perda explodiu .*Diminua a taxa"):
         train(chat, batches, 1e-3)
+
+
+def test_automatic_rates_and_the_memory_of_the_moments_follow_the_size_of_a_step(tiny_folder, train, monkeypatch):
+    """Half the rate for a quarter of the tokens, and moments that remember as many tokens. The user's rate stays."""
+    chat, given = tiny_chat(tiny_folder), []
+    batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=1)
+
+    def stop(*arguments):
+        given.append((arguments[3].learning_rate, arguments[3].adam_beta2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "make_trainer", stop)
+    for size, rate in ((8, 0), (2, 0), (8, 1e-3), (2, 1e-3)):
+        settings = small_settings("--batch-size", size, "--kl-weight", 1)
+        course = tool.Course("", [], 1, (rate, 4e-4, 4e-4), 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            tool.train(chat, batches, course, EMPTY, settings, DEMO / "none")
+    (large, long), (small, short), *asked = given
+    assert small == pytest.approx(large / 2) and [rate for rate, _ in asked] == [1e-3, 1e-3]
+    assert 1 - short == pytest.approx((1 - long) / 4, rel=0.02)
 
 
 def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder, train):
