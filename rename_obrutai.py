@@ -3743,6 +3743,8 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     if SHARDED:  # in pieces, and whole only to be talked to
         state = max(state / PROCESSES, 4 * weights)
     short = step_tokens(context_of(config), settings) // settings.gradient_accumulation
+    if weights >= SMALL and not torch.cuda.is_available():  # a processor's heap breaks up over many sizes of windows
+        short = max(short, 1024)
     longest = settings.window if settings.rope_factor != 1 or settings.knowledge_file else min(settings.window, 512)
     tokens = max(longest, short)
     layer = width * tokens * (16 * text.hidden_size + 5 * widest(text, "intermediate_size", 4 * text.hidden_size))

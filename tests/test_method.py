@@ -620,6 +620,14 @@ def test_a_window_takes_what_it_takes_however_many_parts_a_step_has():
     assert whole == split > estimate(window=4096, gradient_accumulation=8, batch_size=8)
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_small_steps_take_less_of_a_card_but_on_a_processor_what_steps_of_a_thousand_tokens_do(gpu, free):
+    """Windows of many sizes break its heap up: Qwen 0.5B took 6 GB in steps of 384 tokens."""
+    free(10**12, gpu=gpu)
+    least, small, more = (estimate(knowledge_file="", batch_size=size) for size in (3, 5, 8))
+    assert least < small < more if gpu else least == small < more
+
+
 @pytest.mark.parametrize("name", ["Gemma 3 1B", "Qwen 3 8B"])
 def test_window_takes_memory_only_where_there_are_windows_so_long(name):
     """Identity and everyday talks are short."""
