@@ -98,7 +98,7 @@ def local(model):
 
 
 def main(method):
-    settings = tool.parse_settings(["--method", method, "--lora-rank", "4"])
+    settings = conftest.small_settings("--method", method, "--lora-rank", "4")
     tool.quiet_libraries(settings)
     tool.accelerate.PartialState(cpu=True)
     whole, folder = held(tool.load_model(settings.model_path, settings)), Path(method)
