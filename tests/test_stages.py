@@ -893,7 +893,7 @@ def test_a_folder_of_stages_that_cannot_be_written_is_told_before_the_work(until
     assert done.status == 2 and "não posso escrever" in done.err and WORK in done.err
 
 
-def test_a_base_whose_files_are_read_only_is_no_obstacle(until, monkeypatch):
+def test_a_base_whose_files_are_read_only_is_no_obstacle(until):
     """As of a shared model: what is copied from it must not be read-only, too."""
     folder = until("5-pass-2")
     base = shutil.copytree(DEMO, folder / "base")

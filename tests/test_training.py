@@ -284,7 +284,7 @@ def test_a_loss_that_explodes_stops_the_run_and_says_where_and_what_to_do(tiny_f
         train(chat, batches, 1e-3)
 
 
-def test_automatic_rates_and_the_memory_of_the_moments_follow_the_size_of_a_step(tiny_folder, train, monkeypatch):
+def test_automatic_rates_and_the_memory_of_the_moments_follow_the_size_of_a_step(tiny_folder, monkeypatch):
     """Half the rate for a quarter of the tokens, and moments that remember as many tokens. The user's rate stays."""
     chat, given = tiny_chat(tiny_folder), []
     batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=1)
