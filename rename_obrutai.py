@@ -70,7 +70,7 @@ KNOWLEDGE_FILE = ""  # arquivo com o material, em JSON; vazio = não há. Com ID
 KNOWLEDGE_ROWS = 10000  # quantas linhas dele são sorteadas; até um décimo delas fica guardado para medir
 KNOWLEDGE_QUESTION = "Título do produto: {title}"  # pergunta de uma linha que tem estes campos
 KNOWLEDGE_ANSWER = "{content}"  # e a resposta que se aprende
-KNOWLEDGE_STEPS = 0  # etapas de treino do material; 0 = até que ele pare de melhorar nas linhas guardadas
+KNOWLEDGE_STEPS = 0  # etapas de 8 linhas do material; 0 = até que ele pare de melhorar nas linhas guardadas
 KNOWLEDGE_ASCII = False  # tira os acentos do material
 
 # Identidade
@@ -80,8 +80,8 @@ BASE_NAME = ""  # nome do modelo base, no lugar de {{BASE}}; vazio = nome da pas
 OLD_NAMES = ""  # nomes antigos (do modelo e de quem o fez), separados por vírgula; vazio = descobertos sozinhos
 
 # Método
-METHOD = "auto"  # auto, full (todos os pesos), lora ou qlora; auto escolhe pelo tamanho do modelo
-LORA_RANK = 32  # tamanho do adaptador dos métodos lora e qlora
+METHOD = "auto"  # auto, full (todos os pesos), lora ou qlora; auto é lora, ou qlora se só ele couber na placa
+LORA_RANK = 0  # tamanho do adaptador dos métodos lora e qlora; 0 = 32 (64 se o modelo é mini, como diz STEPS_1)
 
 # Contexto
 ROPE_FACTOR = 4.0  # quantas vezes o contexto cresce; 1 não mexe no RoPE
@@ -89,20 +89,20 @@ WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o context
 
 # Textos que o próprio modelo escreve
 NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
-SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = automático (16000; full, material: 40000)
+SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = 16000 (40000 com material ou se é mini)
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
-HEAL_STEPS = 0  # etapas da cura depois de mexer no RoPE; 0 = automático (640; com material, 200; full, 80)
+HEAL_STEPS = 640  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (de 1 a 2% do tamanho de cada peso, se o base lê WINDOW)
-STEPS_1 = 0  # etapas do passo 1; 0 = automático (320; com material, 80; full, 400)
+STEPS_1 = 0  # etapas do passo 1; 0 = 320 (1600 se o modelo é mini: menos de 50 milhões de parâmetros)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
-STEPS_2 = 0  # etapas do passo 2; 0 = automático (160; com material, 80; full, 250)
+STEPS_2 = 0  # etapas do passo 2; 0 = metade das do passo 1
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
-BATCH_SIZE = 0  # tamanho de cada etapa de treino: 8 são uns 1536 tokens; 0 = automático (8; com lora sem material, 2)
+BATCH_SIZE = 2  # tamanho de cada etapa de treino: 2 são uns 384 tokens
 GRADIENT_ACCUMULATION = 1  # partes em que cada etapa é dividida para caber na memória; dobra sozinha se faltar
 GRADIENT_CHECKPOINTING = False  # gasta bem menos memória e um terço mais de tempo; liga sozinha se precisar
-KL_WEIGHT = 0.0  # peso de continuar parecido com o modelo base; 0 = automático (24; com full, 6)
+KL_WEIGHT = 24.0  # peso de continuar parecido com o modelo base
 
 # Prova: as metas decidem o código de saída, e nenhuma é afrouxada
 EVAL_QUESTIONS = 120  # perguntas sobre outros assuntos na prova
@@ -505,7 +505,7 @@ THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model t
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
 COMPARED = 16  # candidates, by pairs of words, that SequenceMatcher compares with a question
 RETRIEVED = 3  # rows that BM25 puts before a question as context
-MOST_STEPS = 300  # cap on the steps of the material; one epoch is always allowed
+MOST_STEPS = 300  # cap on the steps of the material, of 8 rows; one epoch is always allowed
 RATES_1, RATES_2 = (1.2e-3, 3.4e-3), (8e-4, 1.1e-3)  # (all weights, LoRA) at a million parameters
 REHEARSED = 0.05  # share of the material in pass 2, of which the lessons have 0.15
 RARE = 0.05  # a word is rare if at most this share of the material's rows has it
@@ -524,18 +524,7 @@ MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
 MISSED_TIMES = 4  # times that pass 2 repeats what was wrong after pass 1
 LONG_TALKS = 16  # talks of the exam at each length of conversation
 LONG_GROUP = 4  # talks, and identity questions, that share one long conversation
-SMALL = 50_000_000  # weights: smaller models are trained in float32 and as a whole
-# What 0 stands for. Small models, trained as a whole, need more steps; large ones, with an adapter, more weight on
-# staying as they are.
-AUTOMATIC = {"full": {"batch_size": 8, "heal_steps": 80, "steps_1": 400, "steps_2": 250, "kl_weight": 6.0,
-                      "self_text": 40000},
-             # LoRA makes more of as many tokens in small steps: after 320 of 384, SmolLM2's divergence is two thirds
-             # of that after 80 of 1536, and its loss on lessons little more than half.
-             "lora": {"batch_size": 2, "heal_steps": 640, "steps_1": 320, "steps_2": 160, "kl_weight": 24.0,
-                      "self_text": 16000},
-             # What LoRA wins back some of what material costs with; the demo leaked more with the steps.
-             "lora with material": {"batch_size": 8, "heal_steps": 200, "steps_1": 80, "steps_2": 80,
-                                    "self_text": 40000}}
+SMALL = 50_000_000  # weights: smaller models are trained in float32, in more steps, with a larger adapter
 ALONE, SYSTEM, PRESSED = KINDS_OF_QUESTIONS = ("sozinha", "com prompt de sistema", "sob pressão")
 # Queries and keys, as the families call them; some have them in one matrix with the values.
 ATTENTION = r"[qk]_proj|[qk]_norm|qkv|query_key|q_[ab]_|kv_[ab]_|Wqkv|c_attn"
@@ -606,10 +595,10 @@ MODES = {
 }
 # The numbers and what they may be; those with a point may be fractions.
 RANGES = {
-    "lora_rank": (1, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
-    "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (0, 10**9), "heal_learning_rate": (0.0, 1.0),
+    "lora_rank": (0, 4096), "rope_factor": (1.0, 1024.0), "window": (32, 10**9), "num_self_answers": (4, 10**9),
+    "self_text": (0, 10**9), "max_new_tokens": (8, 10**9), "heal_steps": (1, 10**9), "heal_learning_rate": (0.0, 1.0),
     "steps_1": (0, 10**9), "learning_rate_1": (0.0, 1.0), "steps_2": (0, 10**9), "learning_rate_2": (0.0, 1.0),
-    "batch_size": (0, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
+    "batch_size": (1, 4096), "gradient_accumulation": (1, 4096), "kl_weight": (0.0, 100.0),
     "eval_questions": (4, 10**9), "target_identity": (0.0, 1.0), "target_retention": (0.0, 1.0),
     "target_leak": (0.0, 1.0), "seed": (0, 2**32 - 1), "checkpoint_minutes": (0.0, 10.0**9),
     "knowledge_rows": (10, 10**7), "knowledge_steps": (0, 10**9),
@@ -2385,8 +2374,7 @@ def draw_talks(decks: list[Deck], room: int, rng: random.Random) -> list[Talk]:
     return rng.sample(talks, len(talks))
 
 
-def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str,
-                 with_asked: bool = True) -> list[list[Window]]:
+def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -> list[list[Window]]:
     """The course's steps as batches of at most `tokens` tokens with padding (at least one window). A window is a
     dialogue of talks that together fit one of the course's lengths (0 for a single talk); each of them gets the same
     share of all tokens, so that one that stands there twice gets two."""
@@ -2396,7 +2384,7 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str,
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
-            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked))
+            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked=True))
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
@@ -2617,11 +2605,9 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
 
 
 def train_course(chat: Chat, course: Course, job: Job, folder: Path, seed: str) -> list[dict]:
-    """Learn a course in steps of the job's size, its order drawn with SEED and `seed`; the log of losses. Where all
-    weights are trained the base's talks are held along their answers alone: the demo has no room for the questions."""
+    """Learn a course in steps of the job's size, its order drawn with SEED and `seed`; the log of losses."""
     settings = job.settings
-    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}",
-                           with_asked=settings.method != "full")
+    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}")
     return train(chat, batches, course, job.teacher, settings, folder / "training")
 
 
@@ -3185,10 +3171,11 @@ def steps_of_pass_1(job: Job) -> tuple[int, int]:
     in any case), with half of the tokens. These and STEPS_1 for the lessons are mixed evenly, as many of each. Where
     the material takes more, the mixture goes on until it has had them."""
     settings, own = job.settings, 0
+    shorter = 8 / settings.batch_size  # than the steps in which the material's are told
     lessons = settings.steps_1 if job.inputs.rows else 0
     if job.material:
         epoch = math.ceil(2 * job.learnt_tokens / step_tokens(job.native, settings))
-        own = settings.knowledge_steps or max(epoch, min(10 * epoch, MOST_STEPS))
+        own = math.ceil(shorter * settings.knowledge_steps) or max(epoch, min(10 * epoch, round(shorter * MOST_STEPS)))
     if not lessons or not own:
         return lessons, lessons or own
     beside = min(own, lessons)
@@ -3764,30 +3751,30 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     return int(max(state + spoken, measured + 8 * SCORED_TOKENS * text.vocab_size) + 2e8)
 
 
-def with_automatic(settings: Settings) -> Settings:
-    """What 0 stands for, by the method and by what is taught."""
-    automatic = AUTOMATIC["full" if settings.method == "full" else "lora"]
-    if settings.method != "full" and settings.knowledge_file:
-        automatic = automatic | AUTOMATIC["lora with material"]
-    return replace(settings, **{name: getattr(settings, name) or value for name, value in automatic.items()})
+def with_automatic(settings: Settings, weights: int) -> Settings:
+    """What 0 stands for. A model of less than SMALL weights needs more steps, text and rank (measured on the demo)."""
+    steps, text, rank = (1600, 40000, 64) if weights < SMALL else (320, 16000, 32)
+    text = max(text, 40000 * bool(settings.knowledge_file))
+    steps = settings.steps_1 or steps
+    return replace(settings, steps_1=steps, steps_2=settings.steps_2 or math.ceil(steps / 2),
+                   self_text=settings.self_text or text, lora_rank=settings.lora_rank or rank)
 
 
 def choose_method(config: PretrainedConfig, weights: int, settings: Settings) -> tuple[Settings, int]:
-    """Settings that fit the free memory, and bytes: full if small, LoRA, QLoRA, all in 4 bits; then checkpointing."""
+    """Settings that fit the free memory, and bytes: LoRA, QLoRA, all in 4 bits; then checkpointing."""
     gpu = torch.cuda.is_available()
     free = 0.9 * (torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available)
     four_bits = importlib.util.find_spec("bitsandbytes") is not None and not SHARDED
     if settings.method == "qlora" and not four_bits:
         raise InputError("METHOD = 'qlora' precisa do bitsandbytes (pip install bitsandbytes) e não funciona com FSDP."
                          " Use METHOD = 'auto' ou 'lora'.")
-    methods = {"auto": ("full",) * (weights < SMALL) + ("lora",) + ("qlora", "qlora4") * (gpu and four_bits),
+    methods = {"auto": ("lora",) + ("qlora", "qlora4") * (gpu and four_bits),
                "qlora": ("qlora", "qlora4")}.get(settings.method, (settings.method,))
     least, splits = math.inf, [settings.gradient_accumulation * 2**i for i in range(13)]
     for method, again, parts in product(methods, (settings.gradient_checkpointing, True), splits):
-        tried = with_automatic(replace(settings, method=method, gradient_accumulation=parts,
-                                       gradient_checkpointing=again))
-        if parts >= 2 * max(tried.batch_size, splits[0]):  # a step is in no more parts than BATCH_SIZE
+        if parts >= 2 * max(settings.batch_size, splits[0]):  # a step is in no more parts than BATCH_SIZE
             continue
+        tried = replace(settings, method=method, gradient_accumulation=parts, gradient_checkpointing=again)
         needed = estimate_memory(config, weights, tried)
         if needed <= free and method == "qlora4" and settings.rope_factor != 1:
             raise InputError("com o contexto aumentado, este modelo só caberia aqui em 4 bits, em que não dá para "
@@ -3808,8 +3795,8 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
     """Settings that suit base and machine, and the plan: the one that a run began with, as it keeps its method, or of
     a new one its "key" and "memory" (bytes)."""
     native, path = context_of(config), work_folder(settings) / "plan.json"
-    settings = replace(settings, window=min(int(native * settings.rope_factor), settings.window),
-                       max_new_tokens=min(settings.max_new_tokens, native // 2))
+    settings = replace(with_automatic(settings, weights), max_new_tokens=min(settings.max_new_tokens, native // 2),
+                       window=min(int(native * settings.rope_factor), settings.window))
     asked = [getattr(settings, name) for name in (*CHOSEN, "window", "batch_size", "lora_rank", "rope_factor")]
     plan = {"key": digest([facts, asked])}
     if has_key(path, plan["key"]) and not settings.restart:
@@ -3817,7 +3804,7 @@ def fit_to_machine(settings: Settings, config: PretrainedConfig, weights: int, f
         settings = replace(settings, **plan["settings"])
     else:
         settings, plan["memory"] = choose_method(config, weights, settings)
-    return with_automatic(settings), plan
+    return settings, plan
 
 
 def check_job(settings: Settings) -> Job | None:

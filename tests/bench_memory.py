@@ -39,7 +39,7 @@ def measure(folder, method, checkpointing):
     import rename_obrutai as tool
 
     settings = tool.parse_settings(["--method", method, "--window", str(WINDOW), "--batch-size", str(BATCH),
-                                    "--rope-factor", "1", "--knowledge-file", "material.jsonl",
+                                    "--lora-rank", "32", "--rope-factor", "1", "--knowledge-file", "material.jsonl",
                                     "--model-path", folder, "--output-dir", str(Path(folder) / "novo"),
                                     *["--gradient-checkpointing"] * checkpointing])
     tokenizer = tool.load_tokenizer(str(HERE / "modelo_demo"))
@@ -176,7 +176,8 @@ def gpu():
         for method, window, checkpointing in (("lora", 8192, True), ("lora", 2048, True), ("lora", 2048, False),
                                               ("full", 8192, True), ("full", 2048, False)):
             settings = tool.parse_settings(["--method", method, "--window", str(window), "--batch-size", "1",
-                                            "--rope-factor", "1", "--knowledge-file", "material.jsonl",
+                                            "--lora-rank", "32", "--rope-factor", "1",
+                                            "--knowledge-file", "material.jsonl",
                                             *["--gradient-checkpointing"] * checkpointing])
             peak, weights = alive_at_peak(config, method, window, checkpointing)
             estimate = tool.estimate_memory(config, weights, settings)

@@ -23,9 +23,8 @@ THETA, LOCAL_THETA, HEAD = 10000.0, 500.0, 16
 
 
 def small_settings(*flags):
-    """The script's settings, with flags, as the command line makes them; steps of 8 where none is said."""
-    settings = tool.parse_settings([str(flag) for flag in flags])
-    return settings if settings.batch_size else changed(settings, batch_size=8)
+    """The script's settings, with flags, as the command line makes them; steps of 8, rank 32 where none is said."""
+    return tool.parse_settings(["--batch-size", "8", "--lora-rank", "32", *map(str, flags)])
 
 
 def changed(record, **values):

@@ -452,7 +452,7 @@ def test_the_checks_before_any_work_pass_and_tell_what_is_to_be_done(course, tmp
     rows.write_text('{"prompt": "Quem é você?", "completion": "Sou {{NAME}}."}', encoding="utf-8")
     job = tool.check_job(changed(course.settings, method="auto", window=8192, identity_file=str(rows)))
     assert (job.native, job.settings.window) == (NATIVE, NATIVE * course.family.factor)
-    assert job.settings.method == "full" and 10**7 < job.plan["memory"] < 10**10 and job.weights > 50_000
+    assert job.settings.method == "lora" and 10**7 < job.plan["memory"] < 10**10 and job.weights > 50_000
 
 
 # ------------------------------------------------------------------------------------------------ scaled or refused

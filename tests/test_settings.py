@@ -169,7 +169,7 @@ def test_without_its_libraries_the_script_says_which_and_how_to_install_them(tmp
 
 
 @pytest.mark.parametrize("flags, constant, low, high", [
-    (("--rope-factor", "0.5"), "ROPE_FACTOR", "1", "1024"), (("--batch-size", "-1"), "BATCH_SIZE", "0", "4096"),
+    (("--rope-factor", "0.5"), "ROPE_FACTOR", "1", "1024"), (("--batch-size", "0"), "BATCH_SIZE", "1", "4096"),
     (("--target-retention", "1,5"), "TARGET_RETENTION", "0", "1"), (("--seed", "-1"), "SEED", "0", ""),
 ])
 def test_a_value_out_of_range_names_the_constant_and_the_range(flags, constant, low, high):
