@@ -94,7 +94,7 @@ MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
 HEAL_STEPS = 640  # etapas da cura depois de mexer no RoPE
-HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (de 1 a 2% do tamanho de cada peso, se o base lê WINDOW)
+HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (1% do tamanho de cada peso)
 STEPS_1 = 0  # etapas do passo 1; 0 = 320 (1600 se o modelo é mini: menos de 50 milhões de parâmetros)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = metade das do passo 1
@@ -2744,9 +2744,8 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
     """Bring the RoPE-scaled model back to the base's own behaviour, through queries and keys alone: RoPE acts on them
     while facts live elsewhere. In four fifths of HEAL_STEPS each attention learns to make of the base's own input what
     the base's makes of it (LoLCATs, arXiv 2410.10254): that says more of a token than the next word alone, and text is
-    what is short. In the others the whole learns the base's distribution, gently, which long conversations need. Where
-    the base cannot read a whole WINDOW, or under FSDP, whose pieces of weights take no optimizer of ours, there is
-    nothing else. The log of the latter."""
+    what is short. In the others the whole learns the base's distribution, gently, which long conversations need. Under
+    FSDP, whose pieces of weights take no optimizer of ours, there is nothing else. The log of the latter."""
     settings, pools, twin = job.settings, [Pool(job.heard.everyday, 1.0)], native_twin(chat.model, job)
     before, lengths = rope_frequencies(twin), [short_window(job.native, settings)] * 3 + [settings.window]
     check_frequencies(before, rope_frequencies(chat.model), settings.rope_factor)
@@ -2755,13 +2754,14 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     course = Course("cura", pools, settings.heal_steps, (settings.heal_learning_rate, 6e-3, 0), 1.0, lengths)
-    first = 0 if SHARDED or job.native < settings.window else settings.heal_steps * 4 // 5
+    first = 0 if SHARDED else settings.heal_steps * 4 // 5
     if first:
         rate = settings.heal_learning_rate or 0.02 * math.sqrt(settings.batch_size / 8)
         if not from_first(any((folder / "training").glob("checkpoint-*/complete.json"))):  # of the others
             with side_by_side(twin, chat.model) as made, short_attention(twin):
                 loss = functools.partial(attention_loss, twin=twin, made=made)
-                alike = course._replace(steps=first, rates=(rate, 0, 0), loss=loss, by_size=True)
+                alike = course._replace(steps=first, rates=(rate, 0, 0), loss=loss, by_size=True,
+                                        lengths=[min(length, job.native) for length in lengths])  # that it can read
                 train_course(chat, alike, job, folder / "training", "attention")
         course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), by_size=True)
     log = train_course(chat, course, job, folder, "heal")

@@ -48,7 +48,7 @@ lock
 1-base.partial/heard.json
 1-base.partial/teacher.safetensors
 1-base
-2-healed.partial/training/checkpoint-*
+2-healed.partial/training/training/checkpoint-*
 2-healed.partial/training/checkpoint-*/optimizer.pt
 2-healed.partial/training/checkpoint-*/complete.json
 2-healed.partial/*model.safetensors
@@ -79,7 +79,7 @@ BEFORE = """
 1 open 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rename 2-healed.partial/training/checkpoint-\\d+/complete.json.tmp
 1 rmdir 2-healed.partial/training/checkpoint-\\d+
-4 remove 2-healed.partial/training/checkpoint-11/
+4 remove 2-healed.partial/training/training/checkpoint-8/
 1 rmdir 2-healed.partial/training$
 1 rename 2-healed.partial$
 1 remove 3-pass-1.partial/training/checkpoint-\\d+/complete.json

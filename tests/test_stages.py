@@ -223,7 +223,7 @@ def test_of_a_model_that_is_let_think_first_plan_and_card_say_how_it_was_measure
 @pytest.mark.skipif(FORKS is None, reason="needs fork and process groups")
 def test_a_job_killed_three_times_ends_with_the_bytes_of_one_that_was_not(whole, tmp_path):
     moments = [Moment("before", pattern) for pattern in (
-        "open 2-healed.partial/training/checkpoint-2/trainer_state.json",
+        "open 2-healed.partial/training/training/checkpoint-2/trainer_state.json",
         "rename 5-pass-2.partial/training/checkpoint-2/complete.json.tmp", "rename 6-result/model$")]
     said = []
     done = run_chain(lambda folder, moment: Forked(folder, moment, "--checkpoint-minutes", 0), tmp_path, moments,

@@ -440,9 +440,11 @@ def test_healing_changes_queries_and_keys_and_nothing_else(tiny_folder, tmp_path
     base, chat = (tool.load_chat(tiny_folder("gemma3"), FULL, factor) for factor in (1.0, 4.0))
     monkeypatch.setattr(tool, "keep_frequencies", lambda *_: None)  # it moves them as well
     before = copied(chat.model)
-    log = few_steps(base, chat, 2, 64)
+    log = few_steps(base, chat, 10, 64)
     expected = {name for name in before if re.search(r"self_attn\.(q_proj|k_proj|q_norm|k_norm)\.weight", name)}
-    assert different(before, chat.model) == expected and len(expected) == 8
+    # A norm's weights are all 0 in an untrained Gemma, and a rate that is a share of their size as well.
+    assert {name for name in expected if "proj" in name} <= different(before, chat.model) <= expected
+    assert len(expected) == 8
     assert len(log) == 2 and all(0 < entry["loss"] < 100 for entry in log)
     tool.save_stage(chat, tmp_path / "healed", log)  # what the next stage goes on from, and trains as a whole
     again = tool.load_chat(tmp_path / "healed", FULL).model
@@ -546,12 +548,16 @@ def test_a_healing_that_broke_off_ends_with_the_same_weights(
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
 
 
-def test_a_base_that_cannot_read_a_window_teaches_only_what_comes_next(demo_chat, few_steps, monkeypatch):
+@pytest.mark.parametrize("sharded, native, steps, longest", [
+    (False, 128, [20, 5], [128, 128]), (False, 64, [20, 5], [64, 128]), (True, 128, [25], [128])])
+def test_the_bases_attention_is_learnt_in_windows_that_it_can_read_and_not_in_pieces(
+        sharded, native, steps, longest, demo_chat, few_steps, monkeypatch):
     courses = []
     monkeypatch.setattr(tool, "train_course", lambda chat, course, *_: courses.append(course) or [])
-    for native in (64, 128):  # WINDOW is 128
-        few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, native)
-    assert [course.steps for course in courses] == [25, 20, 5]
+    monkeypatch.setattr(tool, "SHARDED", sharded)
+    few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, native)  # WINDOW is 128
+    assert [course.steps for course in courses] == steps
+    assert [max(course.lengths) for course in courses] == longest
 
 
 @pytest.mark.slow
