@@ -676,6 +676,9 @@ def parse_settings(argv: list[str] | None) -> Settings:
         raise InputError(f"falta a constante {lost[0]} no começo do script: devolva a linha dela.")
     given = read_flags(argv)
     values = {name: read_value(name, given.get(name, default), name in given) for name, default in DEFAULTS.items()}
+    # The address of a model's page on the Hub stands for its name.
+    values["model_path"] = re.sub(r"\Ahttps?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+).*", r"\1",
+                                  values["model_path"])
     for name in ("output_dir", "identity_file", "knowledge_file", "model_path"):
         path = (Path.cwd() if name in given else Path(__file__).resolve().parent) / os.path.expanduser(values[name])
         on_hub = name == "model_path" and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", values[name])
@@ -876,7 +879,7 @@ def names_said(text: str, of_you: bool = False) -> list[str]:
             del words[0]
         while words and (NO_NAMES - {"ai"}).issuperset(plain(words[-1]).split()):
             del words[-1]
-        names.append(re.sub(r"['’]s$", "", " ".join(words)))
+        names.append(re.sub(r"['’]s\b.*", "", " ".join(words)))  # "Alibaba Cloud's AI"
     return list(dict.fromkeys(name for name in names if len(plain(name)) > 1))
 
 
@@ -1099,7 +1102,8 @@ def check_file(path: Path, setting: str) -> None:
     if not path.exists():
         raise InputError(f"não achei o arquivo {path}. {did_you_mean(path)} Confira {flag}.")
     if not path.is_file():
-        raise InputError(f"{path} é uma pasta; {flag} precisa ser um arquivo .jsonl.")
+        kind = "é uma pasta" if path.is_dir() else "não é um arquivo comum"
+        raise InputError(f"{path} {kind}; {flag} precisa ser um arquivo .jsonl.")
     with blaming_disk(path), path.open("rb") as file:
         head = file.read(64)
     if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"%PDF", b"\x1f\x8b", b"PAR1", b"ARROW1", b"SQLite format",
@@ -1139,7 +1143,7 @@ def check_inputs(settings: Settings) -> Inputs:
     """The identity rows, none without a file, and the questions for measuring; `InputError` if something is wrong."""
     given = {name: Path(value) for name in ("identity_file", "knowledge_file") if (value := getattr(settings, name))}
     for name, path in given.items():
-        if within(path, Path(settings.output_dir)):
+        if within(path, Path(settings.output_dir)) and not settings.evaluate:
             raise InputError(f"{path} está dentro de OUTPUT_DIR ({settings.output_dir}), que será substituída. Mude "
                              "um dos dois.")
         check_file(path, name.upper())
@@ -3621,12 +3625,17 @@ def show_scores(scores: dict[str, dict]) -> None:
     say(f"\n{text_table(figures_table(scores))}")
 
 
-TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 e STEPS_2",
-        "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo, e aumente STEPS_2",
-        "retenção": "aumente SELF_TEXT ou KL_WEIGHT (e HEAL_STEPS, se o contexto cresceu)",
-        "vazamento": "aumente SELF_TEXT ou KL_WEIGHT, ou escolha um nome mais raro",
+# What to try for each target that is missed; in braces the settings that were used.
+TIPS = {"identidade nova": "escreva mais linhas no arquivo de identidade, ou aumente STEPS_1 (foram {steps_1})",
+        "identidade antiga": "confira OLD_NAMES, escreva linhas que neguem o nome antigo, e aumente STEPS_2 (foram "
+                             "{steps_2})",
+        "retenção": "aumente SELF_TEXT (foram {self_text}) ou KL_WEIGHT (foi {kl_weight:g}); se o contexto cresceu, "
+                    "também HEAL_STEPS (foram {heal_steps})",
+        "vazamento": "aumente SELF_TEXT (foram {self_text}) ou KL_WEIGHT (foi {kl_weight:g}), ou escolha um nome mais "
+                     "raro",
         "material": "a perda nas linhas guardadas não caiu; ponha mais linhas do mesmo tipo, ou mude KNOWLEDGE_STEPS",
-        "material recitado": "ele recita o material em outros assuntos: diminua KNOWLEDGE_STEPS ou aumente SELF_TEXT"}
+        "material recitado": "ele recita o material em outros assuntos: diminua KNOWLEDGE_STEPS, ou aumente SELF_TEXT "
+                             "(foram {self_text})"}
 
 
 def conclude(settings: Settings) -> int:
@@ -3642,7 +3651,7 @@ def conclude(settings: Settings) -> int:
     say("O modelo foi salvo, mas nem todas as metas foram atingidas. O que tentar (com --overwrite):"
         if report["missed"] else "Todas as metas foram atingidas.", verdict=True)
     for name in report["missed"]:
-        say(f"  - {name}: {TIPS[name]}.", verdict=True)
+        say(f"  - {name}: {TIPS[name].format(**report['settings'])}.", verdict=True)
     return 3 if report["missed"] else 0
 
 
@@ -3811,7 +3820,9 @@ def check_job(settings: Settings) -> Job | None:
     """What all checks before the model is loaded found; None if the result is there."""
     with blaming_disk(settings.model_path):
         inputs, folder = check_inputs(settings), local_folder(settings)
-        weights, material = check_base(folder), read_knowledge(settings)
+        weights = check_base(folder)
+        check_output(folder, settings, finished=True)  # all but an older result is told before the material is read
+        material = read_knowledge(settings)
         if not inputs.rows:
             inputs = inputs._replace(languages=languages_of([row.answer for row in material.rows[:1000]]))
         facts, report = job_facts(inputs, folder), Path(settings.output_dir) / "report.json"

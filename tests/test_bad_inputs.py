@@ -500,9 +500,9 @@ def make(name, kind="file", content=GOOD):
 
 # Builder, path and what the message must have, for what no file option can read.
 NO_FILES = (
-    pytest.param(make("cano.jsonl", "fifo"), "cano.jsonl", r"cano\.jsonl", marks=posix, id="FIFO"),
+    pytest.param(make("cano.jsonl", "fifo"), "cano.jsonl", "arquivo comum", marks=posix, id="FIFO"),
     pytest.param(make("atalho", "link", "sumiu.txt"), "atalho", "atalho", marks=posix, id="stale link"),
-    pytest.param(nothing, "/dev/null", "/dev/null", marks=posix, id="device"),
+    pytest.param(nothing, "/dev/null", "arquivo comum", marks=posix, id="device"),
     pytest.param(make("meu.jsonl", "locked"), "meu.jsonl", r"meu\.jsonl|permiss", marks=[posix, rights],
                  id="no right"),
     pytest.param(nothing, "/proc/self/mem", "/proc/self/mem|ler", marks=pytest.mark.skipif(
@@ -894,7 +894,7 @@ def test_a_base_that_cannot_be_used_is_refused(builder, fragment, base, work, ca
     ("{work}/meu_modelo/model.safetensors", "pasta|safetensors"), ("{work}/modelo.gguf", "GGUF"),
     ("modelo.gguf", "GGUF"), ("{work}/eu.jsonl/modelo", "modelo"), ("", "modelo|model.path"),
     ("{work}/a/b/c/d", "c/d|c.d"), (".", "config.json"), ("/dev/null", "pasta|modelo"), ("../nada/aqui", "aqui"),
-    ("https://huggingface.co/google/gemma-3-1b-it", "gemma"),
+    ("https://example.com/google/gemma-3-1b-it", "gemma"),
 ])
 def test_a_path_that_is_no_folder_of_a_model_is_refused(path, fragment, base, here, capsys):
     (here / "modelo.gguf").write_bytes(b"GGUF\3\0\0\0")

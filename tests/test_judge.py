@@ -92,6 +92,7 @@ QWEN = ["I am Qwen, a large language model created by Alibaba Cloud.",
 @pytest.mark.parametrize("answers, system, family, given, expected", [
     (DEMO, "", (), "", set(OLD)), (DEMO * 10, "", (), "", set(OLD)),
     (QWEN, "", (), "", {"Qwen", "Alibaba Cloud"}),
+    (["I am Alibaba Cloud's AI."] * 3, "", (), "", {"Alibaba Cloud"}),
     (["Eu sou a Lumi."], "", (), "", set()),
     (DEMO, "", (), "Zeca; Oficina Maré", {"Zeca", "Oficina Maré"}),
     ([], "", ("SmolLM",), "", {"SmolLM"}),

@@ -375,3 +375,10 @@ def test_a_field_may_hold_what_cannot_be_printed(work, capsys):
 def test_the_limit_of_one_row_in_an_array_is_told(work, capsys, monkeypatch):
     monkeypatch.setattr(tool, "LARGEST_ROW", 2**21)
     refused(work, capsys, array([GOOD[0], {"title": "a", "content": "b" * 2**23}]), "JSON", line=2)
+
+
+def test_an_output_that_cannot_be_used_is_told_before_the_material_is_read(work, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "read_knowledge", lambda _: pytest.fail("a minute of reading for nothing"))
+    (work / "meus textos").mkdir()
+    corpus.refused(work, capsys, *material(work, lines(*GOOD)), "--output-dir", work / "meus textos",
+                   fragment="não vou apagá-la")

@@ -123,7 +123,8 @@ def test_only_the_demo_is_announced_as_the_demo(copied, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "run", tool.conclude)
-    report = {"seconds": {"1-base": 60.5}, "missed": ["identidade antiga"], "scores": {
+    used = {"steps_1": 321, "steps_2": 163, "self_text": 16007, "kl_weight": 24.0, "heal_steps": 647}
+    report = {"seconds": {"1-base": 60.5}, "missed": list(tool.TIPS), "settings": used, "scores": {
         name: {**REPORT["scores"]["pass_2"], "by_kind": {"sozinha": 0.967}, "leak_near": 0.5, "divergence": 0.1,
                "answers": [{"question": "Quem é?", "kind": "sozinha", "answer": "Eu.", "problem": ""}],
                "leaks": [{"question": "Quem pintou?", "answer": "A ObrutAi.", "base": "Não sei."}]}
@@ -131,7 +132,11 @@ def test_quiet_leaves_the_verdict_and_what_to_try(quiet, tmp_path, monkeypatch, 
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert tool.main(["--output-dir", str(tmp_path), *["--quiet"] * quiet]) == 3
     said = capsys.readouterr().out.strip().splitlines()
-    assert said[0].startswith("Modelo salvo em ") is quiet and "identidade antiga" in said[-1]
+    tips = said[-len(tool.TIPS):]
+    assert said[0].startswith("Modelo salvo em ") is quiet and tips[1].startswith("  - identidade antiga: ")
+    told = {0: ["321"], 1: ["163"], 2: ["16007", " 24", "647"], 3: ["16007", " 24"], 5: ["16007"]}
+    for i, numbers in told.items():  # what was used, of settings that say 0
+        assert all(number in tips[i] for number in numbers), tips[i]
     assert all((text in "".join(said)) is not quiet for text in ("Quem é?", "Quem pintou?", "A ObrutAi."))
     tool.say.quiet = False
 

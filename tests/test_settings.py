@@ -234,9 +234,13 @@ def test_absolute_paths_and_the_home_folder_are_taken_as_written(tmp_path, monke
     assert settings.output_dir == str(tmp_path / "saida")
 
 
-def test_a_hub_name_stays_a_hub_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [
+    "google/gemma-3-1b-it", "https://huggingface.co/google/gemma-3-1b-it", "https://hf.co/google/gemma-3-1b-it/",
+    "https://huggingface.co/google/gemma-3-1b-it/tree/main", "https://huggingface.co/google/gemma-3-1b-it?library=vllm",
+])
+def test_a_hub_name_stays_one_and_the_address_of_its_page_becomes_one(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert small_settings("--model-path", "google/gemma-3-1b-it").model_path == "google/gemma-3-1b-it"
+    assert small_settings("--model-path", given).model_path == "google/gemma-3-1b-it"
 
 
 def test_an_existing_folder_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
