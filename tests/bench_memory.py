@@ -135,7 +135,7 @@ def alive_at_peak(config, method, window, checkpointing):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         weights = sum(p.numel() for p in model.parameters())
         if method == "lora":
-            model = get_peft_model(model, LoraConfig(r=tool.LORA_RANK, target_modules="all-linear",
+            model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear",
                                                      task_type="CAUSAL_LM"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():

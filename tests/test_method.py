@@ -10,6 +10,7 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+import bench_memory
 import conftest
 import psutil
 import pytest
@@ -603,6 +604,15 @@ def test_the_estimate_grows_with_window_batch_and_vocabulary(method, again):
     small = type(config)(**{**config.to_dict(), "vocab_size": 32000})
     settings = changed(small_settings(), **given)
     assert tool.estimate_memory(small, weights, settings) < tool.estimate_memory(config, weights, settings)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_estimate_covers_what_pytorch_would_allocate_for_a_window_and_not_much_more(again, monkeypatch):
+    monkeypatch.setattr(tool, "compute_dtype", lambda weights: torch.bfloat16)
+    config = bench_memory.shapes()["Gemma 3 1B"]
+    peak, weights = bench_memory.alive_at_peak(config, "lora", 1024, again)
+    asked = estimate(window=1024, gradient_checkpointing=again, lora_rank=32, batch_size=1)
+    assert weights == shapes()["Gemma 3 1B"][1] and peak < asked < 1.5 * peak
 
 
 @pytest.mark.parametrize("again", [False, True])
