@@ -89,7 +89,7 @@ WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o context
 
 # Textos que o próprio modelo escreve
 NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
-SELF_TEXT = 0  # tokens de respostas do modelo base, que o mantêm igual; 0 = 16000 (40000 com material ou se é mini)
+SELF_TEXT = 0  # tokens de respostas do base, que o mantêm igual; 0 = 40000; sem cura nem material, 16000 (mini: 40000)
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
@@ -3761,10 +3761,11 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
 
 
 def with_automatic(settings: Settings, weights: int) -> Settings:
-    """What 0 stands for. A model of less than SMALL weights needs more steps, text and rank (measured on the demo)."""
-    steps, text, rank = (1600, 40000, 64) if weights < SMALL else (320, 16000, 32)
-    text = max(text, 40000 * bool(settings.knowledge_file))
-    steps = settings.steps_1 or steps
+    """What 0 stands for. A model of less than SMALL weights needs more steps, text and rank (measured on the demo);
+    the healing and material need more text, too."""
+    small, grown = weights < SMALL, settings.rope_factor != 1
+    steps, rank = (1600, 64) if small else (320, 32)
+    steps, text = settings.steps_1 or steps, 40000 if small or grown or settings.knowledge_file else 16000
     return replace(settings, steps_1=steps, steps_2=settings.steps_2 or math.ceil(steps / 2),
                    self_text=settings.self_text or text, lora_rank=settings.lora_rank or rank)
 
