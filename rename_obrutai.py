@@ -560,7 +560,7 @@ LIBRARIES = ("accelerate bm25s datasets filelock ftfy huggingface_hub jinja2 pef
  torch, tqdm, transformers, trl) = map(Lazy, LIBRARIES)
 
 # Under accelerate or torchrun every process runs this script; the first one does all, and the others train along.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 # With `accelerate launch --use_fsdp` each trains a piece of the weights. Transformers cuts them; accelerate must not
 # see the variable, or it would do it again.
 SHARDED = os.environ.pop("ACCELERATE_USE_FSDP", "") == "true" and PROCESSES > 1
@@ -697,8 +697,10 @@ def parse_settings(argv: list[str] | None) -> Settings:
     if ready and "model_path" not in given:
         values["model_path"] = values["output_dir"]  # the result, not the base of the constant
     for name in ("name", "author"):
-        if not plain(values[name]) or re.search(r"[{}]", values[name]):
-            raise InputError(f"{name.upper()} precisa ser um texto com letras e sem chaves; recebi '{values[name]}'.")
+        values[name] = " ".join(values[name].split())
+        if not plain(values[name]) or re.search(r"[{}<>]", values[name]):
+            raise InputError(f"{name.upper()} precisa ser um texto com letras, sem chaves nem < ou >; recebi "
+                             f"'{values[name]}'.")
         if plain(values[name]) in map(plain, split_names(values["old_names"])):
             raise InputError(f"{name.upper()} ({values[name]}) também está em OLD_NAMES; escolha um nome novo.")
     if values["max_new_tokens"] >= values["window"]:
@@ -1075,7 +1077,7 @@ def read_messages(record: object) -> list[dict]:
 
 def fill(text: str, values: dict[str, str]) -> str:
     """Replace {{NAME}}, {{AUTHOR}} and {{BASE}}; other double braces, and names in other marks, are `InputError`s."""
-    word, known = "(?:name|nome|author|autora?|base)", rf"(?i)\{{\{{\s*({'|'.join(values)})\s*\}}\}}"
+    word, known = "(?:name|nome|author|autora?|base)", rf"(?i)(?<!\{{)\{{\{{\s*({'|'.join(values)})\s*\}}\}}(?!\}})"
     if left := re.search(rf"\{{\{{.*|\S*\}}\}}|(?i:[<\[{{%]\s*{word}\s*[>\]}}%]|\$\{{?{word}\b)",
                          re.sub(known, "", text)):
         raise InputError(f"marcador desconhecido ou mal fechado em '{left[0][:40]}'; só valem {{{{NAME}}}}, "
@@ -1143,9 +1145,10 @@ def check_inputs(settings: Settings) -> Inputs:
     """The identity rows, none without a file, and the questions for measuring; `InputError` if something is wrong."""
     given = {name: Path(value) for name in ("identity_file", "knowledge_file") if (value := getattr(settings, name))}
     for name, path in given.items():
-        if within(path, Path(settings.output_dir)) and not settings.evaluate:
-            raise InputError(f"{path} está dentro de OUTPUT_DIR ({settings.output_dir}), que será substituída. Mude "
-                             "um dos dois.")
+        for ours in (Path(settings.output_dir), work_folder(settings)):
+            if within(path, ours) and not settings.evaluate:
+                raise InputError(f"{path} está dentro de {ours}, que será substituída. Ponha esse arquivo em outro "
+                                 "lugar, ou mude OUTPUT_DIR (--output-dir).")
         check_file(path, name.upper())
     if len(given) == 2 and Path.samefile(*given.values()):
         raise InputError(f"{settings.knowledge_file} está em IDENTITY_FILE e em KNOWLEDGE_FILE (--knowledge-file). "
@@ -1193,7 +1196,7 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
 # ---- Knowledge: the user's own material -------------------------------------------------------------------
 
 # An instruction written as text: what is asked, maybe with a text to work on, and the answer.
-TASK, GIVEN, REPLY = (rf"###\s*(?:{words})s?\b\s*:?" for words in (
+TASK, GIVEN, REPLY = (rf"###?\s*(?:{words})s?\b\s*:?" for words in (
     "instruction|instru[cç][aã]o|question|pergunta|title|t[ií]tulo", "input|entrada|context|contexto",
     "response|resposta|output|sa[ií]da|answer|article|artigo"))
 INSTRUCTION = re.compile(rf"(?is){TASK}(?P<task>.*?)(?:{GIVEN}(?P<given>.*?))?{REPLY}(?P<reply>.*)")
@@ -1344,6 +1347,8 @@ def material_turns(record: object, question: str, answer: str) -> list[tuple[str
         if found := INSTRUCTION.search(record.get("text", "")):
             asked = "\n".join(found[part].strip() for part in ("task", "given") if found[part])
             record = {"prompt": asked, "completion": END_MARK.sub("", found["reply"])}
+        elif re.match(rf"(?i)\s*{TASK}", record.get("text", "")):
+            return "sem resposta"
         turns = read_turns(record)
     else:
         raise InputError(f"não conheço os campos {str(list(record))[:150]}; escreva em KNOWLEDGE_QUESTION e "
@@ -1393,8 +1398,8 @@ def read_knowledge(settings: Settings) -> Material | None:
             left_out["vazias depois da limpeza"] += 1
         elif texts in seen:
             left_out["repetidas"] += 1
-        elif any(re.search(MARKS + "|</think>", text) for text in texts):
-            left_out["com marcas de outro formato ou raciocínio"] += 1
+        elif any(re.search(MARKS + r"|</think>|\{\{\s*(?:NAME|AUTHOR|BASE)\s*\}\}", text) for text in texts):
+            left_out["com marcas de outro formato, raciocínio ou {{NAME}}"] += 1
         else:
             seen.add(texts)
             messages = [{"role": role, "content": text} for (role, _), text in zip(turns, texts)]
@@ -1482,7 +1487,7 @@ def weight_count(folder: Path) -> int:
     """Number of weights of the model in a folder, as the headers of its safetensors files tell; 0 without any."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     paths, count = [single] * single.is_file(), 0
-    if index.is_file():
+    if index.is_file() and not paths:  # a whole file counts first, as for transformers
         with blaming(f"o arquivo {index}"):
             paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     for path in paths:
@@ -1511,10 +1516,14 @@ def check_base(base: Path) -> int:
     config = read_json(base / "config.json")
     for path in base.glob("[!.]*_config.json"):  # that users edit; libraries do not say which one is broken
         read_json(path)
-    kind = str((config.get("architectures") or ["ForCausalLM"])[0])
+    with blaming(f"o arquivo {base / 'config.json'}"):
+        kind = str([*(config.get("architectures") or ["ForCausalLM"])][0])
+        quantized = {**(config.get("quantization_config")
+                        or {**(config.get("text_config") or {})}.get("quantization_config") or {})}
+        hash(config.get("model_type"))  # a text, to be looked up
     if config.get("is_encoder_decoder") or not kind.endswith(("CausalLM", "LMHeadModel", "Generation")):
         raise InputError(f"{base} é um modelo {kind}, que não é de conversa; escolha um Llama, Gemma, Qwen...")
-    if quantized := config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"):
+    if quantized:
         raise InputError(f"os pesos de {base} estão quantizados ({quantized.get('quant_method', 'formato próprio')}), "
                          "e não dá para treiná-los. Baixe uma versão em bf16, fp16 ou fp32.")
     weights = weight_count(base)
@@ -1542,7 +1551,7 @@ def check_output(base: Path, settings: Settings, finished: bool) -> None:
     problems = {
         f"OUTPUT_DIR ({output}) não pode ser a pasta do modelo base, nem ficar dentro ou acima dela":
             any(within(path, base) or within(base, path) for path in (output, work)),
-        f"{output} já existe e não é resultado meu: não vou apagá-la": os.path.lexists(output) and not result,
+        f"{output} já existe e não é resultado meu: não vou apagar": os.path.lexists(output) and not result,
         f"a pasta de saída {output} já existe (para trocá-la: --overwrite)":
             result and not settings.overwrite and not finished,
         f"a pasta {work} já existe e não é minha":
@@ -1855,8 +1864,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The model's tokenizer; one without a chat template gets ChatML."""
     with blaming(f"o tokenizer de {folder}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    if isinstance(tokenizer.chat_template, dict):  # several by name
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
+        if isinstance(tokenizer.chat_template, dict):  # several by name
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
+        tokenizer.chat_template = (tokenizer.chat_template or "").removeprefix("\ufeff")
+        tokenizer.model_max_length = int(tokenizer.model_max_length)
     if tokenizer.eos_token is None:
         raise InputError("falta o token de fim: escreva eos_token no tokenizer_config.json da pasta do modelo.")
     if not tokenizer.chat_template:
@@ -1872,14 +1883,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def skeleton(tokenizer: Tokenizer, template: str, roles: tuple[str, ...], ask: bool) -> list[str]:
     """What the chat template writes around messages with these roles: len(roles) + 1 pieces. `ask` adds the prompt for
     an answer, without a thought (DeepSeek R1) and with what comes before answers (gpt-oss: a channel)."""
-    marks, text = [f"QZ{i}ZQ" for i in range(len(roles))], ""
+    marks, text, why = [f"QZ{i}ZQ" for i in range(len(roles))], "", ""
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks)]
-    with contextlib.suppress(jinja2.TemplateError):
+    try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
                                              add_generation_prompt=ask, **THOUGHTLESS)
+    except Exception as error:  # a template is a program
+        why = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != marks:
-        raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}.")
+        raise InputError(f"o chat template deste modelo não aceita uma conversa com os papéis {', '.join(roles)}{why}."
+                         " Confira o chat_template.jinja, ou o tokenizer_config.json, da pasta do modelo.")
     if ask:
         pieces[-1] = re.sub(r"<think>\s*\Z", EMPTY_THOUGHT, pieces[-1])
         before = skeleton(tokenizer, template, (*roles, "assistant"), False)[-2]
@@ -2026,7 +2040,8 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
                          "resize_token_embeddings e treine o token novo.")
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    stops = sorted({sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *own} - {None})
+    with blaming(f"eos_token_id, no config.json ou no generation_config.json de {folder},"):
+        stops = sorted({sample.labels[sample.turns[0][1] - 1], tokenizer.eos_token_id, *own} - {None})
     # generate() fills what is not set from the model's own defaults, and a repetition penalty would falsify answers.
     config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     unwrapped(model).generation_config = config
@@ -2149,7 +2164,8 @@ def find_names(tokenizer: Tokenizer, settings: Settings, inputs: Inputs, base: C
     folder = Path(settings.model_path)
     asked = [q for code in inputs.languages for _, q in PARAPHRASES[code] if "{" not in q]
     answers = [a.text for a in ask(base, asked, "perguntando quem ele é")] if base else []
-    card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
+    with blaming_disk(folder / "README.md"):
+        card = (folder / "README.md").read_text("utf-8", "replace") if (folder / "README.md").is_file() else ""
     # A folder of the Hub's cache is named after a commit; {{BASE}} knows what the user called the model.
     family = family_names(f"{folder.name} {inputs.values['BASE']}", read_config(folder).model_type, card)
     new, said = (settings.name, settings.author), own_text(tokenizer)
@@ -3834,8 +3850,8 @@ def check_job(settings: Settings) -> Job | None:
     if folder == Path(__file__).resolve().parent / "tests" / "modelo_demo":
         say("  É o modelo de demonstração. Para usar o seu: --model-path PASTA (ou MODEL_PATH).")
     if inputs.rows:
-        say(f"Identidade:  {settings.name}, de {settings.author} ({len(inputs.rows)} linhas em "
-            f"{settings.identity_file})")
+        count = f"{len(inputs.rows)} linha{'s' * (len(inputs.rows) > 1)}"
+        say(f"Identidade:  {settings.name}, de {settings.author} ({count} em {settings.identity_file})")
     for warning in inputs.warnings[:5]:
         say(f"  Atenção: {warning}.")
     if finished and not settings.check:
@@ -4166,10 +4182,13 @@ def ready_model(settings: Settings) -> tuple[Settings, Path]:
 
 def examine(settings: Settings, folder: Path) -> int:
     """The report for a ready model (0 all targets met, 3 one missed); only ours know their base."""
+    ours, of_material = (folder / "exam.json").is_file(), []
+    if not ours and not settings.identity_file:
+        raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
+    inputs = None if ours else check_inputs(settings)  # before libraries are loaded
     use_one_card()
     say(f"Medindo {folder}")
-    of_material: list[str] = []
-    if (folder / "exam.json").is_file():
+    if ours:
         with blaming(f"o report.json ou o exam.json de {folder}"):
             report, (exam, names, teacher) = load_json(folder / "report.json"), read_exam(folder)
             reported = {name: Scores(**values) for name, values in report["scores"].items()}["pass_2"]
@@ -4179,16 +4198,14 @@ def examine(settings: Settings, folder: Path) -> int:
         differs = {"reported": reported._asdict()} if after != reported else {}
         say(f"  Respostas e números {'diferentes dos' if differs else 'iguais aos'} do report.json que veio com ele.")
         show_scores({**report["scores"], **differs, "pass_2": after._asdict()})
-    elif settings.identity_file:
-        inputs, chat = check_inputs(settings), load_chat(folder, settings)
+    else:
+        chat = load_chat(folder, settings)
         say("  Não é um resultado deste script (falta o exam.json): não dá para medir a retenção.")
         names = find_names(chat.tokenizer, replace(settings, model_path=str(folder)), inputs, chat)
         talks = [Talk(question_and_answer(q, ""), kind) for kind, q in exam_questions(inputs.languages)]
         exam = make_exam(chat.tokenizer, inputs, Heard(names, [], talks, talks), 0)
         after = evaluate(chat, exam, names, None, "perguntas de prova")
         show_scores({"alone": after._asdict()})
-    else:
-        raise InputError(f"{folder} não tem exam.json, e sem IDENTITY_FILE não há o que medir nele.")
     missed = [*after.gaps(settings), *of_material]
     say(f"Metas não atingidas: {', '.join(missed)}." if missed else "Todas as metas foram atingidas.", verdict=True)
     return 3 if missed else 0

@@ -252,6 +252,7 @@ BAD_LINES = {  # what any good message has -> id -> line
             {"from": "human", "value": ""}, GPT]},
     },
     MARK: {
+        "three braces": pair("Quem?", "Sou {{{NAME}}}."),
         "one closing brace missing": {"text": "Quem?\nSou {{NAME}."}, "never closed": pair("Quem?", "Sou {{NAME"),
         "never opened": pair("Quem?", "Sou NAME}}."), "empty marks": {"text": "Quem?\nSou {{}}."},
         "blank marks": pair("Quem?", "Sou {{  }}."), "marks in marks": pair("Quem?", "Sou {{NAME {{AUTHOR}}."),
@@ -579,7 +580,7 @@ def test_a_missing_value_and_a_value_too_many_are_refused_with_the_flag(flags, f
 @pytest.mark.parametrize("setting", ["name", "author"])
 @pytest.mark.parametrize("value", [
     "", " \t ", "?!...", "--", "\u00a0", "Obrut\nAi", "\x1b[31mObrutAi", "Obrut\0Ai", "Obrut{Ai", "Obrut}Ai",
-    "{{NAME}}", "\ud800Ai", "😀",
+    "{{NAME}}", "\ud800Ai", "😀", "<|im_end|>",
 ], ids=ascii)
 def test_a_name_that_cannot_be_one_is_refused(setting, value, work, capsys):
     refused(work, capsys, f"--{setting}={value}", fragment=rf"\b{setting}\b")
@@ -628,6 +629,13 @@ def result_with_identity(work):
     shutil.move(work / IDENTITY, work / "novo" / "dados" / IDENTITY)
 
 
+def work_with_identity(work):
+    """The folder of an earlier run's stages, where the user has put the identity file."""
+    for name in ("LEIA-ME.txt", "dados/nota.txt"):
+        make(f"novo.work/{name}", content=b"a")(work)
+    shutil.move(work / IDENTITY, work / "novo.work" / "dados" / IDENTITY)
+
+
 def link_to_base(work):
     (work / "atalho").symlink_to(work / "meu_modelo", target_is_directory=True)
 
@@ -667,7 +675,9 @@ def test_an_output_at_inside_or_above_the_base_is_refused_even_with_overwrite(bu
     ("below a file", make("arquivo"), ("--output-dir", "arquivo/novo"), "arquivo"),
     ("deep below a file", make("arquivo"), ("--output-dir", "arquivo/a/b/novo"), "arquivo"),
     ("identity file inside", result_with_identity, ("--identity-file", f"novo/dados/{IDENTITY}", "--overwrite"),
-     "dentro de OUTPUT_DIR"),
+     "dentro de .*novo,"),
+    ("identity file among the stages", work_with_identity, ("--identity-file", f"novo.work/dados/{IDENTITY}",
+                                                            "--restart"), r"dentro de .*novo\.work"),
     ("folder of the script", nothing, ("--output-dir", SCRIPT.parent, "--overwrite"), "."),
     ("above the script", nothing, ("--output-dir", SCRIPT.parent.parent, "--overwrite"), "."),
     ("work folder of the user", make("novo.work/fotos.zip"), (), r"novo\.work"),
@@ -879,6 +889,8 @@ BROKEN_BASES = cases(
     ("old spelling of RoPE", config(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 4.0}), ROPE_1),
     ("RoPE is a text", config(rope_parameters="linear"), r"rope|config\.json"),
     ("RoPE is a list", config(rope_parameters=None, rope_scaling=["linear", 4]), r"rope|config\.json"),
+    *((f"{key} is {value}", config(**{key: value}), r"config\.json") for key, value in (
+        ("architectures", 5), ("quantization_config", "gptq"), ("quantization_config", [1]), ("text_config", "x"))),
 )
 
 
@@ -1004,7 +1016,14 @@ RULES = ("{% for m in messages %}{{ '<|rules|>' if m['role'] == 'system' else '<
     ("broken tokenizer", replaced("tokenizer.json", b'{"version": "1.0"'), "tokenizer"),
     ("tokenizer is an LFS pointer", replaced("tokenizer.json", LFS), "LFS|tokenizer"),
     ("no end token", tokenizer_config(eos_token=None), "eos"),
-    ("broken chat template", replaced("chat_template.jinja", b"{% for m in messages %}{{ m['content'] }"), "template"),
+    ("broken chat template", replaced("chat_template.jinja", b"{% for m in messages %}{{ m['content'] }"),
+     r"unexpected.*chat_template\.jinja"),
+    *((f"chat template that fails: {text}", replaced("chat_template.jinja", text.encode()), r"chat_template\.jinja")
+      for text in ("{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{% for t in tools %}{% endfor %}", "{% include 'x' %}")),
+    *((f"end token {value}", edited("generation_config.json", eos_token_id=value), "eos_token_id.*generation_config")
+      for value in ("<|im_end|>", ["a"], [[1]])),
+    ("longest text is a text", tokenizer_config(model_max_length="abc"), "tokenizer"),
+    ("type is a list", config(model_type=["llama"]), r"config\.json"),
     ("template that forgets the text", replaced("chat_template.jinja", b"{{ bos_token }}Oi"), "template"),
     ("context is a text", config(max_position_embeddings="muito"), r"config|max_position"),
 ))
@@ -1014,7 +1033,8 @@ def test_a_base_with_bad_contents_is_refused_before_the_long_work(builder, fragm
 
 
 @pytest.mark.parametrize("builder", [
-    more_tokens("<image_soft_token>"), edited("generation_config.json", early_stopping=True),
+    more_tokens("<image_soft_token>"), replaced("model.safetensors.index.json", b'{"weight_map": {"a": "gone"}}'),
+    edited("generation_config.json", early_stopping=True),
     edited("generation_config.json", pad_token_id=-1), config(pad_token_id=-1)])
 def test_what_no_reader_of_the_base_minds_does_not_stop_the_check(builder, base, work, capsys):
     """Gemma 3 1B has one token for which it has no embedding, and which nothing writes."""
@@ -1114,6 +1134,12 @@ def test_a_mistake_is_answered_within_a_second(builder, flags, fragment, work, n
     assert sum(os.times()[2:4]) - began < 1
     judge(done.returncode, done.stdout, done.stderr, work, fragment)
     assert listing(work) == before
+
+
+@pytest.mark.parametrize("file, fragment", [("eu.json", r"quis dizer.*eu\.jsonl"), ("", "IDENTITY_FILE")])
+def test_what_is_missing_to_measure_a_model_of_others_is_told_before_it_is_loaded(file, fragment, work, no_torch):
+    done = run_script("--evaluate", "--model-path", DEMO, f"--identity-file={file}", cwd=work, env=no_torch)
+    assert done.returncode == 2 and re.search(fragment, done.stderr), done
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp850"])

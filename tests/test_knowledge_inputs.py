@@ -255,7 +255,7 @@ def test_a_file_of_another_format_encoding_or_build_is_refused(content, fragment
     ("not a letter of ASCII", [{"title": "球", "content": "好"}], ("--knowledge-ascii", QUESTION, "{title}"),
      "vazias depois da limpeza: 12"),
     ("all the same", [GOOD[0]], (), "repetidas: 11"),
-    ("marks of a chat", [pair("<|im_start|>Quanto?", "3")], (), "outro formato ou raciocínio: 12"),
+    ("marks of a chat", [pair("<|im_start|>Quanto?", "3")], (), "outro formato, raciocínio ou .*: 12"),
 ))
 def test_fewer_than_ten_usable_rows_are_refused_with_the_reasons_and_their_counts(rows, flags, reason, work, capsys):
     rows = rows * (12 // len(rows))
@@ -312,7 +312,7 @@ def test_material_inside_the_output_is_refused_even_with_overwrite(work, capsys)
     shutil.copytree(DEMO, work / "novo")
     (work / "novo" / "report.json").write_text('{"scores": {}, "settings": {}}', encoding="utf-8")
     flags = material(work, lines(*GOOD), f"novo/{FILE}")
-    corpus.refused(work, capsys, *flags, "--overwrite", fragment="dentro de OUTPUT_DIR", file=FILE)
+    corpus.refused(work, capsys, *flags, "--overwrite", fragment=r"dentro de \S*novo,", file=FILE)
 
 
 def test_neither_identity_nor_material_is_refused(work, capsys):
@@ -381,4 +381,4 @@ def test_an_output_that_cannot_be_used_is_told_before_the_material_is_read(work,
     monkeypatch.setattr(tool, "read_knowledge", lambda _: pytest.fail("a minute of reading for nothing"))
     (work / "meus textos").mkdir()
     corpus.refused(work, capsys, *material(work, lines(*GOOD)), "--output-dir", work / "meus textos",
-                   fragment="não vou apagá-la")
+                   fragment="não vou apagar")

@@ -98,6 +98,7 @@ PREAMBLE = "Abaixo está uma instrução que descreve uma tarefa. Escreva uma re
     *((f"template, {name}", {"text": text}, SPOKEN) for name, text in {
         "English": "### Instruction:\nQuanto custa?\n\n### Response:\nCusta 3 reais.",
         "preamble": "Below is an instruction.\n\n### Instruction:\nQuanto custa?\n\n### Response:\nCusta 3 reais.\n",
+        "two marks of a heading": "## Instruction:\nQuanto custa?\n\n## Response:\nCusta 3 reais.",
         "end mark": "### Instruction:\nQuanto custa?\n### Response:\nCusta 3 reais.</s>",
         "end mark of Llama 3": "### Instruction:\nQuanto custa?\n### Response:\nCusta 3 reais.<|end_of_text|>\n",
         "end mark of Gemma": "### Instruction:\nQuanto custa?\n### Response:\nCusta 3 reais.<end_of_turn>",
@@ -159,12 +160,14 @@ def test_rows_that_are_left_out_are_counted_by_the_reason(tmp_path):
            "com todos os campos iguais": [{"title": "Bola", "content": " Bola\n"}],
            "com pergunta e resposta iguais": [pair("a", "a"), chat(turn("user", "b"), turn("assistant", " b"))],
            "sem resposta": [pair("a", None), {"text": "a"}, chat(USER),
-                            {"text": "### Instruction:\na\n### Response:\n"}],
+                            {"text": "### Instruction:\na\n### Response:\n"},
+                            {"text": "### Pergunta:\nQuanto pesa?\n\nPesa 1 kg."}],
            "sem pergunta": [pair("", "a"), alpaca("", None, "a"), {"text": "### Instruction:\n### Response:\na"}],
            "vazias depois da limpeza": [pair("<br>", "a"), pair("a", "\u200b")],
            "repetidas": [GOOD[3], {**GOOD[3], "title": " Produto  4"}],
-           "com marcas de outro formato ou raciocínio": [
-               pair("a", "[INST] b"), pair("### Human: a", "b"), pair("a", "<think>b</think>c")]}
+           "com marcas de outro formato, raciocínio ou {{NAME}}": [
+               pair("a", "[INST] b"), pair("### Human: a", "b"), pair("a", "<think>b</think>c"),
+               pair("a", "Sou {{ NAME }}.")]}
     material = read(tmp_path, [*GOOD, *(row for rows in bad.values() for row in rows)])
     assert material.left_out == {reason: len(rows) for reason, rows in bad.items()}
     assert material.total == len(GOOD) + sum(map(len, bad.values()))

@@ -153,6 +153,11 @@ def test_a_constant_may_be_written_with_any_spaces_and_below_a_heading_of_the_us
     assert settings.name == "Iara" and settings.seed == 3
 
 
+def test_spaces_around_and_within_a_name_are_those_that_one_reads():
+    settings = tool.parse_settings(["--name", "  Ana    Bela ", "--author", "\u00a0Rio"])
+    assert (settings.name, settings.author) == ("Ana Bela", "Rio")
+
+
 @pytest.mark.parametrize("name", ["OLD_NAMES", "SEED", "OVERWRITE"])
 def test_a_constant_that_is_gone_is_named(name, tmp_path):
     edited = changed_script(tmp_path, name, "", line="# tirei esta")

@@ -203,6 +203,14 @@ def test_chatml_uses_its_own_end_token_where_the_tokenizer_has_it(tokenizer, tmp
     assert learnt_parts(chatml, tool.encode(chatml, [ASK, TELL])) == [TELL["content"] + "<|im_end|>"]
 
 
+def test_the_mark_with_which_windows_begins_a_file_is_no_part_of_the_template(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(DEMO / name, tmp_path)
+    expected = tool.prompt_ids(tool.load_tokenizer(str(tmp_path)), [ASK])
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + (DEMO / "chat_template.jinja").read_bytes())
+    assert tool.prompt_ids(tool.load_tokenizer(str(tmp_path)), [ASK]) == expected
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy2(DEMO / name, tmp_path)
