@@ -1085,11 +1085,14 @@ def fill(text: str, values: dict[str, str]) -> str:
     return re.sub(known, lambda match: values[match[1].upper()], text)
 
 
-def refuse_lines(path: str | Path, mistakes: list[str]) -> None:
-    """One `InputError` for all lines of the file with a mistake, if any, of which ten are shown."""
+def refuse_lines(path: str | Path, mistakes: list[tuple[int, object]]) -> None:
+    """One `InputError` for all lines of the file with a mistake (number, reason), if any, of which ten are shown."""
     if mistakes:
+        with Path(path).open(encoding="utf-8-sig") as file:  # of a list, items are counted
+            listed = " da lista" * file.read(2**16).lstrip().startswith("[")
+        shown = [f"linha {number}{listed}: {reason}" for number, reason in mistakes[:10]]
         more = [f"... e mais {len(mistakes) - 10}"] * (len(mistakes) > 10)
-        raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *mistakes[:10], *more]))
+        raise InputError("\n  ".join([f"{path} tem {len(mistakes)} linha(s) com problema:", *shown, *more]))
 
 
 def within(inner: Path, outer: Path) -> bool:
@@ -1127,7 +1130,7 @@ def read_rows(path: Path, values: dict[str, str]) -> list[Row]:
                 messages.append({"role": "assistant", "content": answer})
             rows.append(Row(line, [{**m, "content": fill(m["content"], values)} for m in messages]))
         except InputError as error:
-            mistakes.append(f"linha {line}: {error}")
+            mistakes.append((line, error))
     refuse_lines(path, mistakes)
     if not rows:
         raise InputError(f"{path} está vazio: escreva pelo menos uma linha como {{\"text\": \"Quem é você?\"}}.")
@@ -1189,7 +1192,7 @@ def check_rows(tokenizer: Tokenizer, rows: list[Row], settings: Settings) -> Non
                 tokens >= settings.max_new_tokens,
             f"a conversa tem {length} tokens, e WINDOW é {settings.window}; encurte-a, ou aumente WINDOW (ou, se ela "
             "já é o contexto inteiro do modelo, ROPE_FACTOR)": length > settings.window}
-        mistakes += [f"linha {row.line}: {reason}" for reason, found in reasons.items() if found][:1]
+        mistakes += [(row.line, reason) for reason, found in reasons.items() if found][:1]
     refuse_lines(settings.identity_file, mistakes)
 
 
@@ -1371,7 +1374,7 @@ def draw_material(settings: Settings, left_out: Counter) -> list[tuple[int, list
         try:
             turns = material_turns(record, settings.knowledge_question, settings.knowledge_answer)
         except InputError as error:
-            mistakes.append(f"linha {number}: {error}")
+            mistakes.append((number, error))
             continue
         if isinstance(turns, str):
             left_out[turns] += 1

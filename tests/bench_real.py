@@ -887,7 +887,7 @@ def passes(source, seconds=5):
         return process.returncode == 0 and Path(folder, mark).exists()
 
 
-def humaneval(model, tokenizer, tasks, max_new_tokens=384, batch=16):
+def humaneval(model, tokenizer, tasks, max_new_tokens=384, batch=48):
     """Which problems the model's greedy answer solves."""
     asked = [[{"role": "user", "content": REQUEST.format(task["prompt"].rstrip())}] for task in tasks]
     written = answers(model, tokenizer, asked, max_new_tokens, batch)

@@ -447,6 +447,8 @@ TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 @pytest.mark.parametrize("content, fragment", cases(
     ("pretty object of rows", json.dumps({"data": ROWS}, indent=4).encode(), "linha 1: .*formato.*objeto"),
+    ("bad item of a pretty list", json.dumps([*ROWS, {"text": ""}], indent=2).encode(),
+     rf"linha {len(ROWS) + 1} da lista: "),
     ("pretty list that is cut", json.dumps(ROWS, indent=2).encode()[:-9], "linha 2 da lista.*JSON"),
     ("a list in each line", "\n".join(json.dumps([row]) for row in ROWS).encode(), "depois do ].*em cada linha"),
     ("UTF-16 LE with mark", b"\xff\xfe" + TEXT.encode("utf-16-le"), "UTF-16"),
