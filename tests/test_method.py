@@ -607,11 +607,15 @@ def test_the_estimate_grows_with_window_batch_and_vocabulary(method, again):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_the_estimate_covers_what_pytorch_would_allocate_for_a_window_and_not_much_more(again, monkeypatch):
+@pytest.mark.parametrize("material", ["", "x.jsonl"])
+def test_the_estimate_covers_what_pytorch_would_allocate_for_a_window_and_not_much_more(material, again, monkeypatch):
     monkeypatch.setattr(tool, "compute_dtype", lambda weights: torch.bfloat16)
-    config = bench_memory.shapes()["Gemma 3 1B"]
-    peak, weights = bench_memory.alive_at_peak(config, "lora", 1024, again)
-    asked = estimate(window=1024, gradient_checkpointing=again, lora_rank=32, batch_size=1)
+    config, window = bench_memory.shapes()["Gemma 3 1B"], 1024 if material else 512
+    settings = tool.parse_settings(["--method", "lora", "--lora-rank", "32", "--rope-factor", "1", "--batch-size", "1",
+                                    "--knowledge-file", material, *["--gradient-checkpointing"] * again])
+    peak, weights = bench_memory.alive_at_peak(config, settings, window)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = estimate(window=window, gradient_checkpointing=again, lora_rank=32, batch_size=1, knowledge_file=material)
     assert weights == shapes()["Gemma 3 1B"][1] and peak < asked < 1.5 * peak
 
 
