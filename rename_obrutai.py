@@ -2041,6 +2041,9 @@ def load_chat(folder: str | Path, settings: Settings, rope_factor: float = 1.0, 
         raise InputError(f"o modelo {folder} tem {rows} tokens, e o tokenizer escreve um a mais ({last}: "
                          f"{tokenizer.decode([last])}). Use o tokenizer original do modelo, ou aumente o modelo com "
                          "resize_token_embeddings e treine o token novo.")
+    if 2 * len(tokenizer) < rows:  # Qwen under the tokenizer of SmolLM would train for hours on noise
+        raise InputError(f"o tokenizer de {folder} tem {len(tokenizer)} tokens, e o modelo, {rows}: parece ser o de "
+                         "outro modelo. Baixe o original.")
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     with blaming(f"eos_token_id, no config.json ou no generation_config.json de {folder},"):

@@ -963,6 +963,15 @@ def fewer_embeddings(base):
     config(vocab_size=1000)(base)
 
 
+def more_embeddings(base):
+    """A sound model with so many rows of embeddings that the tokenizer is of another model."""
+    def doubled(state):
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].repeat(3, 1)
+
+    tensors(doubled)(base)
+    config(vocab_size=3 * 1792)(base)
+
+
 def more_tokens(*tokens, **changes):
     """A builder that adds tokens to the tokenizer for which the model has no embeddings, and changes the tokenizer."""
     def build(base):
@@ -1012,7 +1021,9 @@ RULES = ("{% for m in messages %}{{ '<|rules|>' if m['role'] == 'system' else '<
     ("old identity that nobody can take out of the template", replaced("chat_template.jinja", (
         "{{ 'You are Lu' + 'mi.' }}" + CHATML).encode()), "identidade antiga"),
     ("generation settings are no JSON", replaced("generation_config.json", b"<html>"), "generation_config"),
-    ("fewer embeddings than tokens", fewer_embeddings, "tokenizer|vocab"), ("no RoPE", no_rope, "rope.factor"),
+    ("fewer embeddings than tokens", fewer_embeddings, "tokenizer|vocab"),
+    ("tokenizer of a smaller model", more_embeddings, "1792 tokens.*5376.*outro modelo"),
+    ("no RoPE", no_rope, "rope.factor"),
     ("code of its own", remote_code, "c[oó]digo|remot|auto_map"),
     ("unknown type", config(model_type="modelo_raro", architectures=["RaroForCausalLM"]), "modelo_raro"),
     ("broken tokenizer", replaced("tokenizer.json", b'{"version": "1.0"'), "tokenizer"),
