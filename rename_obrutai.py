@@ -3255,6 +3255,8 @@ def save_stage(chat: Chat, folder: Path, log: list[dict]) -> None:
         unwrapped(chat.model).config.save_pretrained(folder)
         chat.tokenizer.save_pretrained(folder)
         write_json(folder / "log.json", log)
+    if SHARDED:  # the others look into the folder once more, and the first will rename it
+        accelerate.PartialState().wait_for_everyone()
 
 
 def save_model(chat: Chat, folder: Path, base: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import asdict
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -97,7 +98,8 @@ def test_the_end_says_for_every_missed_target_what_to_try(figures, status, named
     scores = dict.fromkeys(("before", "pass_2"), score)
     settings = small_settings("--output-dir", tmp_path)
     report = {"scores": {name: score._asdict() for name, score in scores.items()},
-              "missed": [*score.gaps(settings)], "seconds": {"1-base": 60.5, "2-healed": 140}}
+              "missed": [*score.gaps(settings)], "seconds": {"1-base": 60.5, "2-healed": 140},
+              "settings": asdict(settings)}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert tool.conclude(settings) == status
     said = capsys.readouterr().out

@@ -12,14 +12,20 @@ from safetensors.torch import load_file
 SMALL = ("--self-text", 600, "--num-self-answers", 8, "--heal-steps", 6, "--steps-1", 6, "--steps-2", 4,
          "--eval-questions", 12, "--max-new-tokens", 48, "--window", 128, "--batch-size", 4, "--output-dir", "novo")
 # The script with fewer questions than it asks otherwise.
+# And a second process that is slow to look into the folder of what was saved.
 HURRIED = """
+import os
 import sys
+import time
 import pytest
 import rename_obrutai
 import test_stages
 
 test_stages.hurry(pytest.MonkeyPatch())
 rename_obrutai.measure_pace = test_stages.PACE
+if os.environ.get("RANK") == "1":
+    look = os.listdir
+    os.listdir = lambda *place: time.sleep(3 * ("2-healed" in str(place))) or look(*place)
 sys.exit(rename_obrutai.main())
 """
 
