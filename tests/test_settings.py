@@ -114,6 +114,13 @@ def test_help_shows_every_flag_with_the_comment_of_its_constant_and_its_default(
             assert re.search(rf"(?m)^{name} = .*#(.*)$", script)[1].strip() == found[1]
 
 
+def test_the_table_of_constants_in_readme_says_what_the_script_says():
+    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| `([A-Z\d_]+)` \| (.*?) \| (.*) \|$", readme.partition("## As constantes")[2])
+    assert rows == [(name, f"`{value}`" if value != "" else "vazio", tool.ABOUT[name.lower()])
+                    for name, value in setting_constants().items()]
+
+
 def test_help_has_no_english_headings(capsys):
     said = help_text(capsys)
     assert not [english for english in ("options:", "optional arguments", "show this help", "default:", "usage:")
