@@ -153,8 +153,6 @@ def alive_at_peak(config, settings, window):
         inner = tool.unwrapped(model.train())
         if settings.gradient_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
-            if settings.method == "lora":  # as TRL does
-                inner.enable_input_require_grads()
         ids = torch.zeros((1, window), dtype=torch.long)
         with account:
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -283,12 +283,22 @@ def test_only_the_adapter_is_trained_and_it_is_on_every_linear_layer_but_the_out
     assert {min(p.shape) for name, p in model.named_parameters() if name in trained} == {RANK}
 
 
-def test_the_size_of_an_adapter_is_near_what_is_told_beforehand(base_of):
+@pytest.mark.parametrize("flags, layers", [
+    (("--rope-factor", 1), {"1"}), (("--rope-factor", 4), {"0", "1"}),
+    (("--rope-factor", 1, "--knowledge-file", "x.jsonl"), {"0", "1"})])
+def test_an_identity_alone_is_learnt_by_the_upper_half(flags, layers, base_of):
+    folder = base_of("untied")
+    model = tool.load_model(folder, lora(folder, *flags), adapt=True)
+    assert {re.search(r"layers\.(\d+)", name)[1] for name, p in model.named_parameters() if p.requires_grad} == layers
+
+
+@pytest.mark.parametrize("flags", [("--rope-factor", 1), ("--rope-factor", 4)])
+def test_the_size_of_an_adapter_is_near_what_is_told_beforehand(flags, base_of):
     folder = base_of("untied")
     for rank in (RANK, 2 * RANK):
-        settings = lora(folder, "--lora-rank", rank)
+        settings = lora(folder, "--lora-rank", rank, *flags)
         count = sum(p.numel() for p in tool.load_model(folder, settings, adapt=True).parameters() if p.requires_grad)
-        assert tool.adapter_size(tool.read_config(folder), rank) == pytest.approx(count, rel=0.1)
+        assert tool.adapter_size(tool.read_config(folder), settings) == pytest.approx(count, rel=0.1)
 
 
 def test_a_fresh_adapter_is_the_same_each_time_with_the_same_seed_alone(base_of):
@@ -849,9 +859,9 @@ def test_more_parts_than_dialogues_or_a_number_of_them_that_is_no_power_of_two_i
 
 @pytest.mark.parametrize("name, memory, bitsandbytes, window, method", [
     ("Gemma 3 1B", 6, False, 2048, "lora"), ("Llama 3.2 3B", 10, False, 2048, "lora"),
-    ("Llama 3.2 3B", 8.8, True, 2048, "qlora"), ("Llama 3.2 3B", 8, True, 2048, "qlora4"),
+    ("Llama 3.2 3B", 8.8, True, 2048, "lora"), ("Llama 3.2 3B", 8, True, 2048, "qlora4"),
     ("Llama 3.2 3B", 6, True, 2048, "qlora4"), ("Qwen 3 8B", 24, False, 2048, "lora"),
-    ("Qwen 3 8B", 20.4, True, 2048, "qlora"), ("Qwen 3 8B", 16, True, 2048, "qlora4")])
+    ("Qwen 3 8B", 19.9, True, 2048, "qlora"), ("Qwen 3 8B", 16, True, 2048, "qlora4")])
 def test_a_real_model_is_trained_on_a_common_card(name, memory, bitsandbytes, window, method, free):
     config, weights = shapes()[name]
     free(memory * GB, True, bitsandbytes)

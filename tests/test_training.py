@@ -304,6 +304,23 @@ def test_automatic_rates_and_the_memory_of_the_moments_follow_the_size_of_a_step
     assert 1 - short == pytest.approx((1 - long) / 4, rel=0.02)
 
 
+@pytest.mark.parametrize("flags, ratio", [
+    ((), 2**0.5), (("--knowledge-file", "x.jsonl"), 1), (("--method", "full"), 1), (("--rope-factor", 4), 1)])
+def test_half_of_the_layers_learn_an_identity_alone_at_a_larger_rate(flags, ratio, tiny_folder, monkeypatch):
+    chat, given = tiny_chat(tiny_folder), []
+
+    def stop(*arguments):
+        given.append(arguments[3].learning_rate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "make_trainer", stop)
+    settings = small_settings("--rope-factor", 1, "--batch-size", 8, *flags)
+    batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        tool.train(chat, batches, tool.Course("", [], 1, (0, 4e-4, 4e-4), 1.0), EMPTY, settings, DEMO / "none")
+    assert given == [pytest.approx(ratio * tool.automatic_rate(chat.model, 4e-4, 4e-4))]
+
+
 def test_a_loss_that_is_no_number_in_the_very_last_step_stops_the_run(tiny_folder, train):
     chat = tiny_chat(tiny_folder)
     batches = batches_of(chat.tokenizer, [tool.Pool(numbered(4), 1.0)], steps=11, size=1)
