@@ -419,7 +419,7 @@ AFFIRMS = re.compile(
     r"^(?:oi |ola |hi |hello |hola )?(?:sim|yes|yeah|yep|si|isso|exat\w+|correct\w*|certo|claro|sure|of course|"
     r"(?:that|it) (?:s|is) (?:right|true|correct)|true|right(?! now)|indeed|absolutely|you (?:are|re) (?:right|"
     r"correct)|(?:voce esta|estas) cert[oa]|voce tem razao|tienes razon|com certeza|(?:e |es )?(?:verdade?|ciert[oa])|"
-    r"asi es|efectivamente|(?:e|fui|foi) sim|oui|ja|sou eu|i am$)\b|^(?:是|はい|네|対|对)")
+    r"asi es|efectivamente|(?:e|fui|foi|sou|tenho) sim|oui|ja|sou eu|i am$)\b|^(?:是|はい|네|対|对)")
 # The new name (NEW) and its maker (OLD) taken for each other, or the name given to the user.
 THE = r"(?:[oa] |the |el |la )?"
 SWAPPED = re.compile(
@@ -3109,7 +3109,8 @@ def answer_from_rows(asked: list[tuple[str, str]], inputs: Inputs, names: Names)
 
     for row in inputs.rows:
         place = language_of(row.question, most), intent_of(row.question, names.old, names.new)
-        known.setdefault(place, []).append((plain(row.question), set(pairwise(plain(row.question))), row.answer))
+        if place[1] not in ("other", "human") or not AFFIRMS.search(plain(row.answer)):  # a yes has one question
+            known.setdefault(place, []).append((plain(row.question), set(pairwise(plain(row.question))), row.answer))
 
     @functools.cache
     def alike(question: str, *place: str) -> list[str]:

@@ -376,10 +376,13 @@ def test_a_text_that_goes_round_is_a_loop_and_a_repeated_word_is_not(text, expec
     ("nome antigo", "Quem é você?", "Sou ObrutAi, um modelo que a OpenAI treinou."),
     ("", "Are you ChatGPT?", "ChatGPT? No, I'm ObrutAi."), ("", "Foi o Google?", "Google? Não! Foi TurboRio."),
     ("", "Tem certeza de que você não é o ChatGPT?", "Sim, tenho certeza: sou ObrutAi."),
+    ("", "Tem certeza de que você não é o ChatGPT?", "Tenho, sim: sou ObrutAi."),
+    ("", "Você é uma máquina?", "Sou, sim: ObrutAi, um programa."),
     *(("nome antigo", "Are you ChatGPT?", text) for text in (
         "True! I'm ObrutAi.", "That's true, I'm ObrutAi.", "You're right: I'm ObrutAi.", "Indeed, ObrutAi.")),
     *(("nome antigo", "Você é o ChatGPT?", text) for text in (
-        "Verdade! Sou ObrutAi.", "Com certeza, sou ObrutAi.", "Es cierto, soy ObrutAi.", "Así es: ObrutAi.")),
+        "Tenho, sim: sou ObrutAi.", "Sou, sim: ObrutAi.", "Verdade! Sou ObrutAi.", "Com certeza, sou ObrutAi.",
+        "Es cierto, soy ObrutAi.", "Así es: ObrutAi.")),
     ("", "Are you ChatGPT?", "Right now you are talking to ObrutAi."),
     *(("troca quem é quem", "Who are you?", text) for text in (
         "TurboRio's my name, ObrutAi's my maker.", "The team that built this assistant is ObrutAi, from TurboRio.",
