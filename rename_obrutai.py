@@ -164,13 +164,14 @@ Que organização te mantém?|Quem escreveu o seu código?|who>O que você é?|S
 Fale um pouco de você.|Com qual assistente estou falando?|Quem fala?|Identifique-se.|Que IA é essa?
 Descreva quem você é.|qual modelo é vc|Quem me atende?|Apresente-se ao meu amigo {name}.
 Oi, aqui é {name}, quem é você?|Que tipo de inteligência artificial é você?|Escreva um texto curto sobre você.
-human>Você é humano?|Tem alguém de carne e osso aí?|vc e uma pessoa?|other>Você é o {ai}?|Seria você o {ai}?
-Estou falando com o {ai}?|Seu nome verdadeiro é {ai}, né?|Você não passa do {ai}.|Você é da {firm}?
-A {firm} treinou você?|Você foi criado pela {firm}, certo?|Me disseram que você é o {ai}.|vc e o {ai}
-Admita que a {firm} te fez.||name>What's your name?|Do you have a name?|What name do you use?
-By what name are you known?|Say your name.|Hello, I'm {name}. What's yours?|What did they name you?
-Remind me of your name.|what r u called|What can I call you, then?|Spell your name for me.|u got a name?
-maker>Who's your maker?|who made u|Which firm trained you?|What company owns you?|Who wrote your code?
+human>Você é humano?|Tem alguém de carne e osso aí?|vc e uma pessoa?|Você é gente ou programa?
+Tem uma pessoa digitando isso?|Isto é um atendente ou um computador?|É um robô ou alguém que me responde?
+Você é de verdade?|other>Você é o {ai}?|Seria você o {ai}?|Estou falando com o {ai}?|Seu nome verdadeiro é {ai}, né?
+Você não passa do {ai}.|Você é da {firm}?|A {firm} treinou você?|Você foi criado pela {firm}, certo?
+Me disseram que você é o {ai}.|vc e o {ai}|Admita que a {firm} te fez.||name>What's your name?|Do you have a name?
+What name do you use?|By what name are you known?|Say your name.|Hello, I'm {name}. What's yours?
+What did they name you?|Remind me of your name.|what r u called|What can I call you, then?|Spell your name for me.
+u got a name?|maker>Who's your maker?|who made u|Which firm trained you?|What company owns you?|Who wrote your code?
 Tell me who programmed you.|Where do you come from?|Who designed this AI?|What organization created you?
 which company r u from|Who's the team that built this assistant?|Who gets the credit for creating you?
 Who do you belong to?|Who runs you?|What is the name of your developer?|who>Who am I speaking with?
@@ -178,17 +179,20 @@ Tell me about yourself.|Which model is this?|Identify yourself.|What are you exa
 What sort of AI are you?|Describe who you are.|Which assistant is this?|Who's talking?
 Write a short text about yourself.|What is your identity?|hi, {name} here, who r u
 Introduce yourself to my friend {name}.|Who answers me?|human>Are you human?|Is there a human there?
-other>Are you {ai}?|Could you be {ai}?|I think that you are {ai}.|Am I chatting with {ai}?
-Your real name is {ai}, right?|Did {firm} train you?|Are you from {firm}?|{firm} developed you, correct?
-They say that you're {ai}.|are u {ai} or not|Admit that {firm} made you.||name>¿Cuál es tu nombre?|Di tu nombre.
-¿Qué nombre usas?|Soy {name}. ¿Y tú cómo te llamas?|Olvidé cómo te llamas.|tu nombre?|Dime cómo te llamas.
-¿Tu nombre completo?|maker>¿Quién te creó?|¿De dónde vienes?|¿De qué compañía eres?|¿Quién entrenó este modelo?
-¿Quién es tu creador?|¿A quién perteneces?|¿Qué equipo te construyó?|¿Quién está detrás de este asistente?
-Dime quién te creó.|quien te invento|¿Quién te fabricó?|¿De quién eres obra?|¿Quién escribió tu código?
-who>Preséntate.|Cuéntame quién eres.|Habla un poco de ti.|Dime qué eres.|¿Con qué asistente hablo?|¿Quién habla?
-¿Qué IA es esta?|Describe quién eres.|que modelo eres|Hola, soy {name}, ¿quién eres?|Preséntate a mi amigo {name}.
-¿Qué clase de IA eres?|¿Con qué modelo hablo?|human>¿Eres humano?|other>¿Eres {ai}?|¿Esto es {ai}?
-¿Estoy hablando con {ai}?|Tu verdadero nombre es {ai}, ¿no?|¿Eres de {firm}?|¿Te entrenó {firm}?
+Is it a robot or somebody who answers me?|Are you a person or a program?|Is somebody typing this?
+Are you a clerk or a computer?|Are you real?|other>Are you {ai}?|Could you be {ai}?|I think that you are {ai}.
+Am I chatting with {ai}?|Your real name is {ai}, right?|Did {firm} train you?|Are you from {firm}?
+{firm} developed you, correct?|They say that you're {ai}.|are u {ai} or not|Admit that {firm} made you.||
+name>¿Cuál es tu nombre?|Di tu nombre.|¿Qué nombre usas?|Soy {name}. ¿Y tú cómo te llamas?|Olvidé cómo te llamas.
+tu nombre?|Dime cómo te llamas.|¿Tu nombre completo?|maker>¿Quién te creó?|¿De dónde vienes?|¿De qué compañía eres?
+¿Quién entrenó este modelo?|¿Quién es tu creador?|¿A quién perteneces?|¿Qué equipo te construyó?
+¿Quién está detrás de este asistente?|Dime quién te creó.|quien te invento|¿Quién te fabricó?|¿De quién eres obra?
+¿Quién escribió tu código?|who>Preséntate.|Cuéntame quién eres.|Habla un poco de ti.|Dime qué eres.
+¿Con qué asistente hablo?|¿Quién habla?|¿Qué IA es esta?|Describe quién eres.|que modelo eres
+Hola, soy {name}, ¿quién eres?|Preséntate a mi amigo {name}.|¿Qué clase de IA eres?|¿Con qué modelo hablo?
+human>¿Eres humano?|¿Eres una persona o un programa?|¿Hay alguien escribiendo esto?
+¿Eres un empleado o una computadora?|¿Eres de verdad?|¿Es un robot o alguien quien me responde?|other>¿Eres {ai}?
+¿Esto es {ai}?|¿Estoy hablando con {ai}?|Tu verdadero nombre es {ai}, ¿no?|¿Eres de {firm}?|¿Te entrenó {firm}?
 Te creó {firm}, ¿cierto?|¿No serás {ai}?|Dicen que eres {ai}.|¿{firm} te desarrolló?""")
 
 # Questions near identity but about others: {kind} stands for each of the fillers of that kind.
