@@ -95,7 +95,7 @@ MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 # Treino
 HEAL_STEPS = 640  # etapas da cura depois de mexer no RoPE
 HEAL_LEARNING_RATE = 0.0  # taxa da cura; 0 = automática (1% do tamanho de cada peso)
-STEPS_1 = 0  # etapas do passo 1; 0 = 320 (1600 se o modelo é mini: menos de 50 milhões de parâmetros)
+STEPS_1 = 0  # etapas do passo 1; 0 = 320; sem cura nem material, 480 (mini, até 50 milhões de parâmetros: 1600)
 LEARNING_RATE_1 = 0.0  # taxa de aprendizado do passo 1; 0 = automática
 STEPS_2 = 0  # etapas do passo 2; 0 = metade das do passo 1
 LEARNING_RATE_2 = 0.0  # taxa de aprendizado do passo 2; 0 = automática
@@ -520,9 +520,10 @@ GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of genera
 SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
 SHORT = 192  # a step has BATCH_SIZE times as many tokens, and most windows of the healing have no more
 TALK_TOKENS = 48  # longest answer of the base that is learnt from: of as many tokens, more short answers teach more
+NEAR_TOKENS = 24  # the same near identity: whether the new name is said is decided where an answer begins
 QUESTION_TOKENS = 24  # of a question that the base writes by itself
 TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens with the base's distribution as target
-NEAR = 300  # questions near identity, about others, that the base answers for training
+NEAR = 600  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
 MISSED_TIMES = 4  # times that pass 2 repeats what was wrong after pass 1
@@ -2212,11 +2213,11 @@ class Listener:
         self.base, self.names, self.taken, self.rng = base, names, set(map(plain, taken)), rng
         self.identity: list[str] = []
 
-    def answers(self, asked: list[tuple[str, list[dict]]], label: str) -> list[Talk]:
+    def answers(self, asked: list[tuple[str, list[dict]]], label: str, limit: int) -> list[Talk]:
         """Talks on (kind, conversation) pairs, without loops. Cut answers are as good: each token is learnt."""
         tokenizer, talks = self.base.tokenizer, []
         messages = [without_system(tokenizer, m) for _, m in asked]
-        written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, TALK_TOKENS)
+        written = generate(self.base, [prompt_ids(tokenizer, m) for m in messages], label, limit)
         for (kind, _), conversation, answer in zip(asked, messages, written):
             about_it = kind == "own" and self.names.name and asks_who(conversation[-1]["content"], self.names.old)
             claimed = claims(answer.text, self.names.old, self.names.new)
@@ -2230,16 +2231,17 @@ class Listener:
                     talks.append(talk)
         return talks
 
-    def hear(self, asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str) -> list[Talk]:
+    def hear(self, asked: list[tuple[str, str]], systems: Sequence[str], later: dict, label: str,
+             limit: int = TALK_TOKENS) -> list[Talk]:
         """Talks on the (kind, question) pairs not asked yet: a fourth behind system prompts, a fifth going on."""
         fresh = {plain(q): (kind, q) for kind, q in asked if plain(q) and plain(q) not in self.taken}
         self.taken.update(fresh)
         first = [(kind, [{"role": "system", "content": systems[i // 4 % len(systems)]}] * (i % 4 == 3)
                   + [{"role": "user", "content": q}]) for i, (kind, q) in enumerate(fresh.values())]
-        talks = self.answers(first, label)
+        talks = self.answers(first, label, limit)
         again = [(t.kind, [*t.messages, {"role": "user", "content": self.rng.choice(
             later.get(language_of(t.question), later["en"]))}]) for t in self.rng.sample(talks, len(talks) // 5)]
-        return talks + self.answers(again, label)
+        return talks + self.answers(again, label, limit)
 
 
 def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teacher]:
@@ -2256,9 +2258,9 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     fixed = rng.sample(fixed, min(len(fixed), n))
     held_out = listener.hear(fixed, SYSTEM_EXAM, FOLLOW_UPS_EXAM, "respondendo à prova")
     near = [q for code in spoken for q in near_questions(code, math.ceil(NEAR / len(spoken)), rng)]
-    asked = [*(("near", q) for q in near),
-             *(("everyday", q) for code in EVERYDAY if code in spoken for q in EVERYDAY[code])]
-    everyday = listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo")
+    asked = [("everyday", q) for code in EVERYDAY if code in spoken for q in EVERYDAY[code]]
+    everyday = (listener.hear([("near", q) for q in near], SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo", NEAR_TOKENS)
+                + listener.hear(asked, SYSTEM_PROMPTS, FOLLOW_UPS, "respondendo"))
     own: list[Talk] = []
     for _ in range(6):
         used = sum(len(t.ids) for t in everyday + own)
@@ -3811,10 +3813,10 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
 
 def with_automatic(settings: Settings, weights: int) -> Settings:
     """What 0 stands for. A model of less than SMALL weights needs more steps, text and rank (measured on the demo);
-    the healing and material need more text, too."""
-    small, grown = weights < SMALL, settings.rope_factor != 1
-    steps, rank = (1600, 64) if small else (320, 32)
-    steps, text = settings.steps_1 or steps, 40000 if small or grown or settings.knowledge_file else 16000
+    the healing and material need more text, and on half of the layers steps are cheaper."""
+    small, alone = weights < SMALL, is_alone(settings)
+    steps = settings.steps_1 or (1600 if small else 480 if alone else 320)
+    text, rank = 16000 if alone and not small else 40000, 64 if small else 32
     return replace(settings, steps_1=steps, steps_2=settings.steps_2 or math.ceil(steps / 2),
                    self_text=settings.self_text or text, lora_rank=settings.lora_rank or rank)
 

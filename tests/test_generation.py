@@ -644,7 +644,8 @@ def test_some_talks_stand_behind_a_system_prompt_and_some_are_second_turns(heard
 def test_talks_are_the_greedy_answers_of_the_base_and_none_claims_its_identity(heard_and_teacher, demo_chat):
     heard, _ = heard_and_teacher
     for talk in random.Random(1).sample(all_talks(heard), 12):
-        text, ended = plainly(demo_chat, talk.messages[:-1], tool.TALK_TOKENS)
+        limit = tool.NEAR_TOKENS if talk.kind == "near" and talk in heard.everyday else tool.TALK_TOKENS
+        text, ended = plainly(demo_chat, talk.messages[:-1], limit)
         assert talk.answer == text and (talk.ids[-1] in demo_chat.stops) is ended
     assert not [t for t in all_talks(heard) if tool.claims(t.answer, heard.names.old) or tool.is_loop(t.answer)]
 
@@ -679,7 +680,7 @@ def base_saying(demo_chat, monkeypatch):
     """Lets a base listen that answers what a function gives for a question, three tokens long unless it is cut, and
     writes a hundred times numbered questions; what it asked itself comes with it."""
     def listen(answer, inputs, *flags, new=True):
-        written, said = [], []
+        written, said, limits = [], [], {}
 
         def generate(chat, prompts, label="", limit=0, sample_seed=None):
             if sample_seed is not None:
@@ -688,7 +689,9 @@ def base_saying(demo_chat, monkeypatch):
                         for i in range(len(prompts))]
             answers = []
             for prompt in prompts:
-                text, ended = answer(re.split("<[^<>]*>", demo_chat.tokenizer.decode(prompt))[-3].strip())
+                question = re.split("<[^<>]*>", demo_chat.tokenizer.decode(prompt))[-3].strip()
+                limits.setdefault(question, limit)
+                text, ended = answer(question)
                 said.append(text)
                 ids = demo_chat.tokenizer(text, add_special_tokens=False)["input_ids"][:3]
                 answers.append(tool.Answer(text, ended, ids))
@@ -697,7 +700,8 @@ def base_saying(demo_chat, monkeypatch):
         monkeypatch.setattr(tool, "generate", generate)
         monkeypatch.setattr(tool, "NEAR", 60)
         settings = small_settings("--overwrite", "--self-text", 1200, *flags)
-        return SimpleNamespace(heard=tool.listen(demo_chat, settings, inputs)[0], written=written, said=said)
+        return SimpleNamespace(heard=tool.listen(demo_chat, settings, inputs)[0], written=written, said=said,
+                               limits=limits)
 
     return listen
 
@@ -712,6 +716,16 @@ def test_an_answer_that_was_cut_is_kept_for_training_and_a_loop_is_not(base_sayi
     answers = Counter(talk.answer for talk in heard.everyday)
     assert set(answers) == {"Certo, e mais alguma coisa", "Está bem."} and min(answers.values()) > 50
     assert not any("3" in talk.question for talk in heard.everyday if talk.kind == "own" and len(talk.messages) == 2)
+
+
+def test_for_training_more_questions_near_identity_have_shorter_answers_as_their_beginnings_tell(base_saying, inputs):
+    done = base_saying(lambda question: ("Está bem.", True), inputs)
+    asked = [(t.kind, done.limits[t.question]) for t in done.heard.everyday if t.question in done.limits
+             and t.question not in {q for some in tool.FOLLOW_UPS.values() for q in some}]
+    assert {limit for kind, limit in asked if kind == "near"} == {tool.NEAR_TOKENS}
+    assert {limit for kind, limit in asked if kind != "near"} == {tool.TALK_TOKENS} and tool.NEAR_TOKENS < 32
+    assert {done.limits[t.question] for t in done.heard.held_out if t.kind == "near" and t.question in tool.NEAR_EXAM[
+        tool.language_of(t.question)]} == {tool.TALK_TOKENS}
 
 
 def test_the_base_writes_until_there_is_as_much_text_as_asked_for(base_saying, inputs):

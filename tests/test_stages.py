@@ -681,7 +681,7 @@ def test_other_rows_or_questions_for_measuring_touch_everything(base_folder, tmp
 @pytest.mark.parametrize("old, new, expected", [
     ("", "", 0),  # where it lies says nothing
     ("\nSTEPS_2 = 0 ", "\nSTEPS_2 = 9 ", 0),  # as --steps-2 does, which touches what it is for: the settings tell
-    ("\nNEAR = 300 ", "\nNEAR = 301 ", 1)])
+    ("\nNEAR = 600 ", "\nNEAR = 601 ", 1)])
 def test_another_version_of_the_script_touches_everything_but_a_constant_counts_as_its_flag(
         old, new, expected, base_folder, tmp_path, monkeypatch):
     one, other, text = keys_of(base_folder), tmp_path / "another.py", SCRIPT.read_text(encoding="utf-8")
