@@ -2603,9 +2603,9 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
     """Run the batches once through TRL's SFTTrainer, from its newest complete checkpoint in `folder` on; the log of
     losses. Pace and memory (of a card, bytes) go to pace.json beside `folder`. `InputError` if the loss explodes;
     `KeyboardInterrupt`, after saving, if the user asks."""
-    size = settings.batch_size / 8  # of that for which rates and memory of the moments were tuned
+    size = settings.batch_size / 8  # of that for which rates and memory of the moments were tuned (arXiv 2205.10287)
     halves = 2 if settings.method != "full" and is_alone(settings) else 1  # half of the layers, each to change more
-    rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:]) * math.sqrt(size * halves)  # 2205.10287
+    rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:]) * math.sqrt(size * halves)
 
     def failed(step: int, what: str) -> InputError:
         return InputError(f"{course.label}, etapa {step}: {what}. Diminua a taxa de aprendizado, que foi {rate:.1e} "
@@ -3790,7 +3790,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     short = step_tokens(context_of(config), settings) // settings.gradient_accumulation
     if weights >= SMALL and not torch.cuda.is_available():  # a processor's heap breaks up over many sizes of windows
         short = max(short, 1024)
-    longest = settings.window if settings.rope_factor != 1 or settings.knowledge_file else min(settings.window, 512)
+    longest = min(settings.window, 512) if is_alone(settings) else settings.window
     tokens = max(longest, short)
     layer = width * tokens * (16 * text.hidden_size + 5 * widest(text, "intermediate_size", 4 * text.hidden_size))
     again, layers = settings.gradient_checkpointing, text.num_hidden_layers
