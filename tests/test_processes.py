@@ -110,7 +110,7 @@ def main(method):
     whole, folder = held(tool.load_model(settings.model_path, settings)), Path(method)
     chat, later = (tool.load_chat(settings.model_path, settings, adapt=True, train=True) for _ in range(2))
     listener = tool.Listener(tool.load_chat(settings.model_path, settings), tool.Names("x", "y", ()), [], None)
-    talks = listener.answers([("everyday", [{"role": "user", "content": "Oi!"}])], "")
+    talks = listener.answers([("everyday", [{"role": "user", "content": "Oi!"}])], "", 8)
     talks, teacher = tool.read_talks(listener.base, talks)
     lesson = tool.Talk(tool.question_and_answer("Oi!", "Oi! Tudo bem?"), "lesson")
     pools = [tool.Pool([lesson], 1.0), tool.Pool(talks, 1.0)]
