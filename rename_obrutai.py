@@ -1839,10 +1839,10 @@ def is_alone(settings: Settings) -> bool:
 
 
 def first_adapted(config: PretrainedConfig, settings: Settings) -> int:
-    """The first layer that LoRA trains. An identity alone is learnt as well by the upper half, in three quarters of
-    the time and in less memory, as gradients end where adapters do, and less of the rest changes; a longer context,
+    """The first layer that is trained. With LoRA the upper half learns an identity alone as well, in three quarters
+    of the time and in less memory, as gradients end where adapters do, and less of the rest changes; a longer context,
     for long conversations, and material need all layers."""
-    return config.get_text_config().num_hidden_layers // 2 if is_alone(settings) else 0
+    return config.get_text_config().num_hidden_layers // 2 if is_alone(settings) and settings.method != "full" else 0
 
 
 def with_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
@@ -2604,7 +2604,7 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
     losses. Pace and memory (of a card, bytes) go to pace.json beside `folder`. `InputError` if the loss explodes;
     `KeyboardInterrupt`, after saving, if the user asks."""
     size = settings.batch_size / 8  # of that for which rates and memory of the moments were tuned (arXiv 2205.10287)
-    halves = 2 if settings.method != "full" and is_alone(settings) else 1  # half of the layers, each to change more
+    halves = 2 if first_adapted(chat.model.config, settings) else 1  # half of the layers, each to change more
     rate = course.rates[0] or automatic_rate(chat.model, *course.rates[1:]) * math.sqrt(size * halves)
 
     def failed(step: int, what: str) -> InputError:
@@ -3798,7 +3798,7 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     def kept(layers: int) -> float:  # of those that gradients pass
         return layer + layers * width * tokens * text.hidden_size if again else 1.5 * layers * layer
 
-    state += kept(layers - (first_adapted(config, settings) if settings.method != "full" else 0))
+    state += kept(layers - first_adapted(config, settings))
     spoken = 12 * max(longest / 2, 0.85 * short) * text.vocab_size
     if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
         queries = widest(text, "num_attention_heads", 1)
