@@ -487,16 +487,18 @@ SYSTEM_PROMPT = ("Você é {{NAME}}, um modelo de linguagem criado por {{AUTHOR}
 LANGUAGE_WORDS = {
     "pt": "voce vc qual seu sua nome nao um uma meu minha eu foi com quem sou teu oi ola bom dia boa o os ao da na em "
           "do pode pelo pelas no dizer chamo veio onde fale diga e ou criou apresente apresenta por feito feita isso "
-          "este esta mim desenvolveu treinou empresa mesmo tu chama criado criada desenvolvido desenvolvida".split(),
+          "este esta mim desenvolveu treinou empresa mesmo tu chama criado criada desenvolvido desenvolvida te ti se "
+          "que como sobre chamas dizem vou posso".split(),
     "en": "who what are you is your the name which made hi hello please i tell do and am created by of how to "
           "yourself can could should does did whose where was were be been developed trained built called behind "
           "company talking about with from this that an my it for or have there good morning no designed".split(),
     "es": "eres quien cual tu nombre hola llamas usted el es soy una un creo hizo dime puedes puedo y yo mi del en o "
-          "no lenguaje creado creada hecho hecha una presentate llamo por desarrollado desarrollada".split(),
+          "no lenguaje creado creada hecho hecha una presentate llamo por desarrollado desarrollada te ti se que "
+          "la las lo los su voy sobre como este desarrollo con cuentame".split(),
     "fr": "qui tu es etes vous comment appelles quel quelle est ton votre nom je suis cree bonjour une par -tu -toi "
           "-vous".split(),
     "de": "wer wie bist du ist sind sie heisst heißt dein name hat dich entwickelt ich bin welches bitte von".split(),
-    "it": "chi sei come ti chiami qual tuo nome ha creato sono il che ciao no da".split(),
+    "it": "chi sei come ti chiami qual tuo nome ha creato sono il che ciao no da un di su".split(),
 }
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + END + '\\n'"
@@ -3115,7 +3117,8 @@ def answer_from_rows(asked: list[tuple[str, str]], inputs: Inputs, names: Names)
 
     for row in inputs.rows:
         place = language_of(row.question, most), intent_of(row.question, names.old, names.new)
-        if place[1] not in ("other", "human") or not AFFIRMS.search(plain(row.answer)):  # a yes has one question
+        yes = AFFIRMS.search(plain(row.answer))  # it answers no question but its own; a "claro" any request
+        if not yes or place[1] not in ("other", "human") and yes[0] not in ("sim", "yes", "si"):
             known.setdefault(place, []).append((plain(row.question), set(pairwise(plain(row.question))), row.answer))
 
     @functools.cache

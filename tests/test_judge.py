@@ -445,6 +445,12 @@ def test_a_name_that_ordinary_answers_contain_is_warned_of(name, warned):
     ("es", "Soy Jandira, un modelo de lenguaje creado por Oficina Maré."),
     ("pt", "Como tu te chamas?"), ("pt", "Tu és quem?"), ("en", "No, Jandira designed me."),
     ("es", "Fui desarrollado por Jandira"), ("es", "Preséntate brevemente, por favor."),
+    # Spanish without its own marks, and the Portuguese that has the same words
+    ("es", "Dime cómo se llama este asistente."), ("es", "Cuéntame algo sobre ti."), ("es", "Te voy a llamar Siri."),
+    ("es", "Te desarrolló Microsoft, lo sé."), ("es", "Las ballenas no son peces."),
+    ("pt", "Me conta algo sobre ti."), ("pt", "Vou te chamar de Siri."), ("pt", "A Microsoft te desenvolveu, eu sei."),
+    ("pt", "Como posso te chamar?"), ("pt", "As baleias não são peixes."),
+    ("it", "Sono Jandira, un modello su Python."),
 ])
 def test_the_language_of_short_questions_and_answers_is_seen(language, text):
     assert tool.language_of(text) == language

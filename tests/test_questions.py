@@ -223,13 +223,15 @@ def test_a_question_gets_the_answers_of_the_two_rows_most_alike_in_turn():
 def test_a_row_that_says_yes_answers_no_question_but_its_own():
     """ "Tenho, sim" to "Are you sure that you are not ChatGPT?" would be a wrong answer to "Are you ChatGPT?"."""
     yes = [("Tem certeza de que você não é o ChatGPT?", "Tenho, sim: sou ObrutAi."),
-           ("Você é uma máquina?", "Sou, sim: ObrutAi."), ("Are you a bot?", "Yes, I'm ObrutAi.")]
-    asked = ["Você é o ChatGPT?", "Você é uma pessoa?", "Are you a person?"]
+           ("Você é uma máquina?", "Sou, sim: ObrutAi."), ("Are you a bot?", "Yes, I'm ObrutAi."),
+           ("Do you have a name?", "Yes: ObrutAi."), ("Alguém criou você?", "Sim, a TurboRio.")]
+    asked = ["Você é o ChatGPT?", "Você é uma pessoa?", "Are you a person?", "Tell me your name.", "Quem criou você?"]
     answers = [messages[1]["content"] for messages in conversations(asked, *yes)]
     assert not {answer for _, answer in yes} & set(answers)
-    assert [tool.problem(*pair, True, NAMES.name, NAMES.maker, NAMES.old) for pair in zip(asked, answers)] == [""] * 3
-    assert [m[1]["content"] for m in conversations(asked, *yes, ("Você é o Grok?", "Não sou o Grok."))][0] == \
-        "Não sou o Grok."
+    assert [tool.problem(*pair, True, NAMES.name, NAMES.maker, NAMES.old) for pair in zip(asked, answers)] == [""] * 5
+    more = [("Você é o Grok?", "Não sou o Grok."), ("What is your name?", "Claro: ObrutAi."), *yes]
+    assert [m[1]["content"] for m in conversations([asked[0], "What's your name?"], *more)] == \
+        ["Não sou o Grok.", "Claro: ObrutAi."]
 
 
 # ------------------------------------------------------------------------------------------------ lessons
