@@ -639,13 +639,16 @@ def read_flags(argv: list[str] | None) -> dict[str, str | bool]:
         shown = {"": "vazio", "False": "não", "True": "sim"}.get(str(default), default)
         text = f"{ABOUT[name]} (padrão: {shown})".replace("%", "%%")
         options.add_argument("--" + name.replace("_", "-"), help=text, **how)
+    # Word processors and messengers make a dash of two hyphens.
+    argv = [re.sub(r"\A[–—](?=[a-z])", "--", text) for text in (sys.argv[1:] if argv is None else argv)]
     try:
         given, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         flag = error.argument_name.split("/")[0]
         if "expected" in error.message:
             raise InputError(f"faltou o valor da opção {flag}. Exemplo: {flag}=VALOR.") from None
-        raise InputError(f"a opção {flag} não leva valor: escreva só {flag} ou --no-{flag[2:]}.") from None
+        off = f" ou --no-{flag[2:]}" * flag.startswith("--")
+        raise InputError(f"a opção {flag} não leva valor: escreva só {flag}{off}.") from None
     if unknown and unknown[0].startswith("-"):
         near = get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)[0]
         raise InputError(f"não conheço a opção {unknown[0]}. Você quis dizer {near}? Veja todas com --help.")

@@ -561,7 +561,7 @@ def test_any_text_without_a_digit_is_no_number(work, capsys, name, text):
     (("--identity_file", "x"), r"quis dizer --identity-file\b"), (("--overwrit",), r"quis dizer --overwrite\b"),
     (("--batchsize", 2), r"quis dizer --batch-size\b"), (("--self-txt", 500), r"quis dizer --self-text\b"),
     (("--target-retenton", 1), r"quis dizer --target-retention\b"), (("--nome", "Iara"), r"--nome\b"),
-    (("--zzzz",), "--zzzz"), (("-x",), "-x"), (("-o", "novo"), r"-o\b"), (("—seed", 1), "—seed|seed"),
+    (("--zzzz",), "--zzzz"), (("-x",), "-x"), (("-o", "novo"), r"-o\b"), (("—sed", 1), "--seed"),
     (("meu-modelo",), "meu-modelo"), (("--name", "Ana", "Maria"), "Maria"), (("--", "sobra"), "sobra|--"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
 def test_an_unknown_or_stray_argument_is_refused_and_the_nearest_flag_named(flags, fragment, work, capsys):

@@ -195,6 +195,12 @@ def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
     assert f"METHOD vale '{name}'" in message and all(known in message for known in ("auto", "full", "lora", "qlora"))
 
 
+@pytest.mark.parametrize("dash", "–—")
+def test_a_dash_that_a_word_processor_made_of_two_hyphens_counts_as_them(dash):
+    settings = small_settings(f"{dash}batch-size", "4", f"{dash}seed=3", f"{dash}check", "--name", f"{dash} Ana")
+    assert (settings.batch_size, settings.seed, settings.check, settings.name) == (4, 3, True, f"{dash} Ana")
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (("--name",), "faltou o valor da opção --name"),
     (("--window", "--seed", "1"), "faltou o valor da opção --window"),
@@ -205,7 +211,7 @@ def test_a_method_that_does_not_exist_is_answered_with_all_that_do(name):
     (("--kl-weight", "inf"), "esperava um número, recebi 'inf'"),
     (("meu-modelo",), "não sei o que fazer com 'meu-modelo'"),
     (("meu modelo",), "não sei o que fazer com 'meu modelo'"), (("",), "não sei o que fazer com ''"),
-    (("--overwrite=sim",), "--overwrite"),
+    (("--overwrite=sim",), "só --overwrite ou --no-overwrite."), (("--help=x",), "escreva só -h."),
     (("--name", "{{NAME}}"), "NAME precisa"),
     (("--name", "Obrut\nAi"), "NAME tem caractere inválido"),
     (("--author", " ?!"), "AUTHOR precisa"),
