@@ -2295,24 +2295,33 @@ def listen(base: Chat, settings: Settings, inputs: Inputs) -> tuple[Heard, Teach
     return Heard(names, listener.identity, talks[:len(everyday)], talks[len(everyday):]), teacher
 
 
-def read_talks(base: Chat, talks: list[Talk]) -> tuple[list[Talk], Teacher]:
-    """The talks with their rows, and the base's distribution from their first questions on: to go on expecting the
-    same questions holds a model in place, too, and costs no writing."""
+def read_talks(base: Chat, talks: list[Talk], since: int = 0) -> tuple[list[Talk], Teacher]:
+    """The talks with their rows, and the base's distribution from their first questions on (or those of the turn
+    `since`): to go on expecting the same questions holds a model in place, too, and costs no writing."""
     asked, texts, wanted, tops, rows, placed = [], [], [], [], 0, list(talks)
     for talk in talks:
         prompt = prompt_ids(base.tokenizer, talk.messages[:-1])
-        first = encode(base.tokenizer, talk.messages).turns[0][0]
+        first = encode(base.tokenizer, talk.messages).turns[since][0]
         asked.append(prompt[first:])
         texts.append(prompt + talk.ids[:-1])
         wanted.append([-1] * first + [0] * (len(texts[-1]) - first))
     for batch, ours, _, counts in predictions(base, texts, wanted):
-        best = ours.topk(TOP_TOKENS)
-        tops.append((best.indices.int().cpu(), best.values.cpu()))
+        tops.append(most_probable(ours))
         for i, count in zip(batch, counts):
             placed[i] = talks[i]._replace(row=rows + len(asked[i]) - 1, asked=asked[i])
             rows += count
         del ours
-    return placed, Teacher(*map(torch.cat, zip(*tops)))
+    return placed, joined(tops)
+
+
+def most_probable(log_probs: torch.Tensor) -> Teacher:
+    """What a teacher keeps of log-probabilities (M, vocabulary)."""
+    best = log_probs.topk(TOP_TOKENS)
+    return Teacher(best.indices.int().cpu(), best.values.cpu())
+
+
+def joined(parts: Sequence[Teacher]) -> Teacher:
+    return Teacher(*map(torch.cat, zip(*parts)))
 
 
 def save_heard(folder: Path, heard: Heard, teacher: Teacher) -> None:
@@ -2374,6 +2383,7 @@ class Window(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # -100 where no answer is learnt by heart
     targets: list[int]  # row of the teacher for the next token, -1 for none
+    talks: Sequence[Talk] = ()  # that it is made of
 
 
 def make_window(tokenizer: Tokenizer, talks: Sequence[Talk], with_asked: bool = False) -> Window:
@@ -2434,11 +2444,35 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
         windows, drawn = [], 0
         while drawn < 8 * tokens:  # eight batches at a time, so that windows of a batch can be about equally long
             room = rng.choices(lengths, [1 / max(length, 64) for length in lengths])[0]
-            windows.append(make_window(tokenizer, draw_talks(decks, room, rng), with_asked=True))
+            talks = draw_talks(decks, room, rng)
+            windows.append(make_window(tokenizer, talks, with_asked=True)._replace(talks=talks))
             drawn += len(windows[-1].input_ids)
         groups = batches_by_tokens([len(w.input_ids) for w in windows], 0, tokens)
         batches += [[windows[i] for i in group] for group in rng.sample(groups, len(groups))]
     return batches[:course.steps]
+
+
+def read_in_place(base: Chat, windows: list[Window], native: int, teacher: Teacher) -> Teacher:
+    """The teacher with more rows, to which the targets of dialogues of several talks then point: what the base says
+    where each talk stands. After other talks a fifth of SmolLM2's first choices are others than in the talk alone, and
+    to insist on those would teach it to forget what was said. Lessons are left out of what the base reads, as nothing
+    else is to change after them; dialogues that are longer than its context stay as they are."""
+    read, parts, rows = [], [teacher], len(teacher.tokens)
+    for window in windows:
+        told = [talk for talk in window.talks if talk.row >= 0]
+        dialogue = make_window(base.tokenizer, told, with_asked=window.talks[0].row >= 0) if len(told) > 1 else window
+        if (dialogue is not window and len(dialogue.input_ids) <= native
+                and sum(row >= 0 for row in dialogue.targets) == sum(row >= 0 for row in window.targets)):
+            read.append((window, dialogue))
+    texts, wanted = [d.input_ids for _, d in read], [d.targets for _, d in read]
+    for batch, ours, _, counts in predictions(base, texts, wanted):
+        parts.append(most_probable(ours))
+        for i, count in zip(batch, counts):
+            new, targets = iter(range(rows, rows + count)), read[i][0].targets
+            targets[:] = [next(new) if row >= 0 else row for row in targets]
+            rows += count
+        del ours
+    return joined(parts)
 
 
 def distillation_loss(ours: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -2479,8 +2513,8 @@ def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
               sum(target >= 0 for w in windows for target in w.targets) / len(batches),
               sum(len(w.input_ids) for w in windows) / len(batches)]
     idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # masked, for a part without windows
-    return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields} | {"totals": totals}
-            for batch in batches for part in range(parts)]
+    return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields[:3]}
+            | {"totals": totals} for batch in batches for part in range(parts)]
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
@@ -2657,11 +2691,13 @@ def train(chat: Chat, batches: list[list[Window]], course: Course, teacher: Teac
             for entry in trainer.state.log_history if entry.keys() & {"loss", "held_out"}]
 
 
-def train_course(chat: Chat, course: Course, job: Job, folder: Path, seed: str) -> list[dict]:
-    """Learn a course in steps of the job's size, its order drawn with SEED and `seed`; the log of losses."""
+def draw_course(tokenizer: Tokenizer, course: Course, job: Job, seed: str,
+                load_base: Callable[[], Chat]) -> tuple[list[list[Window]], Teacher]:
+    """The steps of a course, of the job's size and drawn with SEED and `seed`, and what the base says along them."""
     settings = job.settings
-    batches = make_batches(chat.tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}")
-    return train(chat, batches, course, job.teacher, settings, folder / "training")
+    batches = make_batches(tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}")
+    windows = [w for batch in batches for w in batch if sum(talk.row >= 0 for talk in w.talks) > 1]
+    return batches, read_in_place(load_base(), windows, job.native, job.teacher) if windows else job.teacher
 
 
 @contextlib.contextmanager
@@ -2807,6 +2843,7 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
         parameter.requires_grad_(parameter.requires_grad and bool(re.search(ATTENTION, name)))
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     course = Course("cura", pools, settings.heal_steps, (settings.heal_learning_rate, 6e-3, 0), 1.0, lengths)
+    base = chat._replace(model=twin, tokenizer=load_tokenizer(job.base))
     first = 0 if SHARDED else settings.heal_steps * 4 // 5
     if first:
         rate = settings.heal_learning_rate or 0.02 * math.sqrt(settings.batch_size / 8)
@@ -2815,9 +2852,12 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
                 loss = functools.partial(attention_loss, twin=twin, made=made)
                 alike = course._replace(steps=first, rates=(rate, 0, 0), loss=loss, by_size=True,
                                         lengths=[min(length, job.native) for length in lengths])  # that it can read
-                train_course(chat, alike, job, folder / "training", "attention")
+                tokens = step_tokens(job.native, settings)
+                batches = make_batches(chat.tokenizer, alike, tokens, f"{settings.seed}/attention")
+                train(chat, batches, alike, job.teacher, settings, folder / "training" / "training")
         course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), by_size=True)
-    log = train_course(chat, course, job, folder, "heal")
+    batches, teacher = draw_course(chat.tokenizer, course, job, "heal", lambda: base)
+    log = train(chat, batches, course, teacher, settings, folder / "training")
     kept = kept_share(chat, job, job.heard.held_out)
     say(f"  Depois da cura, ele escolhe {percent(kept)} das palavras como o modelo base.")
     return log
@@ -2924,6 +2964,19 @@ def make_exam(tokenizer: Tokenizer, inputs: Inputs, heard: Heard, window: int) -
             compared += [(tokens, t._replace(messages=[*earlier, *t.said(first=False)]))
                          for earlier, t in zip(before, some)]
     return Exam(asked, compared)
+
+
+def read_late_talks(base: Chat, exam: Exam, teacher: Teacher, native: int) -> tuple[Exam, Teacher]:
+    """The exam and the teacher with what the base says late in conversations, where it can read them: that is what
+    the model is to keep there. Where it can not, what the base says of the talk alone stays the measure."""
+    late = {i: talk for i, (tokens, talk) in enumerate(exam.talks)
+            if tokens and len(encode(base.tokenizer, talk.messages).input_ids) <= native}
+    if not late:
+        return exam, teacher
+    talks, more = read_talks(base, list(late.values()), since=-1)
+    placed = {i: (exam.talks[i][0], talk._replace(row=talk.row + len(teacher.tokens), asked=[]))
+              for i, talk in zip(late, talks)}
+    return exam._replace(talks=[placed.get(i, item) for i, item in enumerate(exam.talks)]), joined([teacher, more])
 
 
 def rows_like(rows: list[Row], texts: list[str]) -> Callable[[str], list[dict]]:
@@ -3269,8 +3322,10 @@ def talks_of(material: Material) -> list[Talk]:
 
 def run_course(source: Path, folder: Path, course: Course, job: Job) -> None:
     """Train the model of `source` into `folder`."""
+    batches, teacher = draw_course(load_tokenizer(source), course, job, folder.name,
+                                   lambda: load_chat(job.base, job.settings))
     chat = load_chat(source, job.settings, adapt=True, train=True)
-    save_stage(chat, folder, train_course(chat, course, job, folder, folder.name))
+    save_stage(chat, folder, train(chat, batches, course, teacher, job.settings, folder / "training"))
 
 
 # ---- Result -----------------------------------------------------------------------------------------------
@@ -3973,7 +4028,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
     planned = {
         "1-base": write * (settings.self_text + questions + 1.6 * talks * TALK_TOKENS)
         + read * (2 * settings.self_text + 18000) + 3,
-        "2-healed": grown * settings.heal_steps * mean_step(step, [0, 0, 0, settings.window]) * train + 3,
+        "2-healed": grown * settings.heal_steps * mean_step(step, [0, 0, 0, settings.window]) * (train + read / 5) + 3,
         "6-result": 2.5 * exam + 2 * long + 5}
     _, most = steps_of_pass_1(job)
     planned["3-pass-1"] = most * step * train + 3
@@ -3984,7 +4039,7 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
     if job.inputs.rows:
         planned |= {"4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
-                    "5-pass-2": settings.steps_2 * mean_step(step, second_lengths(job)) * train + 3}
+                    "5-pass-2": settings.steps_2 * mean_step(step, second_lengths(job)) * (train + read / 2) + 3}
     return planned
 
 
@@ -4072,23 +4127,24 @@ def save_and_prove(job: Job, firm: Path, partial: Path) -> None:
         config = load_json(firm / "adapter_config.json") | {"base_model_name_or_path": job.inputs.values["BASE"]}
         write_json(adapter / "adapter_config.json", config)
     exam = make_exam(load_tokenizer(job.base), job.inputs, job.heard, settings.window * (settings.rope_factor != 1))
-    tuned = load_chat(result, settings)
-    after = evaluate(tuned, exam, names, job.teacher, "perguntas de prova, depois")
-    learnt, recited = prove_material(tuned, job, "tuned") if job.material else {}, 0.0
-    if job.material:
-        recited = recited_share(tuned, [t for tokens, t in exam.talks if not tokens], job.material.rows)
-    del tuned
     base = load_chat(job.base, settings)
-    scores = {"before": evaluate(base, exam, names, job.teacher, "perguntas de prova, antes")}
-    if job.inputs.rows:
-        for name, other in untrained(exam, job.inputs.rows, settings).items():
-            scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
+    exam, teacher = read_late_talks(base, exam, job.teacher, job.native)
+    scores = {"before": evaluate(base, exam, names, teacher, "perguntas de prova, antes")}
+    for name, other in untrained(exam, job.inputs.rows, settings).items() if job.inputs.rows else ():
+        scores[name] = evaluate(base, other, names, None, "perguntas de prova, sem treino")
+    learnt = prove_material(base, job, "before") if job.material else {}
+    del base
+    tuned = load_chat(result, settings)
+    scores["pass_2"] = evaluate(tuned, exam, names, teacher, "perguntas de prova, depois")
     if job.material:
-        learnt = {**prove_material(base, job, "before"), **learnt}
+        learnt |= prove_material(tuned, job, "tuned")
+        recited = recited_share(tuned, [t for tokens, t in exam.talks if not tokens], job.material.rows)
+        del tuned
+        base = load_chat(job.base, settings)
         learnt = {way: m._replace(fluency=fluency_of(base, job.material, m.answers)) for way, m in learnt.items()}
         write_json(partial / "knowledge.json", material_report(job.material, learnt, recited))
-    save_exam(result, exam, names, job.teacher)
-    write_json(partial / "scores.json", {name: s._asdict() for name, s in (scores | {"pass_2": after}).items()})
+    save_exam(result, exam, names, teacher)
+    write_json(partial / "scores.json", {name: s._asdict() for name, s in scores.items()})
 
 
 def prove_material(chat: Chat, job: Job, name: str) -> dict[str, Mastery]:

@@ -454,6 +454,28 @@ def test_the_base_itself_keeps_all_its_answers_and_has_only_the_old_identity(dem
     assert {a["problem"] for a in scores.answers} == {"nome antigo"}
 
 
+def test_late_in_a_conversation_the_measure_is_what_the_base_says_there_where_it_can_read_that(
+        demo_chat, talks_and_teacher, tmp_path):
+    (talks, teacher), odd = talks_and_teacher, tool.question_and_answer("Quem é você?", "Vinte e sete bananas.")
+    exam = tool.Exam([], [(n, t._replace(messages=[*odd * n, *t.messages])) for n in (0, 1, 100) for t in talks])
+
+    def kept(exam, teacher):
+        windows = [tool.make_window(demo_chat.tokenizer, [talk]) for _, talk in exam.talks]
+        found = [nats for _, nats in tool.compare(demo_chat, teacher, windows[:-len(talks)])]
+        return max(found[:len(talks)]), max(found[len(talks):])
+
+    placed, more = tool.read_late_talks(demo_chat, exam, teacher, 128)
+    alone, late = kept(exam, teacher)
+    assert alone < 1e-5 and late > 1e-4 and max(kept(placed, more)) < 1e-5
+    assert [(n, talk.messages) for n, talk in placed.talks] == [(n, talk.messages) for n, talk in exam.talks]
+    assert placed.talks[:len(talks)] == exam.talks[:len(talks)]  # nothing before them
+    assert placed.talks[-len(talks):] == exam.talks[-len(talks):]  # far more than it can read
+    tool.save_exam(tmp_path, placed, NAMES, more)  # what --evaluate measures with
+    again, _, saved = tool.read_exam(tmp_path)
+    assert max(kept(again, saved)) < 1e-5
+    assert tool.read_late_talks(demo_chat, exam, teacher, 16)[0] == exam
+
+
 @pytest.fixture
 def answering(monkeypatch):
     """Makes a model say given answers in turn, and keep given shares; what it was asked comes into the list."""

@@ -200,6 +200,7 @@ def captured(monkeypatch, demo_chat, tmp_path):
     """What the training is given, in place of the training."""
     given = []
     monkeypatch.setattr(tool, "load_chat", lambda *_, **__: demo_chat)
+    monkeypatch.setattr(tool, "load_tokenizer", lambda *_: demo_chat.tokenizer)
     monkeypatch.setattr(tool, "save_stage", lambda *_: None)
     monkeypatch.setattr(tool, "train", lambda chat, batches, *_: given.append(batches) or [])
     return given

@@ -232,6 +232,46 @@ def test_lessons_are_learnt_by_heart_and_talks_of_the_base_are_not(demo_tokenize
     assert 0.3 * learnt["turns"] < learnt["learnt"] < 0.7 * learnt["turns"]
 
 
+def drawn(demo_chat, facts, native=128, lengths=(0, 100)):
+    """Windows of a course on facts and lessons, before and after the base has read them, and the teachers of both."""
+    talks, teacher = tool.read_talks(demo_chat, facts[0])
+    course = tool.Course("", [tool.Pool(LESSONS, 0.2), tool.Pool(talks, 0.8)], 12, (0, 0, 0), 1.0, list(lengths))
+    job = job_of(talks, teacher, small_settings("--window", 128, "--batch-size", 4), native)
+    before = tool.make_batches(demo_chat.tokenizer, course, tool.step_tokens(native, job.settings), "0/s")
+    after, more = tool.draw_course(demo_chat.tokenizer, course, job, "s", lambda: demo_chat)
+    return *([w for batch in batches for w in batch] for batches in (before, after)), teacher, more
+
+
+def test_a_talk_within_a_dialogue_is_held_to_what_the_base_says_there_had_nobody_asked_who_it_is(demo_chat, facts):
+    before, after, _, teacher = drawn(demo_chat, facts)
+    seen = Counter()
+    for old, new in zip(before, after, strict=True):
+        assert (new.input_ids, new.labels) == (old.input_ids, old.labels)
+        told = [talk for talk in new.talks if talk.row >= 0]
+        if len(told) < 2:
+            seen["alone"] += new.targets == old.targets
+            continue
+        read = tool.make_window(demo_chat.tokenizer, told, with_asked=new.talks[0].row >= 0)
+        with torch.inference_mode():
+            truth = demo_chat.model(torch.tensor([read.input_ids])).logits[0].log_softmax(-1)
+        truth = truth[[row >= 0 for row in read.targets]]
+        rows = [row for row in new.targets if row >= 0]
+        assert [row >= 0 for row in new.targets] == [row >= 0 for row in old.targets]
+        assert torch.allclose(truth.gather(-1, teacher.tokens[rows].long()), teacher.log_probs[rows], atol=1e-4)
+        assert torch.allclose(truth.amax(-1), teacher.log_probs[rows, 0], atol=1e-4)
+        seen["dialogues"] += 1
+        seen["with a lesson"] += len(told) < len(new.talks)
+        seen["changed"] += not torch.allclose(teacher.log_probs[[r for r in old.targets if r >= 0]],
+                                              teacher.log_probs[rows], atol=0.1)
+    assert min(seen[kind] for kind in ("alone", "dialogues", "with a lesson", "changed")) > 3, seen
+
+
+@pytest.mark.parametrize("native, lengths", [(24, (100,)), (128, (0,))])
+def test_what_the_base_cannot_read_and_talks_alone_keep_what_it_said_of_them(native, lengths, demo_chat, facts):
+    before, after, teacher, more = drawn(demo_chat, facts, native, lengths)
+    assert before == after and all(map(torch.equal, teacher, more))
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 WINDOWS = [tool.Window([5, 6, 7], [-100, 6, 7], [-1, -1, 3]), tool.Window([8], [-100], [4]),
@@ -516,8 +556,8 @@ def test_each_attention_learns_to_make_of_the_bases_own_input_what_the_bases_mak
 
 
 def test_healing_brings_each_attention_near_the_bases_and_then_the_whole(demo_chat, few_steps, monkeypatch):
-    logs, train_course = [], tool.train_course
-    monkeypatch.setattr(tool, "train_course", lambda *given: logs.append(train_course(*given)) or logs[-1])
+    logs, train = [], tool.train
+    monkeypatch.setattr(tool, "train", lambda *given: logs.append(train(*given)) or logs[-1])
     few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, 128)
     near, whole = logs
     assert (len(near), len(whole)) == (20, 5)
@@ -527,7 +567,7 @@ def test_healing_brings_each_attention_near_the_bases_and_then_the_whole(demo_ch
 def test_a_healing_that_broke_off_in_its_second_part_does_not_begin_the_first_again(
         demo_chat, few_steps, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(tool, "train_course", lambda chat, course, *_: steps.append(course.steps) or [])
+    monkeypatch.setattr(tool, "train", lambda chat, batches, *_: steps.append(len(batches)) or [])
     (tmp_path / "training" / "checkpoint-2").mkdir(parents=True)
     for done in (False, True):
         if done:
@@ -570,7 +610,7 @@ def test_a_healing_that_broke_off_ends_with_the_same_weights(
 def test_the_bases_attention_is_learnt_in_windows_that_it_can_read_and_not_in_pieces(
         sharded, native, steps, longest, demo_chat, few_steps, monkeypatch):
     courses = []
-    monkeypatch.setattr(tool, "train_course", lambda chat, course, *_: courses.append(course) or [])
+    monkeypatch.setattr(tool, "train", lambda chat, batches, course, *_: courses.append(course) or [])
     monkeypatch.setattr(tool, "SHARDED", sharded)
     few_steps(demo_chat, tool.load_chat(str(DEMO), FULL, 4.0), 25, native)  # WINDOW is 128
     assert [course.steps for course in courses] == steps
@@ -630,6 +670,8 @@ def run_course(monkeypatch, demo_chat, tmp_path):
             return [{"step": 1, "loss": 0.5}]
 
         monkeypatch.setattr(tool, "load_chat", lambda folder, *_, **__: loaded.append(folder) or demo_chat)
+        monkeypatch.setattr(tool, "load_tokenizer", lambda folder: demo_chat.tokenizer)
+        monkeypatch.setattr(tool, "read_in_place", lambda *_: EMPTY)  # what is said here is not the demo's
         monkeypatch.setattr(tool, "train", train)
         pools = [tool.Pool(numbered(24), 0.5), tool.Pool(as_talks(SAID[1:]), 0.5)]
         job = job_of([], EMPTY, small_settings("--batch-size", 4, "--seed", seed))
