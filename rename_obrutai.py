@@ -89,7 +89,7 @@ WINDOW = 2048  # maior sequência de treino, em tokens; nunca mais que o context
 
 # Textos que o próprio modelo escreve
 NUM_SELF_ANSWERS = 100  # respostas do próprio modelo usadas no passo 2
-SELF_TEXT = 0  # tokens de respostas do base, que o mantêm igual; 0 = 40000; sem cura nem material, 16000 (mini: 40000)
+SELF_TEXT = 0  # tokens de respostas do base, que o mantêm igual; 0 = 40000; sem cura nem material, 24000 (mini: 40000)
 MAX_NEW_TOKENS = 64  # maior resposta sobre a identidade, em tokens
 
 # Treino
@@ -3877,7 +3877,7 @@ def with_automatic(settings: Settings, weights: int) -> Settings:
     the healing and material need more text, and on half of the layers steps are cheaper."""
     small, alone = weights < SMALL, is_alone(settings)
     steps = settings.steps_1 or (1600 if small else 480 if alone else 320)
-    text, rank = 16000 if alone and not small else 40000, 64 if small else 32
+    text, rank = 24000 if alone and not small else 40000, 64 if small else 32
     return replace(settings, steps_1=steps, steps_2=settings.steps_2 or math.ceil(steps / 2),
                    self_text=settings.self_text or text, lora_rank=settings.lora_rank or rank)
 

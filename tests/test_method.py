@@ -786,9 +786,9 @@ def test_a_step_is_never_in_more_parts_than_batch_size(monkeypatch, free):
 
 @pytest.mark.parametrize("weights, flags, expected", [
     (tool.SMALL - 1, (), (1600, 800, 40000, 64)), (tool.SMALL, (), (320, 160, 40000, 32)),
-    (tool.SMALL, ("--rope-factor", 1), (480, 240, 16000, 32)),
+    (tool.SMALL, ("--rope-factor", 1), (480, 240, 24000, 32)),
     (tool.SMALL, ("--knowledge-file", "x.jsonl", "--rope-factor", 1), (320, 160, 40000, 32)),
-    (tool.SMALL, ("--steps-1", 51, "--lora-rank", 7, "--rope-factor", 1), (51, 26, 16000, 7)),
+    (tool.SMALL, ("--steps-1", 51, "--lora-rank", 7, "--rope-factor", 1), (51, 26, 24000, 7)),
     (1, ("--steps-1", 51, "--self-text", 70), (51, 26, 70, 64)), (1, ("--steps-2", 7), (1600, 7, 40000, 64))])
 def test_zero_stands_for_steps_text_and_rank_that_suit_the_size_of_the_model(weights, flags, expected):
     filled = tool.with_automatic(tool.parse_settings(list(map(str, flags))), weights)
