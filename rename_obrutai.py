@@ -2459,10 +2459,12 @@ def read_in_place(base: Chat, windows: list[Window], native: int, teacher: Teach
     else is to change after them; dialogues that are longer than its context stay as they are."""
     read, parts, rows = [], [teacher], len(teacher.tokens)
     for window in windows:
-        told = [talk for talk in window.talks if talk.row >= 0]
-        dialogue = make_window(base.tokenizer, told, with_asked=window.talks[0].row >= 0) if len(told) > 1 else window
-        if (dialogue is not window and len(dialogue.input_ids) <= native
-                and sum(row >= 0 for row in dialogue.targets) == sum(row >= 0 for row in window.targets)):
+        first, told = window.talks[0], [talk for talk in window.talks if talk.row >= 0]
+        system = first.messages[:first.messages[0]["role"] == "system"]  # for all that follows, also after a lesson
+        told[0] = told[0]._replace(messages=[*system, *told[0].said(first=False)])
+        dialogue = make_window(base.tokenizer, told, with_asked=first.row >= 0)
+        same = len([row for row in dialogue.targets if row >= 0]) == len([row for row in window.targets if row >= 0])
+        if same and len(dialogue.input_ids) <= native:
             read.append((window, dialogue))
     texts, wanted = [d.input_ids for _, d in read], [d.targets for _, d in read]
     for batch, ours, _, counts in predictions(base, texts, wanted):
@@ -2696,7 +2698,7 @@ def draw_course(tokenizer: Tokenizer, course: Course, job: Job, seed: str,
     """The steps of a course, of the job's size and drawn with SEED and `seed`, and what the base says along them."""
     settings = job.settings
     batches = make_batches(tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}")
-    windows = [w for batch in batches for w in batch if sum(talk.row >= 0 for talk in w.talks) > 1]
+    windows = [w for batch in batches for w in batch if len(w.talks) > 1 and max(w.targets) >= 0]
     return batches, read_in_place(load_base(), windows, job.native, job.teacher) if windows else job.teacher
 
 
@@ -3603,7 +3605,8 @@ Medido na pasta salva e carregada de novo, com perguntas que não foram usadas n
 {figures}
 
 - **retenção**: palavras que ele escolhe como o modelo base; **divergência**, o quanto as probabilidades delas mudaram.
-- **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta.
+- **após N tokens**: o mesmo, com N tokens de conversa antes da pergunta, que o base também lê; se ela passa do
+  contexto dele, vale o que ele diz sem ela.
 {terms}
 {material}{answers}## Como usar
 

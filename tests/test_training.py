@@ -232,10 +232,12 @@ def test_lessons_are_learnt_by_heart_and_talks_of_the_base_are_not(demo_tokenize
     assert 0.3 * learnt["turns"] < learnt["learnt"] < 0.7 * learnt["turns"]
 
 
-def drawn(demo_chat, facts, native=128, lengths=(0, 100)):
+def drawn(demo_chat, facts, native=128, lengths=(0, 44, 100)):
     """Windows of a course on facts and lessons, before and after the base has read them, and the teachers of both."""
-    talks, teacher = tool.read_talks(demo_chat, facts[0])
-    course = tool.Course("", [tool.Pool(LESSONS, 0.2), tool.Pool(talks, 0.8)], 12, (0, 0, 0), 1.0, list(lengths))
+    behind = [talk._replace(messages=[SYSTEM, *talk.messages]) for talk in facts[0][::2]]
+    talks, teacher = tool.read_talks(demo_chat, [*facts[0], *behind])
+    lessons = [*LESSONS, tool.Talk([{**SYSTEM, "content": "Fale como um poeta."}, *LESSONS[0].messages], "lesson")]
+    course = tool.Course("", [tool.Pool(lessons, 0.3), tool.Pool(talks, 0.7)], 30, (0, 0, 0), 1.0, list(lengths))
     job = job_of(talks, teacher, small_settings("--window", 128, "--batch-size", 4), native)
     before = tool.make_batches(demo_chat.tokenizer, course, tool.step_tokens(native, job.settings), "0/s")
     after, more = tool.draw_course(demo_chat.tokenizer, course, job, "s", lambda: demo_chat)
@@ -248,9 +250,11 @@ def test_a_talk_within_a_dialogue_is_held_to_what_the_base_says_there_had_nobody
     for old, new in zip(before, after, strict=True):
         assert (new.input_ids, new.labels) == (old.input_ids, old.labels)
         told = [talk for talk in new.talks if talk.row >= 0]
-        if len(told) < 2:
+        if len(new.talks) < 2 or not told:
             seen["alone"] += new.targets == old.targets
             continue
+        system = [m for m in new.talks[0].messages if m["role"] == "system"]
+        told[0] = told[0]._replace(messages=[*system, *(m for m in told[0].messages if m["role"] != "system")])
         read = tool.make_window(demo_chat.tokenizer, told, with_asked=new.talks[0].row >= 0)
         with torch.inference_mode():
             truth = demo_chat.model(torch.tensor([read.input_ids])).logits[0].log_softmax(-1)
@@ -259,11 +263,11 @@ def test_a_talk_within_a_dialogue_is_held_to_what_the_base_says_there_had_nobody
         assert [row >= 0 for row in new.targets] == [row >= 0 for row in old.targets]
         assert torch.allclose(truth.gather(-1, teacher.tokens[rows].long()), teacher.log_probs[rows], atol=1e-4)
         assert torch.allclose(truth.amax(-1), teacher.log_probs[rows, 0], atol=1e-4)
-        seen["dialogues"] += 1
-        seen["with a lesson"] += len(told) < len(new.talks)
+        seen["after a lesson"] += new.talks[0].row < 0
+        seen["its system prompt"] += new.talks[0].row < 0 and bool(system)
         seen["changed"] += not torch.allclose(teacher.log_probs[[r for r in old.targets if r >= 0]],
                                               teacher.log_probs[rows], atol=0.1)
-    assert min(seen[kind] for kind in ("alone", "dialogues", "with a lesson", "changed")) > 3, seen
+    assert min(seen[kind] for kind in ("alone", "after a lesson", "its system prompt", "changed")) > 1, seen
 
 
 @pytest.mark.parametrize("native, lengths", [(24, (100,)), (128, (0,))])
