@@ -2454,9 +2454,9 @@ def make_batches(tokenizer: Tokenizer, course: Course, tokens: int, seed: str) -
 
 def read_in_place(base: Chat, windows: list[Window], native: int, teacher: Teacher) -> Teacher:
     """The teacher with more rows, to which the targets of dialogues of several talks then point: what the base says
-    where each talk stands. After other talks a fifth of SmolLM2's first choices are others than in the talk alone, and
-    to insist on those would teach it to forget what was said. Lessons are left out of what the base reads, as nothing
-    else is to change after them; dialogues that are longer than its context stay as they are."""
+    where each talk stands, after the others. To insist on what it says of the talk alone would teach the model to
+    forget what was said. Lessons are left out of what the base reads, as nothing else is to change after them;
+    dialogues that are longer than its context stay as they are."""
     read, parts, rows = [], [teacher], len(teacher.tokens)
     for window in windows:
         first, told = window.talks[0], [talk for talk in window.talks if talk.row >= 0]
