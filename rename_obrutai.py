@@ -2699,7 +2699,9 @@ def draw_course(tokenizer: Tokenizer, course: Course, job: Job, seed: str,
     settings = job.settings
     batches = make_batches(tokenizer, course, step_tokens(job.native, settings), f"{settings.seed}/{seed}")
     windows = [w for batch in batches for w in batch if len(w.talks) > 1 and max(w.targets) >= 0]
-    return batches, read_in_place(load_base(), windows, job.native, job.teacher) if windows else job.teacher
+    if not windows or course.loss:  # another loss than `batch_loss`, which alone looks at targets
+        return batches, job.teacher
+    return batches, read_in_place(load_base(), windows, job.native, job.teacher)
 
 
 @contextlib.contextmanager
@@ -2854,9 +2856,8 @@ def heal(chat: Chat, job: Job, folder: Path) -> list[dict]:
                 loss = functools.partial(attention_loss, twin=twin, made=made)
                 alike = course._replace(steps=first, rates=(rate, 0, 0), loss=loss, by_size=True,
                                         lengths=[min(length, job.native) for length in lengths])  # that it can read
-                tokens = step_tokens(job.native, settings)
-                batches = make_batches(chat.tokenizer, alike, tokens, f"{settings.seed}/attention")
-                train(chat, batches, alike, job.teacher, settings, folder / "training" / "training")
+                batches, teacher = draw_course(chat.tokenizer, alike, job, "attention", lambda: base)
+                train(chat, batches, alike, teacher, settings, folder / "training" / "training")
         course = course._replace(steps=settings.heal_steps - first, rates=(rate / 8, 0, 0), by_size=True)
     batches, teacher = draw_course(chat.tokenizer, course, job, "heal", lambda: base)
     log = train(chat, batches, course, teacher, settings, folder / "training")
