@@ -528,7 +528,9 @@ TALK_SHARES = {"near": 0.4, "everyday": 0.15, "own": 0.45}  # of the tokens with
 NEAR = 600  # questions near identity, about others, that the base answers for training
 MOST_LESSONS = 1600  # of the base's own identity questions
 MOST_ASKED = 96  # lessons, and as many talks, that the model of pass 1 is asked
-MISSED_TIMES = 4  # times that pass 2 repeats what was wrong after pass 1
+HARD = 0.25  # share of the lessons, the ones that pass 1 has taught the least, that pass 2 goes on with
+FIRST_TOKENS = 4  # of a lesson's answer, which tell how well it is learnt: the rest follows from them
+LEAK_TIMES = 4  # times that pass 2 repeats a talk where the new name turns up after pass 1
 LONG_TALKS = 16  # talks of the exam at each length of conversation
 LONG_GROUP = 4  # talks, and identity questions, that share one long conversation
 SMALL = 50_000_000  # weights: smaller models are trained in float32, in more steps, with a larger adapter
@@ -3062,14 +3064,16 @@ class Mastery(NamedTuple):
 WAYS = {"before": "base", "before_rows": "base com linhas", "tuned": "treinado", "tuned_rows": "treinado com linhas"}
 
 
-def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = True) -> list[tuple[float, int]]:
-    """For the last answer of each conversation: the sum of its losses in nats, and its tokens, with the one that ends
-    it unless told otherwise."""
+def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = True,
+                  most: float = math.inf) -> list[tuple[float, int]]:
+    """For the last answer of each conversation: the sum of its losses in nats, and its tokens, at `most` so many, with
+    the one that ends it unless told otherwise."""
     encoded = [encode(chat.tokenizer, messages) for messages in conversations]
     wanted = []  # the next token, where it is one of the last answer
     for text in encoded:
         start, end = text.turns[-1]
-        labels = [-100] * start + text.labels[start:end - (not with_end)]
+        answer = next(j for j in range(start, end) if text.labels[j] != -100)
+        labels = [-100] * answer + text.labels[answer:min(answer + most, end - (not with_end))]
         wanted.append(labels[1:] + [-100] * (len(text.labels) - len(labels) + 1))
     results = [(0.0, 0)] * len(wanted)
     for batch, ours, tokens, counts in predictions(chat, [text.input_ids for text in encoded], wanted):
@@ -3222,17 +3226,17 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
     return [talk for talk in talks if len(encode(tokenizer, talk.messages).input_ids) <= settings.window]
 
 
-def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], list[int]]:
-    """Answers to some lessons, right ones up to two fifths of NUM_SELF_ANSWERS, and the places of lessons missed."""
+def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], int]:
+    """Answers to some lessons, right ones up to two fifths of NUM_SELF_ANSWERS, and how many were wrong."""
     wanted, rng = round(0.4 * settings.num_self_answers), random.Random(f"{settings.seed}/self-answers")
     tried = sorted(rng.sample(range(len(lessons)), min(len(lessons), MOST_ASKED)))
     prompts, used = [prompt_ids(chat.tokenizer, lessons[i].messages[:-1]) for i in tried], 0
-    records, missed = [], []
+    records, missed = [], 0
     for i, answer in zip(tried, generate(chat, prompts, "escrevendo respostas")):
         question, language = lessons[i].question, language_of(f"{lessons[i].question} {lessons[i].answer}")
         wrong = (problem(question, answer.text, answer.ended, *names)
                  or "em outra língua" * (language_of(answer.text, language) != language))
-        missed += [i] * bool(wrong)
+        missed += bool(wrong)
         if wrong or used < wanted:
             records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": wrong,
                             "before": lessons[i].messages[:-2]})
@@ -3240,9 +3244,17 @@ def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Setting
     return records, missed
 
 
+def hardest(chat: Chat, lessons: list[Talk]) -> list[int]:
+    """Places of the HARD share of the lessons whose answers the model expects the least, by their FIRST_TOKENS: to
+    read an answer costs far less than to have one written, so that all lessons can be tried."""
+    losses = [loss / tokens for loss, tokens in
+              answer_losses(chat, [lesson.messages for lesson in lessons], most=FIRST_TOKENS)]
+    return sorted(range(len(lessons)), key=losses.__getitem__)[-math.ceil(HARD * len(lessons)):]
+
+
 def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher: Teacher, settings: Settings) -> dict:
     """Ask the model what it was taught. "answers": its own, with the reason if wrong, and talks of the base, leaks and
-    least kept ones first; "missed", "leaks", "talks": places of lessons and talks for pass 2."""
+    least kept ones first; "hard", "leaks", "talks": places of lessons and talks for pass 2."""
     records, missed = try_lessons(chat, lessons, heard.names, settings)
     used, talks = sum(not record["rejected"] for record in records), heard.everyday
     sample = random.Random(f"{settings.seed}/everyday").sample(range(len(talks)), min(len(talks), MOST_ASKED))
@@ -3254,12 +3266,12 @@ def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher:
     ranked = sorted(sample, key=lambda i: (i not in leaks, kept[i]))[:settings.num_self_answers - used]
     records += [{"question": talks[i].question, "answer": talks[i].answer, "kind": "everyday", "rejected": "",
                  "before": talks[i].messages[:-2]} for i in ranked]
-    say(f"  Ele ainda erra {len(missed)} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é"
-        f"{'; o passo 2 insiste nelas' * bool(missed)}.\n"
+    say(f"  Ele ainda erra {missed} de {min(len(lessons), MOST_ASKED)} perguntas sobre quem ele é; o passo 2 insiste "
+        "nas que ele menos aprendeu.\n"
         f"  Do dia a dia, ele escolhe {percent(mean([*kept.values()]))} das palavras como o modelo "
         f"base; em {len(leaks)} de {len(sample)} respostas aparece o nome novo.\n"
         f"  Vão para o passo 2: {used} respostas sobre a identidade e {len(ranked)} do dia a dia.")
-    return {"answers": records, "missed": missed, "talks": ranked, "leaks": leaks}
+    return {"answers": records, "hard": hardest(chat, lessons), "talks": ranked, "leaks": leaks}
 
 
 def pools_of(lessons: list[Talk], heard: Heard, learnt: float, held: float) -> list[Pool]:
@@ -3269,12 +3281,11 @@ def pools_of(lessons: list[Talk], heard: Heard, learnt: float, held: float) -> l
 
 
 def pools_of_pass_2(lessons: list[Talk], heard: Heard, collected: dict) -> list[Pool]:
-    """Wrong and leaking ones MISSED_TIMES as often as right answers, lessons and talks."""
-    missed = [lessons[i] for i in collected["missed"]]
+    """Its right answers and the lessons that it has learnt the least, beside the base's talks, leaks LEAK_TIMES."""
     own = [Talk([*r["before"], *question_and_answer(r["question"], r["answer"])], "lesson")
            for r in collected["answers"] if r["kind"] == "identity" and not r["rejected"]]
-    hard = [heard.everyday[i] for i in collected["leaks"] * MISSED_TIMES + collected["talks"]]
-    return [*pools_of(missed * MISSED_TIMES + own + lessons, heard, 0.15, 0.7), Pool(hard, 0.15)]
+    changed = [heard.everyday[i] for i in collected["leaks"] * LEAK_TIMES + collected["talks"]]
+    return [*pools_of(own + [lessons[i] for i in collected["hard"]], heard, 0.15, 0.7), Pool(changed, 0.15)]
 
 
 def steps_of_pass_1(job: Job) -> tuple[int, int]:
@@ -4041,8 +4052,9 @@ def plan_seconds(base: Chat, job: Job) -> dict[str, float]:
         planned["3-pass-1"] += 12 * (not settings.knowledge_steps) * len(material.watched) * length * read
         told = min(WRITTEN_TOKENS, len(material.test) * LONGEST_ANSWER)
         planned["6-result"] += 1.6 * (4 * told * write + (4 + 8) * len(material.test) * length * read)
-    if job.inputs.rows:
-        planned |= {"4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * MOST_ASKED * read + 3,
+    if rows := len(job.inputs.rows):
+        lessons = 4 * (rows + sum(len(PARAPHRASES[code]) for code in job.inputs.languages))  # in a hurry, doubted, ...
+        planned |= {"4-self-answers": MOST_ASKED * write * 1.3 * TALK_TOKENS + 80 * (MOST_ASKED + lessons) * read + 3,
                     "5-pass-2": settings.steps_2 * mean_step(step, second_lengths(job)) * (train + read / 2) + 3}
     return planned
 

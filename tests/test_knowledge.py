@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,7 +251,7 @@ def test_lessons_and_material_are_mixed_as_evenly_as_they_have_steps(own, shares
 
 def test_the_second_pass_has_some_of_the_material_too(demo_chat):
     job = of_both(job_of(MATERIAL, *three_kinds(demo_chat)))
-    nothing = {"missed": [], "answers": [], "leaks": [], "talks": []}
+    nothing = {"hard": [], "answers": [], "leaks": [], "talks": []}
     with_it, without = (tool.second_course([tool.Talk(SAID[4], "lesson")], nothing, some)
                         for some in (job, job._replace(material=None)))
     assert with_it.pools[:-1] == without.pools and with_it.steps == without.steps
@@ -264,7 +265,7 @@ TALKS = [SAID[3], [{"role": "system", "content": "Seja breve."}, *SAID[0]], [*SA
          tool.question_and_answer("Oi!", "Sim."), [*SAID[1], *SAID[2]]]
 
 
-def losses_in_the_plain_way(chat, messages, with_end):
+def losses_in_the_plain_way(chat, messages, with_end, most=math.inf):
     """Sum and number of the losses of the last answer, from the logits of the whole text."""
     prompt = tool.prompt_ids(chat.tokenizer, messages[:-1])
     answer = chat.tokenizer(messages[-1]["content"] + "<|end|>" * with_end, add_special_tokens=False)["input_ids"]
@@ -272,16 +273,17 @@ def losses_in_the_plain_way(chat, messages, with_end):
     with torch.inference_mode():
         logits = chat.model(ids[None]).logits[0].double()
     losses = functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[-len(answer):]
-    return losses.sum().item(), len(answer)
+    losses = losses[:min(most, len(answer))]
+    return losses.sum().item(), len(losses)
 
 
 @pytest.mark.parametrize("budget", [1, 90, 10**6])
-@pytest.mark.parametrize("with_end", [True, False])
+@pytest.mark.parametrize("with_end, most", [(True, math.inf), (False, math.inf), (True, 3), (False, 3)])
 def test_the_losses_of_answers_are_those_of_the_whole_text_s_logits_whatever_the_batch(
-        with_end, budget, demo_chat, monkeypatch):
+        with_end, most, budget, demo_chat, monkeypatch):
     monkeypatch.setattr(tool, "SCORED_TOKENS", budget)
-    found = tool.answer_losses(demo_chat, TALKS, with_end)
-    expected = [losses_in_the_plain_way(demo_chat, messages, with_end) for messages in TALKS]
+    found = tool.answer_losses(demo_chat, TALKS, with_end, most)
+    expected = [losses_in_the_plain_way(demo_chat, messages, with_end, most) for messages in TALKS]
     assert [count for _, count in found] == [count for _, count in expected]
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-3, abs=1e-3)
 

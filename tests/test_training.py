@@ -774,7 +774,6 @@ def test_self_answers_that_are_not_sound_are_kept_in_the_record_but_not_used(col
                        "Com quem eu falo?": "repetitiva", "Who are you?": "em outra língua", "Oi, quem é?": "vazia"}
     used = [(r["question"], r["answer"]) for r in about_itself if not r["rejected"]]
     assert used == [("Quem é você?", "Sou a Jandira.")]
-    assert {[*replies][i] for i in collection["missed"]} == reasons.keys() - {"Quem é você?"}
 
 
 @pytest.mark.parametrize("count, identity, everyday", [(10, 4, 6), (5, 2, 3)])
@@ -802,20 +801,29 @@ def test_what_is_sound_but_not_needed_is_not_kept(collected):
     replies["Quem fez você?"] = tool.Answer("Sou a Lumi.", True)
     collection = collected(replies)
     about_itself = [r["rejected"] for r in collection["answers"] if r["kind"] == "identity"]
-    assert Counter(about_itself) == {"": 4, "nome antigo": 1} and collection["missed"] == [30]
+    assert Counter(about_itself) == {"": 4, "nome antigo": 1}
 
 
-def test_the_second_pass_insists_on_what_the_model_gets_wrong():
+def test_the_quarter_of_the_lessons_whose_answers_begin_the_least_as_expected_is_the_hardest(demo_chat):
+    questions = [talk[-2]["content"] for talk in SAID[:7]]
+    answers = [answer.text for answer in tool.ask(demo_chat, questions)]  # its own first choices, all through
+    answers[1] = "Verde " + answers[1]
+    answers[4] = f"{answers[4][:len(answers[4]) // 2]} zx qy zx qy"  # what follows a good beginning does not count
+    answers[6] = "Xadrez e " + answers[6]
+    lessons = [lesson(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    assert set(tool.hardest(demo_chat, lessons)) == {1, 6}
+
+
+def test_the_second_pass_insists_on_what_the_model_has_learnt_least():
     lessons = numbered(6)
     answers = [{"question": "Oi?", "answer": "Jandira.", "kind": "identity", "rejected": "", "before": [SYSTEM]},
                {"question": "Quem?", "answer": "Lumi.", "kind": "identity", "rejected": "nome antigo", "before": []},
                {"question": "x", "answer": "y", "kind": "everyday", "rejected": "", "before": []}]
     talks = as_talks(SAID)
-    pools = tool.pools_of_pass_2(lessons, heard_of(talks), {"answers": answers, "missed": [2], "talks": [5, 1],
+    pools = tool.pools_of_pass_2(lessons, heard_of(talks), {"answers": answers, "hard": [2, 4], "talks": [5, 1],
                                                             "leaks": [5]})
     about_itself, *held, hard = (Counter(talk.question for talk in pool.talks) for pool in pools)
-    assert about_itself == Counter({f"Quanto é {i} mais {i}?": 5 if i == 2 else 1 for i in range(6)}) + Counter(
-        ["Oi?"])
+    assert about_itself == Counter(["Quanto é 2 mais 2?", "Quanto é 4 mais 4?", "Oi?"])
     assert [talk for talk in pools[0].talks if talk.question == "Oi?"] == [
         tool.Talk([SYSTEM, *tool.question_and_answer("Oi?", "Jandira.")], "lesson")]
     assert hard == {talks[5].question: 5, talks[1].question: 1}
