@@ -2001,6 +2001,10 @@ class Encoded(NamedTuple):
     labels: list[int]  # -100 but on answers and the end-of-turn token after each
     turns: list[tuple[int, int]]  # (first token of the question, one past the end of its answer)
 
+    def answer(self, turn: int) -> int:
+        """Place of the first token of a turn's answer."""
+        return next(at for at in range(*self.turns[turn]) if self.labels[at] != -100)
+
 
 def encode(tokenizer: Tokenizer, messages: list[dict]) -> Encoded:
     """Tokenise through the model's own template. A special token after the last answer, spaces aside (Llama 2), ends
@@ -2398,8 +2402,7 @@ def make_window(tokenizer: Tokenizer, talks: Sequence[Talk], with_asked: bool = 
         turns = encoded.turns[turn:turn + sum(m["role"] == "user" for m in messages)]
         turn += len(turns)
         if talk.row >= 0:
-            start, end = turns[-1]
-            answer = next(j for j in range(start, end) if encoded.labels[j] != -100)
+            answer, end = encoded.answer(turn - 1), turns[-1][1]
             same = len(os.path.commonprefix([encoded.input_ids[answer:end], talk.ids]))
             targets[answer - 1:answer - 1 + same] = range(talk.row, talk.row + same)  # a position predicts the next
             before = len(talk.asked) * (with_asked and turn == len(turns))
@@ -3071,8 +3074,7 @@ def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = 
     encoded = [encode(chat.tokenizer, messages) for messages in conversations]
     wanted = []  # the next token, where it is one of the last answer
     for text in encoded:
-        start, end = text.turns[-1]
-        answer = next(j for j in range(start, end) if text.labels[j] != -100)
+        answer, end = text.answer(-1), text.turns[-1][1]
         labels = [-100] * answer + text.labels[answer:min(answer + most, end - (not with_end))]
         wanted.append(labels[1:] + [-100] * (len(text.labels) - len(labels) + 1))
     results = [(0.0, 0)] * len(wanted)
@@ -3226,22 +3228,21 @@ def make_lessons(tokenizer: Tokenizer, heard: Heard, inputs: Inputs, settings: S
     return [talk for talk in talks if len(encode(tokenizer, talk.messages).input_ids) <= settings.window]
 
 
-def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> tuple[list[dict], int]:
-    """Answers to some lessons, right ones up to two fifths of NUM_SELF_ANSWERS, and how many were wrong."""
+def try_lessons(chat: Chat, lessons: list[Talk], names: Names, settings: Settings) -> list[dict]:
+    """Answers to some lessons: the wrong ones, and right ones up to two fifths of NUM_SELF_ANSWERS."""
     wanted, rng = round(0.4 * settings.num_self_answers), random.Random(f"{settings.seed}/self-answers")
     tried = sorted(rng.sample(range(len(lessons)), min(len(lessons), MOST_ASKED)))
     prompts, used = [prompt_ids(chat.tokenizer, lessons[i].messages[:-1]) for i in tried], 0
-    records, missed = [], 0
+    records = []
     for i, answer in zip(tried, generate(chat, prompts, "escrevendo respostas")):
         question, language = lessons[i].question, language_of(f"{lessons[i].question} {lessons[i].answer}")
         wrong = (problem(question, answer.text, answer.ended, *names)
                  or "em outra língua" * (language_of(answer.text, language) != language))
-        missed += bool(wrong)
         if wrong or used < wanted:
             records.append({"question": question, "answer": answer.text, "kind": "identity", "rejected": wrong,
                             "before": lessons[i].messages[:-2]})
             used += not wrong
-    return records, missed
+    return records
 
 
 def hardest(chat: Chat, lessons: list[Talk]) -> list[int]:
@@ -3255,8 +3256,9 @@ def hardest(chat: Chat, lessons: list[Talk]) -> list[int]:
 def collect_self_answers(chat: Chat, lessons: list[Talk], heard: Heard, teacher: Teacher, settings: Settings) -> dict:
     """Ask the model what it was taught. "answers": its own, with the reason if wrong, and talks of the base, leaks and
     least kept ones first; "hard", "leaks", "talks": places of lessons and talks for pass 2."""
-    records, missed = try_lessons(chat, lessons, heard.names, settings)
-    used, talks = sum(not record["rejected"] for record in records), heard.everyday
+    records, talks = try_lessons(chat, lessons, heard.names, settings), heard.everyday
+    used = sum(not record["rejected"] for record in records)
+    missed = len(records) - used
     sample = random.Random(f"{settings.seed}/everyday").sample(range(len(talks)), min(len(talks), MOST_ASKED))
     found = compare(chat, teacher, [make_window(chat.tokenizer, [talks[i]]) for i in sample])
     kept = {i: same for i, (same, _) in zip(sample, found)}
