@@ -509,6 +509,7 @@ THOUGHTLESS = {"enable_thinking": False}  # how a template that lets the model t
 # ---- What was tuned, and measured to be worth it ----------------------------------------------------------
 
 TOP_TOKENS = 32  # most probable tokens of the base kept per position; the rest is one bucket
+STANDS_FOR = 16  # tokens that one of those which no text speaks of counts for in training
 COMPARED = 16  # candidates, by pairs of words, that SequenceMatcher compares with a question
 RETRIEVED = 3  # rows that BM25 puts before a question as context
 MOST_STEPS = 300  # cap on the steps of the material, of 8 rows; one epoch is always allowed
@@ -519,7 +520,7 @@ RECITED = 6  # an everyday answer with so many words in a row from the material 
 WRITTEN_TOKENS = 5000  # that each column of the material's exam may write, twelve rows at least
 LONGEST_ANSWER = 256  # tokens of an answer in the material's exam
 GENERATION_TOKENS = 16384  # tokens (prompt and answer) that one batch of generation may hold
-SCORED_TOKENS = 1024  # tokens whose logits are in memory at a time while a model is compared with the base
+SCORED_TOKENS = 512  # tokens whose logits are in memory at a time while a model is compared with the base
 SHORT = 192  # a step has BATCH_SIZE times as many tokens, and most windows of the healing have no more
 TALK_TOKENS = 48  # longest answer of the base that is learnt from: of as many tokens, more short answers teach more
 NEAR_TOKENS = 24  # the same near identity: whether the new name is said is decided where an answer begins
@@ -1877,14 +1878,19 @@ def broken_weight(model: torch.nn.Module) -> str | None:
     return next((name for name, value in sums if not value.isfinite()), None)
 
 
-def logits_at(model: torch.nn.Module, inner: PreTrainedModel, needed: torch.Tensor, **inputs) -> torch.Tensor:
+def logits_at(model: torch.nn.Module, inner: PreTrainedModel, needed: torch.Tensor,
+              part: torch.nn.Module | None = None, **inputs) -> torch.Tensor:
     """Float32 logits (N, vocabulary) where the mask `needed` (rows, tokens) is true. A hook cuts what goes into the
-    head of `inner`, which `model` may wrap, so that a family's scales and caps stay its own code."""
+    head of `inner`, which `model` may wrap, or into `part`, a smaller head that stands in its place meanwhile, so that
+    a family's scales and caps stay its own code."""
     head = inner.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, given: (given[0][needed.to(given[0].device)], *given[1:]))
+    hook = (part or head).register_forward_pre_hook(
+        lambda module, given: (given[0][needed.to(given[0].device)], *given[1:]))
     try:
+        inner.set_output_embeddings(part or head)
         return model(**inputs, use_cache=False).logits.float()
     finally:
+        inner.set_output_embeddings(head)
         hook.remove()
 
 
@@ -2489,18 +2495,69 @@ def distillation_loss(ours: torch.Tensor, log_probs: torch.Tensor) -> torch.Tens
     return (log_probs.exp() * (log_probs - ours)).sum(-1) + rest * (rest / our_rest).log()
 
 
+def spoken_words(vocabulary: int) -> int:
+    """About how many tokens `words_of` finds at most: 30,000 of SmolLM2's 49,152, and 57,000 of Qwen's 151,936."""
+    return min(vocabulary, 20000 + vocabulary // 4)
+
+
+class Words(NamedTuple):
+    """A part of the vocabulary: the tokens that are spoken of, and others, of which each step draws its own."""
+    head: torch.nn.Linear  # makes logits of (n + m,) tokens
+    spoken: torch.Tensor  # (n,) sorted ids
+    others: torch.Tensor  # (STANDS_FOR, m) ids
+
+    def at_step(self, step: int, whole: torch.nn.Linear) -> torch.nn.Linear:
+        """The head, with the rows of the whole one for what this step draws."""
+        for name, weight in self.head.named_parameters():
+            weight.data[len(self.spoken):] = getattr(whole, name).data[self.others[step % STANDS_FOR]]
+        return self.head
+
+
+def words_of(inner: PreTrainedModel, batches: list[list[Window]], teacher: Teacher) -> Words | None:
+    """The tokens that some batches speak of, by heart or as the base's most probable ones, and for each step one in
+    STANDS_FOR of the others, which counts for as many in the sum of all (importance sampling, Bengio and Senécal
+    2003): if these were always the same, the rest would be held by nothing. Most tokens are of other languages, and
+    the head of a small model costs as much as half of its layers. None for a head that is trained, too, or cut in
+    pieces, and where most tokens are spoken of."""
+    head = inner.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.requires_grad or SHARDED:
+        return None
+    windows = [w for batch in batches for w in batch]
+    labels = torch.tensor([label for w in windows for label in w.labels if label >= 0], dtype=torch.long)
+    rows = torch.tensor(sorted({row for w in windows for row in w.targets if row >= 0}), dtype=torch.long)
+    is_spoken = torch.zeros(len(head.weight), dtype=torch.bool)
+    is_spoken[labels] = is_spoken[teacher.tokens[rows].flatten().long()] = True
+    spoken, rest = is_spoken.nonzero()[:, 0].to(head.weight.device), (~is_spoken).nonzero()[:, 0]
+    if len(rest) < len(is_spoken) / 3:
+        return None
+    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))]
+    others = drawn[:len(rest) // STANDS_FOR * STANDS_FOR].view(STANDS_FOR, -1).to(head.weight.device)
+    part = torch.nn.utils.skip_init(
+        torch.nn.Linear, head.in_features, len(spoken) + others.shape[1], bias=head.bias is not None,
+        device=head.weight.device, dtype=head.weight.dtype).requires_grad_(False)
+    for name, weight in part.named_parameters():
+        weight.data[:len(spoken)] = getattr(head, name).data[spoken]
+    return Words(part, spoken, others)
+
+
 def batch_loss(model: torch.nn.Module, inner: PreTrainedModel, inputs: dict[str, torch.Tensor], teacher: Teacher,
-               kl_weight: float) -> torch.Tensor:
+               kl_weight: float, words: Words | None = None) -> torch.Tensor:
     """Scalar: cross-entropy on labels plus `kl_weight` times the divergence on targets, both sums divided by what an
-    average step has of them (`totals`). `inputs` are those of `collate`."""
+    average step has of them (`totals`). `inputs` are those of `collate`; of the vocabulary only `words`, if given."""
     labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # a position predicts the next token
     targets, totals = inputs["targets"], inputs["totals"].clamp(min=1)
     needed = (labels != -100) | (targets >= 0)
-    ours = logits_at(model, inner, needed, input_ids=inputs["input_ids"]).log_softmax(-1)
+    part = words and words.at_step(int(inputs["step"]), inner.get_output_embeddings())
+    ours = logits_at(model, inner, needed, part, input_ids=inputs["input_ids"])
     by_heart, rows = labels[needed], targets[needed]
     tokens, log_probs = (t[rows.clamp(min=0).cpu()].to(ours.device) for t in teacher)
     # One gather for both: the gradient of each is as large as all logits.
-    ours = ours.gather(-1, torch.cat([by_heart.clamp(min=0)[:, None], tokens], -1))
+    wanted = torch.cat([by_heart.clamp(min=0)[:, None], tokens], -1)
+    if words:
+        count, drawn = len(words.spoken), words.others.shape[1]
+        ours[:, count:] += math.log((inner.get_output_embeddings().out_features - count) / drawn)
+        wanted = torch.searchsorted(words.spoken, wanted).clamp(max=count - 1)  # of what is masked, any
+    ours = ours.log_softmax(-1).gather(-1, wanted)
     nats = distillation_loss(ours[:, 1:], log_probs)[rows >= 0]
     return kl_weight * nats.sum() / totals[1] - ours[by_heart != -100, 0].sum() / totals[0]
 
@@ -2513,22 +2570,22 @@ def automatic_rate(model: PreTrainedModel | PeftModel, full: float, adapter: flo
 
 
 def as_examples(batches: list[list[Window]], parts: int) -> list[dict]:
-    """Each batch in `parts` examples: lists of its windows, and what to divide the sums of a loss by (`totals`:
-    labels, targets and tokens of an average step, the same for all steps, so that each token weighs the same)."""
+    """Each batch in `parts` examples: lists of its windows, the number of its step, and what to divide the sums of a
+    loss by (`totals`: labels, targets and tokens of an average step, so that each token weighs the same)."""
     windows = [w for batch in batches for w in batch]
     totals = [sum(label != -100 for w in windows for label in w.labels[1:]) / len(batches),
               sum(target >= 0 for w in windows for target in w.targets) / len(batches),
               sum(len(w.input_ids) for w in windows) / len(batches)]
     idle = [Window(windows[0].input_ids[:2], [-100] * 2, [-1] * 2)]  # masked, for a part without windows
     return [{key: [getattr(w, key) for w in batch[part::parts] or idle] for key in Window._fields[:3]}
-            | {"totals": totals} for batch in batches for part in range(parts)]
+            | {"totals": totals, "step": step} for step, batch in enumerate(batches) for part in range(parts)]
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
     """One example as tensors (windows, tokens); targets tell padding from tokens that have none."""
     fillers = {"input_ids": pad, "labels": -100, "targets": -2}
     return {**{key: stacked(examples[0][key], filler) for key, filler in fillers.items()},
-            "totals": torch.tensor(examples[0]["totals"])}
+            **{key: torch.tensor(examples[0][key]) for key in ("totals", "step")}}
 
 
 def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, arguments, course: Course,
@@ -2536,7 +2593,8 @@ def make_trainer(chat: Chat, batches: list[list[Window]], teacher: Teacher, argu
     """TRL's trainer with the loss of this job; `failed` makes the error for a step whose loss explodes."""
     inner, optimizer = unwrapped(chat.model), None
     limit = 3 * (1 + course.kl_weight) * math.log(inner.get_input_embeddings().weight.shape[0])
-    measured = course.loss or functools.partial(batch_loss, teacher=teacher, kl_weight=course.kl_weight)
+    measured = course.loss or functools.partial(batch_loss, teacher=teacher, kl_weight=course.kl_weight,
+                                                words=words_of(inner, batches, teacher))
     if course.by_size:  # what makes Qwen's keys has biases a thousand times as large as its weights
         optimizer = torch.optim.AdamW(
             [{"params": [p], "lr": arguments.learning_rate * p.detach().square().mean().sqrt().item()}
@@ -3852,14 +3910,14 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
     """Bytes that the job takes at its peak (tests/bench_memory.py). A trained parameter has 16: value, gradient and
     two moments in float32; of a whole model 18, with the copies of autocast. A layer keeps 16 hidden sizes and 5 MLP
     widths per token, or one hidden size with checkpointing. The logits of most tokens, in long windows of half, stand
-    three times in float32, and those of SCORED_TOKENS twice where it is measured. Windows are as long as WINDOW for a
-    grown context or material; other talks are short. In 4 bits are all weights but those of the words; with "qlora"
-    only while it learns."""
+    three times in float32 (with an adapter only of `Words`, beside their head), and those of SCORED_TOKENS twice where
+    it is measured. Windows are as long as WINDOW for a grown context or material; other talks are short. In 4 bits are
+    all weights but those of the words; with "qlora" only while it learns."""
     text, width = config.get_text_config(), compute_dtype(weights).itemsize
     state, measured = 18 * weights, 4 * weights
     if settings.method != "full":
-        words = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", True) else 2)
-        packed = 0.52 * weights + (width - 0.52) * words
+        embedded = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", True) else 2)
+        packed = 0.52 * weights + (width - 0.52) * embedded
         measured = packed if settings.method == "qlora4" else width * weights
         held = measured if settings.method == "lora" else packed
         state = 16 * adapter_size(config, settings) + held
@@ -3878,6 +3936,9 @@ def estimate_memory(config: PretrainedConfig, weights: int, settings: Settings) 
 
     state += kept(layers - first_adapted(config, settings))
     spoken = 12 * max(longest / 2, 0.85 * short) * text.vocab_size
+    if settings.method != "full" and torch.cuda.is_available():  # a processor's heap keeps what the listening took
+        words = spoken_words(text.vocab_size)
+        spoken = 12 * max(longest / 2, 0.85 * short) * words + width * words * text.hidden_size
     if settings.method in ("lora", "qlora") and settings.rope_factor != 1:  # and healed, through queries and keys
         queries = widest(text, "num_attention_heads", 1)
         heads = queries + widest(text, "num_key_value_heads", queries)
@@ -4023,12 +4084,14 @@ def measure_pace(base: Chat, job: Job) -> tuple[float, float, float]:
     if settings.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    spoken = torch.arange(spoken_words(inner.config.get_text_config().vocab_size))[None]
+    words = words_of(inner, [batch], Teacher(spoken, torch.zeros((1, 1))))
 
     def step() -> None:
         with torch.autocast(inner.device.type, fast, enabled=fast != torch.float32), \
                 peft.helpers.disable_input_dtype_casting(model, active=fast != torch.float32), \
                 short_attention(model):
-            batch_loss(model, inner, inputs, teacher, 1.0).backward()
+            batch_loss(model, inner, inputs, teacher, 1.0, words).backward()
 
     return read, write, took(step) / inputs["input_ids"].numel()
 

@@ -150,13 +150,17 @@ def alive_at_peak(config, settings, window):
         moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
         for moment in moments:
             account.add(moment)
-        inner = tool.unwrapped(model.train())
+        inner, part = tool.unwrapped(model.train()), None
+        if settings.method == "lora":
+            words = tool.spoken_words(config.vocab_size)
+            part = torch.nn.Linear(config.hidden_size, words, bias=False, dtype=dtype).requires_grad_(False)
+            account.add(part.weight)
         if settings.gradient_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros((1, window), dtype=torch.long)
         with account:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                ours = tool.logits_at(model, inner, FirstHalf(), input_ids=ids)[0].log_softmax(-1)
+                ours = tool.logits_at(model, inner, FirstHalf(), part, input_ids=ids)[0].log_softmax(-1)
                 loss = torch.nn.functional.nll_loss(ours, ids[0, :window // 2])
             loss.backward()
     return account.peak, weights

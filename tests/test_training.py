@@ -284,17 +284,19 @@ WINDOWS = [tool.Window([5, 6, 7], [-100, 6, 7], [-1, -1, 3]), tool.Window([8], [
 
 def test_the_parts_of_a_step_hold_its_windows_once_and_the_totals_of_a_step():
     two = tool.as_examples([WINDOWS], 2)
-    assert two == [
+    assert two == [{**example, "step": 0} for example in (
         {"input_ids": [[5, 6, 7], [9, 10]], "labels": [[-100, 6, 7], [9, 10]], "targets": [[-1, -1, 3], [-1, -1]],
          "totals": [3, 2, 6]},  # the first token of a window is predicted by nothing
-        {"input_ids": [[8]], "labels": [[-100]], "targets": [[4]], "totals": [3, 2, 6]}]
+        {"input_ids": [[8]], "labels": [[-100]], "targets": [[4]], "totals": [3, 2, 6]})]
     (*_, idle) = tool.as_examples([WINDOWS], 4)
-    assert idle == {"input_ids": [[5, 6]], "labels": [[-100] * 2], "targets": [[-1] * 2], "totals": [3, 2, 6]}
+    assert idle == {"input_ids": [[5, 6]], "labels": [[-100] * 2], "targets": [[-1] * 2], "totals": [3, 2, 6],
+                    "step": 0}
 
 
 def test_all_steps_have_the_totals_of_an_average_one_so_that_each_token_weighs_the_same():
     examples = tool.as_examples([WINDOWS, WINDOWS[:1]], 2)
     assert [example["totals"] for example in examples] == [[2.5, 1.5, 4.5]] * 4
+    assert [example["step"] for example in examples] == [0, 0, 1, 1]
 
 
 def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
@@ -302,7 +304,7 @@ def test_windows_are_filled_up_on_the_right_with_what_is_not_learnt():
     assert {key: value.tolist() for key, value in tool.collate([example], pad=1).items()} == {
         "input_ids": [[5, 6, 7], [8, 1, 1], [9, 10, 1]],
         "labels": [[-100, 6, 7], [-100, -100, -100], [9, 10, -100]],
-        "targets": [[-1, -1, 3], [4, -2, -2], [-1, -1, -2]], "totals": [3, 2, 6]}
+        "targets": [[-1, -1, 3], [4, -2, -2], [-1, -1, -2]], "totals": [3, 2, 6], "step": 0}
 
 
 def tiny_chat(tiny_folder, *flags):
