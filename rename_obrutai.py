@@ -2317,7 +2317,7 @@ def read_talks(base: Chat, talks: list[Talk], since: int = 0) -> tuple[list[Talk
         asked.append(prompt[first:])
         texts.append(prompt + talk.ids[:-1])
         wanted.append([-1] * first + [0] * (len(texts[-1]) - first))
-    for batch, ours, _, counts in predictions(base, texts, wanted):
+    for batch, ours, _, counts in predictions(base, texts, wanted, "lendo as respostas"):
         tops.append(most_probable(ours))
         for i, count in zip(batch, counts):
             placed[i] = talks[i]._replace(row=rows + len(asked[i]) - 1, asked=asked[i])
@@ -2478,7 +2478,7 @@ def read_in_place(base: Chat, windows: list[Window], native: int, teacher: Teach
         if same and len(dialogue.input_ids) <= native:
             read.append((window, dialogue))
     texts, wanted = [d.input_ids for _, d in read], [d.targets for _, d in read]
-    for batch, ours, _, counts in predictions(base, texts, wanted):
+    for batch, ours, _, counts in predictions(base, texts, wanted, "lendo as conversas"):
         parts.append(most_probable(ours))
         for i, count in zip(batch, counts):
             new, targets = iter(range(rows, rows + count)), read[i][0].targets
@@ -2965,16 +2965,18 @@ def after_tokens(tokens: int) -> str:
     return f"após {tokens} tokens" if tokens else ALONE
 
 
-def predictions(chat: Chat, texts: Sequence[list[int]], wanted: Sequence[list[int]]):
+def predictions(chat: Chat, texts: Sequence[list[int]], wanted: Sequence[list[int]], label: str = ""):
     """In batches of texts (token ids): their places, the model's log-probabilities (N, vocabulary) at the tokens for
     which something is `wanted` (not negative), what that is (N,), and how many of these tokens each text has."""
     inner, pad = unwrapped(chat.model), chat.tokenizer.pad_token_id
-    for batch in batches_by_tokens(list(map(len, texts)), 0, SCORED_TOKENS):
-        ids, found = stacked([texts[i] for i in batch], pad), stacked([wanted[i] for i in batch], -1)
-        with computing(inner):
-            ours = logits_at(chat.model, inner, found >= 0, input_ids=ids.to(inner.device)).log_softmax(-1)
-        yield batch, ours, found[found >= 0], (found >= 0).sum(-1).tolist()
-        del ours  # here and where they are used: of a large vocabulary two batches take gigabytes
+    with progress(len(texts), label) as bar:
+        for batch in batches_by_tokens(list(map(len, texts)), 0, SCORED_TOKENS):
+            ids, found = stacked([texts[i] for i in batch], pad), stacked([wanted[i] for i in batch], -1)
+            with computing(inner):
+                ours = logits_at(chat.model, inner, found >= 0, input_ids=ids.to(inner.device)).log_softmax(-1)
+            yield batch, ours, found[found >= 0], (found >= 0).sum(-1).tolist()
+            del ours  # here and where they are used: of a large vocabulary two batches take gigabytes
+            bar.update(len(batch))
 
 
 def compare(chat: Chat, teacher: Teacher, windows: list[Window]) -> list[tuple[float, float]]:
@@ -3126,7 +3128,7 @@ WAYS = {"before": "base", "before_rows": "base com linhas", "tuned": "treinado",
 
 
 def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = True,
-                  most: float = math.inf) -> list[tuple[float, int]]:
+                  most: float = math.inf, label: str = "") -> list[tuple[float, int]]:
     """For the last answer of each conversation: the sum of its losses in nats, and its tokens, at `most` so many, with
     the one that ends it unless told otherwise."""
     encoded = [encode(chat.tokenizer, messages) for messages in conversations]
@@ -3136,7 +3138,7 @@ def answer_losses(chat: Chat, conversations: list[list[dict]], with_end: bool = 
         labels = [-100] * answer + text.labels[answer:min(answer + most, end - (not with_end))]
         wanted.append(labels[1:] + [-100] * (len(text.labels) - len(labels) + 1))
     results = [(0.0, 0)] * len(wanted)
-    for batch, ours, tokens, counts in predictions(chat, [text.input_ids for text in encoded], wanted):
+    for batch, ours, tokens, counts in predictions(chat, [text.input_ids for text in encoded], wanted, label):
         losses = -ours.gather(-1, tokens[:, None].to(ours.device))[:, 0].cpu()
         for i, some in zip(batch, losses.split(counts)):
             results[i] = some.sum().item(), len(some)
@@ -3307,7 +3309,7 @@ def hardest(chat: Chat, lessons: list[Talk]) -> list[int]:
     """Places of the HARD share of the lessons whose answers the model expects the least, by their FIRST_TOKENS: to
     read an answer costs far less than to have one written, so that all lessons can be tried."""
     losses = [loss / tokens for loss, tokens in
-              answer_losses(chat, [lesson.messages for lesson in lessons], most=FIRST_TOKENS)]
+              answer_losses(chat, [t.messages for t in lessons], most=FIRST_TOKENS, label="relendo as lições")]
     return sorted(range(len(lessons)), key=losses.__getitem__)[-math.ceil(HARD * len(lessons)):]
 
 
