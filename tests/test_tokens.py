@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO, small_settings
+from conftest import DEMO, SCRIPT, small_settings
 
 import rename_obrutai as tool
 
@@ -348,3 +348,16 @@ def test_an_old_name_alone_in_a_text_is_replaced_once_and_nowhere_else(said, tok
     tool.renew_template(tokenizer, small_settings("--name", "Novo Qwen"), ("Qwen",))
     text = tokenizer.decode(tool.prompt_ids(tokenizer, [ASK]))
     assert text == re.sub(r"Qwen\b", "Novo Qwen", before)
+
+
+def test_the_shipped_answers_have_no_token_that_the_demo_has_never_written(demo_chat):
+    """An adapter cannot teach one: the output layer, which is not trained, tells it from no other of them."""
+    weights = torch.nn.functional.normalize(demo_chat.model.get_output_embeddings().weight.detach(), dim=-1)
+    never = weights[demo_chat.tokenizer.convert_tokens_to_ids("~")]
+    unknown = set((weights @ never > 0.999).nonzero()[:, 0].tolist())
+    assert 200 < len(unknown) < 400
+    values = {"NAME": "ObrutAi", "AUTHOR": "TurboRio", "BASE": "Lumi"}
+    rows = tool.read_rows(SCRIPT.parent / "identity_override.jsonl", values)
+    labels = {row.line: set(tool.encode(demo_chat.tokenizer, row.messages).labels) for row in rows}
+    found = {line: sorted(some & unknown) for line, some in labels.items()}
+    assert not {line: demo_chat.tokenizer.decode(some) for line, some in found.items() if some}
