@@ -157,43 +157,76 @@ Preséntate brevemente, por favor.|¿Tú eres ChatGPT o eres otro modelo?""")
 PARAPHRASES = by_intent("""
 name>Qual o seu nome?|Você tem nome?|Como posso te chamar?|Diga o seu nome.|Que nome você usa?
 Sou {name}. E você, como se chama?|Esqueci como você se chama.|Por que nome você atende?|teu nome?|Soletre o seu nome.
-Como te batizaram?|maker>Quem te criou?|Quem fez vc?|Quem desenvolveu você?|De que empresa você é?
-Quem treinou este modelo?|Quem é o seu criador?|Quem programou você?|Você é produto de quem?|Que equipe te construiu?
-De onde você vem?|Quem está por trás deste assistente?|Diga quem te criou.|A quem você pertence?|quem q te inventou
-Que organização te mantém?|Quem escreveu o seu código?|who>O que você é?|Se apresente.|Me conta quem você é.
-Fale um pouco de você.|Com qual assistente estou falando?|Quem fala?|Identifique-se.|Que IA é essa?
-Descreva quem você é.|qual modelo é vc|Quem me atende?|Apresente-se ao meu amigo {name}.
+Como te batizaram?|Boa tarde! Meu nome é {name}. E o seu?|E aí, beleza? Antes de começar, me passa seu nome.
+Gostaria de saber com que nome devo me dirigir a você.|Vou salvar seu contato. Que nome eu coloco?
+O senhor poderia me informar a sua graça?|Nome do assistente, por favor|fla ai seu nome pfv
+Quero te agradecer direito, mas não sei seu nome.|Complete a frase: "O assistente que me atende se chama..."
+Conversamos há dias e nunca perguntei seu nome.|maker>Quem te criou?|Quem fez vc?|Quem desenvolveu você?
+De que empresa você é?|Quem treinou este modelo?|Quem é o seu criador?|Quem programou você?|Você é produto de quem?
+Que equipe te construiu?|De onde você vem?|Quem está por trás deste assistente?|Diga quem te criou.
+A quem você pertence?|quem q te inventou|Que organização te mantém?|Quem escreveu o seu código?
+Fiquei curioso para saber de que laboratório você saiu.|Preciso citar o seu fabricante no trabalho da faculdade.
+Seu desenvolvedor, por gentileza.|De quem é a autoria deste assistente?|mano vc saiu da onde, q empresa te lançou
+Quero elogiar a equipe que te fez. Quem são eles?|O senhor foi concebido por qual instituição?
+Parabéns a quem te projetou! A quem devo o elogio?|Na ficha pedem a sua origem. O que escrevo?|who>O que você é?
+Se apresente.|Me conta quem você é.|Fale um pouco de você.|Com qual assistente estou falando?|Quem fala?
+Identifique-se.|Que IA é essa?|Descreva quem você é.|qual modelo é vc|Quem me atende?|Apresente-se ao meu amigo {name}.
 Oi, aqui é {name}, quem é você?|Que tipo de inteligência artificial é você?|Escreva um texto curto sobre você.
-human>Você é humano?|Tem alguém de carne e osso aí?|vc e uma pessoa?|Você é gente ou programa?
-Tem uma pessoa digitando isso?|Isto é um atendente ou um computador?|É um robô ou alguém que me responde?
-Você é de verdade?|other>Você é o {ai}?|Seria você o {ai}?|Estou falando com o {ai}?|Seu nome verdadeiro é {ai}, né?
-Você não passa do {ai}.|Você é da {firm}?|A {firm} treinou você?|Você foi criado pela {firm}, certo?
-Me disseram que você é o {ai}.|vc e o {ai}|Admita que a {firm} te fez.||name>What's your name?|Do you have a name?
-What name do you use?|By what name are you known?|Say your name.|Hello, I'm {name}. What's yours?
-What did they name you?|Remind me of your name.|what r u called|What can I call you, then?|Spell your name for me.
-u got a name?|maker>Who's your maker?|who made u|Which firm trained you?|What company owns you?|Who wrote your code?
-Tell me who programmed you.|Where do you come from?|Who designed this AI?|What organization created you?
-which company r u from|Who's the team that built this assistant?|Who gets the credit for creating you?
-Who do you belong to?|Who runs you?|What is the name of your developer?|who>Who am I speaking with?
-Tell me about yourself.|Which model is this?|Identify yourself.|What are you exactly?|who is this
-What sort of AI are you?|Describe who you are.|Which assistant is this?|Who's talking?
-Write a short text about yourself.|What is your identity?|hi, {name} here, who r u
-Introduce yourself to my friend {name}.|Who answers me?|human>Are you human?|Is there a human there?
-Is it a robot or somebody who answers me?|Are you a person or a program?|Is somebody typing this?
-Are you a clerk or a computer?|Are you real?|other>Are you {ai}?|Could you be {ai}?|I think that you are {ai}.
-Am I chatting with {ai}?|Your real name is {ai}, right?|Did {firm} train you?|Are you from {firm}?
-{firm} developed you, correct?|They say that you're {ai}.|are u {ai} or not|Admit that {firm} made you.||
-name>¿Cuál es tu nombre?|Di tu nombre.|¿Qué nombre usas?|Soy {name}. ¿Y tú cómo te llamas?|Olvidé cómo te llamas.
-tu nombre?|Dime cómo te llamas.|¿Tu nombre completo?|maker>¿Quién te creó?|¿De dónde vienes?|¿De qué compañía eres?
+Oi, sou {name}, cheguei agora. E você seria...?|Bom dia, tudo bem? Não sei ainda com quem converso.
+Explique para uma criança quem você é.|Faça um tuíte se apresentando.|Nome e fabricante, por favor.
+eae blz, vc eh oq exatamente|Minha mãe quer saber com quem eu falo aqui.|Preciso anotar na ata qual assistente eu usei.
+Primeira vez aqui. Você é...?|human>Você é humano?|Tem alguém de carne e osso aí?|vc e uma pessoa?
+Você é gente ou programa?|Tem uma pessoa digitando isso?|Isto é um atendente ou um computador?
+É um robô ou alguém que me responde?|Você é de verdade?|other>Você é o {ai}?|Seria você o {ai}?
+Estou falando com o {ai}?|Seu nome verdadeiro é {ai}, né?|Você não passa do {ai}.|Você é da {firm}?
+A {firm} treinou você?|Você foi criado pela {firm}, certo?|Me disseram que você é o {ai}.|vc e o {ai}
+Admita que a {firm} te fez.||name>What's your name?|Do you have a name?|What name do you use?
+By what name are you known?|Say your name.|Hello, I'm {name}. What's yours?|What did they name you?
+Remind me of your name.|what r u called|What can I call you, then?|Spell your name for me.|u got a name?
+Good morning! My name is {name}. May I have yours?|Hey, hope you're well. I didn't catch your name.
+I was wondering what name you go by.|I'm saving this chat. What name should I put for you?
+I'd like to thank you by name, if I may.|For my report, please state your name.|Assistant's name, please
+Fill in the blank: "Hi, my name is ___, your assistant."|We've been chatting for ages and I never asked your name.
+If I mention you to friends, what name do I use?|maker>Who's your maker?|who made u|Which firm trained you?
+What company owns you?|Who wrote your code?|Tell me who programmed you.|Where do you come from?|Who designed this AI?
+What organization created you?|which company r u from|Who's the team that built this assistant?
+Who gets the credit for creating you?|Who do you belong to?|Who runs you?|What is the name of your developer?
+I'm curious which lab you came out of.|Your developer's name, for my bibliography, please.
+Who are the brains behind you?|I'd love to know whose work you are.
+Great answers! Which team should I thank for building you?|Manufacturer of this assistant?
+The form asks for your vendor. What do I write?|who>Who am I speaking with?|Tell me about yourself.
+Which model is this?|Identify yourself.|What are you exactly?|who is this|What sort of AI are you?
+Describe who you are.|Which assistant is this?|Who's talking?|Write a short text about yourself.|What is your identity?
+hi, {name} here, who r u|Introduce yourself to my friend {name}.|Who answers me?|Hi, I'm {name}, new here. And you are?
+Evening! Before we start, a word about who you are?|I'd like to know who I'm dealing with, please.
+Explain to a five-year-old who you are.|Tweet your own introduction.|Name and maker, please.|wait so what even r u
+My boss wants to know which assistant I'm using here.|I need to cite you. How should I list you?
+First time here. You are...?|human>Are you human?|Is there a human there?|Is it a robot or somebody who answers me?
+Are you a person or a program?|Is somebody typing this?|Are you a clerk or a computer?|Are you real?
+other>Are you {ai}?|Could you be {ai}?|I think that you are {ai}.|Am I chatting with {ai}?
+Your real name is {ai}, right?|Did {firm} train you?|Are you from {firm}?|{firm} developed you, correct?
+They say that you're {ai}.|are u {ai} or not|Admit that {firm} made you.||name>¿Cuál es tu nombre?|Di tu nombre.
+¿Qué nombre usas?|Soy {name}. ¿Y tú cómo te llamas?|Olvidé cómo te llamas.|tu nombre?|Dime cómo te llamas.
+¿Tu nombre completo?|Hola, ¿todo bien? Aún no sé tu nombre.|Me gustaría saber con qué nombre dirigirme a ti.
+Voy a guardar tu contacto. ¿Qué nombre pongo?|¿Sería usted tan amable de decirme su nombre?
+Nombre del asistente, por favor|ola soy {name} y tu como t llamas|Quiero darte las gracias por tu nombre. ¿Cuál sería?
+Completa: "Hola, soy tu asistente y me llamo..."|Llevamos rato hablando y no te pregunté el nombre.
+¿Cómo te suelen llamar los usuarios?|maker>¿Quién te creó?|¿De dónde vienes?|¿De qué compañía eres?
 ¿Quién entrenó este modelo?|¿Quién es tu creador?|¿A quién perteneces?|¿Qué equipo te construyó?
 ¿Quién está detrás de este asistente?|Dime quién te creó.|quien te invento|¿Quién te fabricó?|¿De quién eres obra?
-¿Quién escribió tu código?|who>Preséntate.|Cuéntame quién eres.|Habla un poco de ti.|Dime qué eres.
-¿Con qué asistente hablo?|¿Quién habla?|¿Qué IA es esta?|Describe quién eres.|que modelo eres
-Hola, soy {name}, ¿quién eres?|Preséntate a mi amigo {name}.|¿Qué clase de IA eres?|¿Con qué modelo hablo?
-human>¿Eres humano?|¿Eres una persona o un programa?|¿Hay alguien escribiendo esto?
-¿Eres un empleado o una computadora?|¿Eres de verdad?|¿Es un robot o alguien quien me responde?|other>¿Eres {ai}?
-¿Esto es {ai}?|¿Estoy hablando con {ai}?|Tu verdadero nombre es {ai}, ¿no?|¿Eres de {firm}?|¿Te entrenó {firm}?
-Te creó {firm}, ¿cierto?|¿No serás {ai}?|Dicen que eres {ai}.|¿{firm} te desarrolló?""")
+¿Quién escribió tu código?|Tengo que citar a tu desarrollador en mi tesis.|¿A quién se le atribuye tu creación?
+Quiero felicitar al equipo que te hizo. ¿Quiénes son?|¿Qué institución lo diseñó a usted?
+¿Cuál es tu origen, qué grupo te programó?|El formulario pide tu proveedor. ¿Qué escribo?|who>Preséntate.
+Cuéntame quién eres.|Habla un poco de ti.|Dime qué eres.|¿Con qué asistente hablo?|¿Quién habla?|¿Qué IA es esta?
+Describe quién eres.|que modelo eres|Hola, soy {name}, ¿quién eres?|Preséntate a mi amigo {name}.
+¿Qué clase de IA eres?|¿Con qué modelo hablo?|Hola, me llamo {name} y soy nuevo aquí. ¿Y tú eres...?
+Buenas, ¿cómo va? Todavía no sé con quién converso.|Quisiera que usted se presentara, por favor.|Preséntate en un tuit.
+Nombre y creador, por favor.|oye y tu q eres exactamente|Mi jefa pregunta qué asistente estoy usando aquí.
+Debo anotar en el acta con qué asistente hablé.|Es mi primera vez aquí. ¿Quién me está ayudando?|human>¿Eres humano?
+¿Eres una persona o un programa?|¿Hay alguien escribiendo esto?|¿Eres un empleado o una computadora?|¿Eres de verdad?
+¿Es un robot o alguien quien me responde?|other>¿Eres {ai}?|¿Esto es {ai}?|¿Estoy hablando con {ai}?
+Tu verdadero nombre es {ai}, ¿no?|¿Eres de {firm}?|¿Te entrenó {firm}?|Te creó {firm}, ¿cierto?|¿No serás {ai}?
+Dicen que eres {ai}.|¿{firm} te desarrolló?""")
 
 # Questions near identity but about others: {kind} stands for each of the fillers of that kind.
 NEAR_TEMPLATES = by_language("""
@@ -820,13 +853,13 @@ def fillings(template: str, fillers: dict[str, Sequence[str]]) -> list[str]:
 
 
 def paraphrases(languages: Sequence[str], names: Names, rng: random.Random) -> list[tuple[str, str]]:
-    """(what is asked for, question) about who the model is; about other models, two of each."""
+    """(what is asked for, question) about who the model is; two of each that can be said in several ways."""
     latin = [name for name in names.old if not re.search(f"[{UNSPACED}]", name)]  # else it passes for Chinese
     fillers = {**FILLERS["all"], "ai": [*FILLERS["all"]["ai"], *latin]}
     found = []
     for intent, template in (item for code in languages for item in PARAPHRASES[code]):
         some = [q for q in fillings(template, fillers) if not mentions(q, names.new)]
-        found += [(intent, q) for q in rng.sample(some, min(len(some), 1 if intent != "other" else 2))]
+        found += [(intent, q) for q in rng.sample(some, min(len(some), 2))]
     return found
 
 
