@@ -1920,10 +1920,12 @@ def logits_at(model: torch.nn.Module, inner: PreTrainedModel, needed: torch.Tens
     hook = (part or head).register_forward_pre_hook(
         lambda module, given: (given[0][needed.to(given[0].device)], *given[1:]))
     try:
-        inner.set_output_embeddings(part or head)
+        if part:  # not every family can be given another head
+            inner.set_output_embeddings(part)
         return model(**inputs, use_cache=False).logits.float()
     finally:
-        inner.set_output_embeddings(head)
+        if part:
+            inner.set_output_embeddings(head)
         hook.remove()
 
 
